@@ -1,0 +1,1 @@
+"""The command line: words and pictures; each command is one short module."""

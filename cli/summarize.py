@@ -1,0 +1,2 @@
+def summarize() -> None:
+    pass

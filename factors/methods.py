@@ -1,0 +1,137 @@
+"""The closed forms that came before the search: PI, NTK-aware, dynamic NTK and YaRN, as rescale factors.
+
+Each returns λ as float64 of shape ``(n_rot/2,)``, for a scale ``s`` = new context / original context, relative to
+plain RoPE; `extend` turns one into a whole schedule on top of what the model was trained with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .schedule import Band, Provenance, Schedule, ScheduleError
+
+Array = npt.NDArray[np.float64]
+
+
+def _check(n_rot: int, scale: float) -> None:
+    if n_rot < 2 or n_rot % 2:
+        raise ScheduleError(f"n_rot: {n_rot}, expected an even number of at least 2")
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ScheduleError(f"scale: {scale:g}, expected a number of at least 1")
+
+
+def pi(n_rot: int, scale: float) -> Array:
+    """Position interpolation: every dimension by s (Chen et al., arXiv 2306.15595, equation 4)."""
+    _check(n_rot, scale)
+    return np.full(n_rot // 2, float(scale))
+
+
+def ntk(n_rot: int, scale: float) -> Array:
+    """NTK-aware scaling: the base becomes ``b * s**(d/(d-2))`` (bloc97; YaRN, arXiv 2309.00071, equation 16).
+
+    As factors on the old base: ``λ_i = s**(2i/(d-2))``, from 1 for the fastest pair to s for the slowest.
+    """
+    _check(n_rot, scale)
+    if n_rot == 2:
+        return np.full(1, float(scale))  # one pair is both the fastest and the slowest: interpolate it
+    return float(scale) ** (2 * np.arange(n_rot // 2) / (n_rot - 2))
+
+
+def dynamic_ntk(n_rot: int, scale: float, n_tokens: int, original_context: int) -> Array:
+    """Dynamic NTK: NTK-aware for the length at hand (emozilla; as in transformers' ``rope_type: dynamic``).
+
+    The base grows by ``(s * n / L0 - (s - 1))**(d/(d-2))``, and not at all while n is at most L0.
+    """
+    _check(n_rot, scale)
+    length = max(n_tokens, original_context)
+    return ntk(n_rot, scale * length / original_context - (scale - 1))
+
+
+def yarn(
+    n_rot: int,
+    scale: float,
+    freq_base: float,
+    original_context: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> Array:
+    """YaRN's "NTK-by-parts" (Peng et al., arXiv 2309.00071, equations 17 to 21).
+
+    Pairs that turn more than `beta_fast` times within the original context stay, those that turn less than
+    `beta_slow` times are interpolated by s, and the frequencies between are blended on a straight ramp.
+    The ramp's ends are rounded outwards to whole dimensions, as in the authors' code, transformers and llama.cpp.
+    """
+    _check(n_rot, scale)
+
+    def dimension_that_turns(times: float) -> float:
+        return n_rot * math.log(original_context / (times * 2 * math.pi)) / (2 * math.log(freq_base))
+
+    low = max(math.floor(dimension_that_turns(beta_fast)), 0)
+    high = min(math.ceil(dimension_that_turns(beta_slow)), n_rot - 1)
+    ramp = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
+    return 1 / (ramp / scale + (1 - ramp))
+
+
+def yarn_attention_factor(scale: float) -> float:
+    """YaRN's scale on the rotated vectors, ``0.1 ln s + 1`` (arXiv 2309.00071, equation 22)."""
+    return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+
+def longrope_attention_factor(scale: float, original_context: int) -> float:
+    """LongRoPE's scale on the rotated vectors, ``sqrt(1 + ln s / ln L0)`` (arXiv 2402.13753, section 4.2's models)."""
+    return math.sqrt(1 + math.log(scale) / math.log(original_context)) if scale > 1 else 1.0
+
+
+METHODS: dict[str, Callable[[int, float, float, int], tuple[Array, float]]] = {
+    "yarn": lambda d, s, base, length: (yarn(d, s, base, length), yarn_attention_factor(s)),
+    "ntk": lambda d, s, base, length: (ntk(d, s), 1.0),
+    "pi": lambda d, s, base, length: (pi(d, s), 1.0),
+}
+"""Closed forms by name: (n_rot, scale, freq_base, original context) → (λ, attention factor)."""
+
+
+def doubling_contexts(original_context: int, context: int) -> list[int]:
+    """Contexts of the bands above the original: each twice the one before, the last exactly `context`."""
+    steps = []
+    while original_context * 2 < context:
+        original_context *= 2
+        steps.append(original_context)
+    return [*steps, context]
+
+
+def extend(base: Schedule, context: int, method: str = "yarn", contexts: Sequence[int] | None = None) -> Schedule:
+    """Add bands by a closed form on top of what the model has, up to `context` tokens.
+
+    The bands that `base` brings stay; each new band multiplies the last one's factors by the method's, for a scale
+    counted from the last one's context. `contexts` names the new bands' contexts; the default doubles up to `context`,
+    since a band for more than the text needs costs accuracy.
+
+    Raises:
+        ScheduleError: an unknown method, or a context that is not above what the model already holds.
+    """
+    if method not in METHODS:
+        raise ScheduleError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
+    if context <= base.context:
+        raise ScheduleError(
+            f"context: {context}, expected more than the {base.context} tokens that the model already holds"
+        )
+    last, facts = base.bands[-1], base.facts
+    plain = all(factor == 1.0 for factor in last.rescale_factors)
+    bands = []
+    for target in contexts or doubling_contexts(last.context, context):
+        factors, attention = METHODS[method](facts.n_rot, target / last.context, facts.freq_base, last.context)
+        bands.append(
+            Band(
+                context=target,
+                rescale_factors=tuple((factors * np.array(last.rescale_factors)).tolist()),
+                start_tokens=last.start_tokens,
+                force_start_tokens=last.force_start_tokens,
+                attention_factor=attention * last.attention_factor,
+                found=Provenance(method=method, onto=None if plain else last.found.method),
+            )
+        )
+    return Schedule(facts=facts, bands=(*base.bands, *bands))

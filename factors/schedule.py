@@ -1,0 +1,242 @@
+"""The rescale schedule: the ordered bands of one model, as immutable, checked data, and its JSON file.
+
+Pair *i* of the rotary dimensions turns by ``pos * freq_base**(-2i/n_rot) / rescale_factors[i]`` (LongRoPE,
+arXiv 2402.13753, equation 2); positions below ``start_tokens`` keep the factors the model was trained with.
+A value of these types that exists is valid: every check happens on the way in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import UserError
+
+FORMAT_VERSION = 1
+
+START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+"""The numbers of start tokens that LongRoPE searches (its table 1, extended to 32)."""
+
+MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "longrope"})
+"""Methods whose factors never decrease with the dimension (for longrope: section 3.2's constraint)."""
+
+MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
+MAX_FILE_BYTES = 64 << 20
+
+Context = Annotated[int, Field(gt=0, le=MAX_CONTEXT)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factors = Annotated[tuple[Positive, ...], Field(max_length=1 << 16)]
+
+
+class ScheduleError(UserError):
+    """A schedule that is malformed, or made for another model."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RopeFacts(_Frozen):
+    """What a schedule must know of the model it was made for.
+
+    ``native_factors`` are the λ the model was trained with (Llama 3's ``rope_freqs``, say), with its own attention
+    factor; an empty tuple stands for all ones.
+    """
+
+    n_rot: Annotated[int, Field(gt=0, le=1 << 17, multiple_of=2)]
+    freq_base: Positive
+    original_context: Context
+    native_factors: Factors = ()
+    native_attention_factor: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _right_length(self) -> RopeFacts:
+        if self.native_factors and len(self.native_factors) != self.n_rot // 2:
+            raise ValueError(
+                f"native_factors: {len(self.native_factors)} numbers, expected n_rot/2 = {self.n_rot // 2}"
+            )
+        return self
+
+    @property
+    def start_factors(self) -> tuple[float, ...]:
+        """The λ of start tokens: what the model was trained with, shape ``(n_rot/2,)``."""
+        return self.native_factors or (1.0,) * (self.n_rot // 2)
+
+
+class Provenance(_Frozen):
+    """How a band was found.
+
+    ``onto`` names the method whose factors these were multiplied onto, if the model already carried some.
+    """
+
+    method: str = "unknown"
+    onto: str | None = None
+    objective: str | None = None
+    data_digest: str | None = None
+    seed: int | None = None
+    losses: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+
+
+class Band(_Frozen):
+    """One set of λ, n̂ and attention factor, and the longest context (in tokens) it serves."""
+
+    context: Context
+    rescale_factors: Factors
+    start_tokens: Annotated[int, Field(ge=0)] = 0
+    attention_factor: Positive = 1.0
+    force_start_tokens: bool = False
+    found: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _keeps_its_promises(self) -> Band:
+        if self.start_tokens not in START_TOKENS and not self.force_start_tokens:
+            raise ValueError(
+                f"start_tokens: {self.start_tokens}, expected one of {', '.join(map(str, START_TOKENS))}"
+                " (or force_start_tokens)"
+            )
+        if self.start_tokens > self.context:
+            raise ValueError(f"start_tokens: {self.start_tokens}, expected at most the context, {self.context}")
+        factors = self.rescale_factors
+        if self.found.method in MONOTONE_METHODS - {"native"} and self.found.onto is None:
+            for i in range(1, len(factors)):
+                if factors[i] < factors[i - 1]:
+                    raise ValueError(
+                        f"rescale_factors.{i}: {factors[i]:g} after {factors[i - 1]:g},"
+                        f" expected non-decreasing numbers from {self.found.method}"
+                    )
+        return self
+
+
+class Schedule(_Frozen):
+    """The rescale schedule of one model: its facts, and one or more bands in increasing context."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    facts: RopeFacts
+    bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
+
+    @model_validator(mode="after")
+    def _bands_in_order(self) -> Schedule:
+        half = self.facts.n_rot // 2
+        for i, band in enumerate(self.bands):
+            if len(band.rescale_factors) != half:
+                raise ValueError(
+                    f"bands.{i}.rescale_factors: {len(band.rescale_factors)} numbers, expected n_rot/2 = {half}"
+                )
+            if i and band.context <= self.bands[i - 1].context:
+                raise ValueError(
+                    f"bands.{i}.context: {band.context}, expected more than {self.bands[i - 1].context},"
+                    " the band's before it"
+                )
+        return self
+
+    @property
+    def context(self) -> int:
+        """The longest context, in tokens, that the last band serves."""
+        return self.bands[-1].context
+
+    def band_index(self, n_tokens: int) -> int:
+        """Index of the smallest band that holds `n_tokens`.
+
+        Raises:
+            ScheduleError: no band holds that many.
+        """
+        for i, band in enumerate(self.bands):
+            if n_tokens <= band.context:
+                return i
+        raise ScheduleError(f"{n_tokens} tokens are more than the {self.context} that the model's last band holds")
+
+    def only(self, index: int) -> Schedule:
+        """This schedule with just band `index`, which then serves from the first token."""
+        return self.model_copy(update={"bands": (self.bands[index],)})
+
+
+def native_band(facts: RopeFacts) -> Band:
+    """The band in which a model runs as it was trained."""
+    return Band(
+        context=facts.original_context,
+        rescale_factors=facts.start_factors,
+        attention_factor=facts.native_attention_factor,
+        found=Provenance(method="native"),
+    )
+
+
+def check_matches(schedule: Schedule, facts: RopeFacts, where: str) -> None:
+    """Refuse a schedule that was made for a model with other rotary dimensions or another base.
+
+    Raises:
+        ScheduleError: names `where`, the fact that differs, and both values.
+    """
+    for name in ("n_rot", "freq_base"):
+        theirs, ours = getattr(schedule.facts, name), getattr(facts, name)
+        if not math.isclose(theirs, ours, rel_tol=1e-6):
+            raise ScheduleError(f"{where}: the schedule is for {name} {theirs:g}, the model has {ours:g}")
+
+
+def schedule_from_dict(data: Any, where: str) -> Schedule:
+    """Validate decoded JSON (or GGUF metadata) into a schedule; errors name `where` and the key.
+
+    Raises:
+        ScheduleError: on the first thing that is wrong.
+    """
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ScheduleError(
+            f"{where}: format_version {version} is newer than this ropewalk reads (expected {FORMAT_VERSION})"
+        )
+    try:
+        return Schedule.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] in ("value_error", "missing") else f", found {_short(first['input'])}"
+        raise ScheduleError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def read_schedule(path: str | os.PathLike[str]) -> Schedule:
+    """Read a schedule's JSON file.
+
+    Raises:
+        ScheduleError: the file is missing, unreadable, no JSON, or no valid schedule.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise ScheduleError(f"{path}: more than {MAX_FILE_BYTES >> 20} MB, expected a schedule's JSON")
+        data = json.loads(raw)
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot read the schedule: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ScheduleError):
+            raise
+        raise ScheduleError(f"{path}: not a JSON file: {error}") from None
+    return schedule_from_dict(data, str(path))
+
+
+def write_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
+    """Write a schedule's JSON file, whole or not at all.
+
+    Raises:
+        ScheduleError: the place cannot be written to.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_text(schedule.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot write the schedule: {error.strerror or error}") from None
