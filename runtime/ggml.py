@@ -1,0 +1,212 @@
+"""All that Ropewalk knows of ggml's memory: where a tensor keeps its fields, and how a graph's nodes are seen.
+
+Nothing else in the project knows an offset. The layout below is ggml's public `struct ggml_tensor` (ggml.h) on a
+64-bit machine; `check_layout` proves it at start-up on tensors made through ggml's own functions, so that another
+build is refused before a byte is written to a wrong place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp._ctypes_extensions import load_shared_library
+
+SUPPORTED = "0.3.36"  # releases of llama-cpp-python whose layout and rope parameters were verified
+
+
+class TensorStruct(ctypes.Structure):
+    """`struct ggml_tensor`, field for field."""
+
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    )
+
+
+class RopeParams(ctypes.Structure):
+    """A ROPE node's `op_params`: as written by `ggml_rope_impl` in ggml.c."""
+
+    _fields_ = (
+        ("n_past", ctypes.c_int32),
+        ("n_dims", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+        ("n_ctx", ctypes.c_int32),
+        ("n_ctx_orig", ctypes.c_int32),
+        ("freq_base", ctypes.c_float),
+        ("freq_scale", ctypes.c_float),
+        ("ext_factor", ctypes.c_float),
+        ("attn_factor", ctypes.c_float),
+        ("beta_fast", ctypes.c_float),
+        ("beta_slow", ctypes.c_float),
+    )
+
+
+PARAMS_OFFSET: int = TensorStruct.op_params.offset
+OP_INDEX: int = TensorStruct.op.offset // 4
+SRC2_INDEX: int = TensorStruct.src.offset // 8 + 2
+
+# Reading one word of a node must cost next to nothing, as every node of every graph is looked at: these arrays cover
+# the address space, so that WORDS[address >> 2] is a single C-level read. They are never sliced or iterated.
+WORDS = (ctypes.c_int32 * (1 << 60)).from_address(0)
+POINTERS = (ctypes.c_uint64 * (1 << 59)).from_address(0)
+
+GraphCallback = Callable[[int, bool, "int | None"], bool]
+
+
+class LayoutError(RuntimeError):
+    """The installed llama.cpp lays its tensors out in a way this release does not know."""
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    lib = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    pointer, c_int, c_float, c_int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    for name, result, *arguments in (
+        ("ggml_init", pointer, _InitParams),
+        ("ggml_free", None, pointer),
+        ("ggml_op_name", ctypes.c_char_p, c_int),
+        ("ggml_set_name", pointer, pointer, ctypes.c_char_p),
+        ("ggml_get_data", pointer, pointer),
+        ("ggml_tensor_overhead", ctypes.c_size_t),
+        ("ggml_new_tensor_1d", pointer, pointer, c_int, c_int64),
+        ("ggml_new_tensor_3d", pointer, pointer, c_int, c_int64, c_int64, c_int64),
+        ("ggml_rope_ext", pointer, *[pointer] * 4, *[c_int] * 3, *[c_float] * 6),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+@cache
+def op_code(name: str) -> int:
+    """The number of an operation, by ggml's own name for it ("ROPE", "GET_ROWS").
+
+    Raises:
+        LayoutError: this ggml has no such operation.
+    """
+    for code in range(512):
+        found = _library().ggml_op_name(code)
+        if found == name.encode():
+            return code
+        if code and found in (b"COUNT", None):
+            break
+    raise LayoutError(_refusal(f"it has no operation {name}"))
+
+
+class Arena:
+    """Host memory for small tensors of our own, made through ggml; lives as long as this object."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._context = _library().ggml_init(_InitParams(n_bytes, None, False))
+        if not self._context:
+            raise MemoryError(f"ggml_init could not get {n_bytes} bytes")
+
+    def floats(self, values: Sequence[float]) -> int:
+        """Address of a new one-dimensional F32 tensor that holds `values`."""
+        tensor: int = _library().ggml_new_tensor_1d(self._context, 0, len(values))
+        row = np.asarray(values, dtype=np.float32)
+        ctypes.memmove(_library().ggml_get_data(tensor), row.ctypes.data, row.nbytes)
+        return tensor
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            _library().ggml_free(self._context)
+
+
+def floats_size(n: int) -> int:
+    """Bytes of an `Arena` that one tensor of `n` floats takes."""
+    return int(_library().ggml_tensor_overhead()) + 4 * n + 64
+
+
+def tensor_at(address: int) -> TensorStruct:
+    """The tensor at an address, to read and to write in place."""
+    return TensorStruct.from_address(address)
+
+
+def rope_params(address: int) -> RopeParams:
+    """The parameters of the ROPE node at an address, to read and to write in place."""
+    return RopeParams.from_address(address + PARAMS_OFFSET)
+
+
+def int32_row(tensor: TensorStruct) -> npt.NDArray[np.int32]:
+    """The data of a one-dimensional I32 tensor as an array over the same memory, shape ``(ne[0],)``."""
+    row = (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data)
+    return np.frombuffer(row, dtype=np.int32)
+
+
+@cache
+def check_layout() -> None:
+    """Prove `TensorStruct` and `RopeParams` on a rope node made by ggml itself.
+
+    Raises:
+        LayoutError: something is not where it should be; names what.
+    """
+    lib = _library()
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise LayoutError(_refusal("the machine is not 64-bit"))
+    if lib.ggml_tensor_overhead() <= ctypes.sizeof(TensorStruct):
+        raise LayoutError(_refusal("its tensor struct is smaller"))
+    context = lib.ggml_init(_InitParams(1 << 16, None, False))
+    try:
+        vectors = lib.ggml_new_tensor_3d(context, 0, 8, 3, 5)
+        positions = lib.ggml_new_tensor_1d(context, 26, 5)  # GGML_TYPE_I32
+        factors = lib.ggml_new_tensor_1d(context, 0, 4)
+        node = lib.ggml_rope_ext(context, vectors, positions, factors, 8, 2, 77, 5e4, 0.5, 0.25, 1.5, 31.0, 2.0)
+        lib.ggml_set_name(node, b"proof")
+        tensor, params = tensor_at(node), rope_params(node)
+        facts = {
+            "type": (tensor.type, 0),
+            "ne": (list(tensor.ne), [8, 3, 5, 1]),
+            "nb": (list(tensor.nb), [4, 32, 96, 480]),
+            "op": (lib.ggml_op_name(tensor.op), b"ROPE"),
+            "src": (list(tensor.src), [vectors, positions, factors] + [None] * 7),
+            "data": (tensor.data, lib.ggml_get_data(node)),
+            "name": (tensor.name, b"proof"),
+            "view_src": (tensor.view_src, None),
+            "positions": (tensor_at(positions).type, 26),
+            "n_dims": (params.n_dims, 8),
+            "mode": (params.mode, 2),
+            "n_ctx_orig": (params.n_ctx_orig, 77),
+            "freq_base": (params.freq_base, 5e4),
+            "freq_scale": (params.freq_scale, 0.5),
+            "ext_factor": (params.ext_factor, 0.25),
+            "attn_factor": (params.attn_factor, 1.5),
+            "beta_fast": (params.beta_fast, 31.0),
+            "beta_slow": (params.beta_slow, 2.0),
+            "word access": (WORDS[(node >> 2) + OP_INDEX], tensor.op),
+            "pointer access": (POINTERS[(node >> 3) + SRC2_INDEX], factors),
+        }
+        for field, (found, expected) in facts.items():
+            if found != expected:
+                raise LayoutError(_refusal(f"{field} reads {found!r} where {expected!r} was set"))
+    finally:
+        lib.ggml_free(context)
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"llama-cpp-python {llama_cpp.__version__} is not laid out as ropewalk knows it ({what});"
+        f" supported: {SUPPORTED}. Install it with: pip install llama-cpp-python=={SUPPORTED}"
+    )

@@ -1,0 +1,169 @@
+"""The rope callback: llama.cpp shows each graph node before it computes, and we set what the ROPE nodes read.
+
+Two uses. While tokens are read, every rope node of the model's global layers gets the λ and attention factor in use
+(`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_turns`,
+`RopeHook.turning`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
+``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import llama_cpp
+import numpy as np
+
+from ..factors import Band, RopeFacts
+from . import ggml
+
+STILL = 1e30
+"""A rescale factor so large that the pair does not turn at any position."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pass over the cached keys: cells at positions in [start, stop) turn by `factors`, all are scaled."""
+
+    start: int
+    stop: int
+    factors: tuple[float, ...]
+    scale: float
+
+
+def turning_factors(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
+    """Factors that take a key rotated with λ `old` to λ `new`: ``1/(1/new - 1/old)``, shape ``(n_rot/2,)``."""
+    delta = 1 / np.asarray(new, dtype=np.float64) - 1 / np.asarray(old, dtype=np.float64)
+    return tuple(np.where(np.abs(delta) < 1 / STILL, STILL, 1 / np.where(delta == 0, 1, delta)).tolist())
+
+
+def plan_turns(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Turn]:
+    """The passes that take `n_tokens` cached keys from band `old` to band `new`.
+
+    Start tokens have the model's own factors in either band, so the positions fall into at most three runs: below
+    both bands' start tokens (nothing turns), between them, and above both. Passes that would change nothing are left
+    out; the attention factor's change rides on the first.
+    """
+    low, high = sorted((old.start_tokens, new.start_tokens))
+    between_old = facts.start_factors if old.start_tokens == high else old.rescale_factors
+    between_new = facts.start_factors if new.start_tokens == high else new.rescale_factors
+    runs = [(low, high, between_old, between_new), (high, n_tokens, old.rescale_factors, new.rescale_factors)]
+    scale = new.attention_factor / old.attention_factor
+    turns = []
+    for start, stop, before, after in runs:
+        stop = min(stop, n_tokens)
+        if start < stop and tuple(before) != tuple(after):
+            turns.append(Turn(start, stop, turning_factors(before, after), scale))
+            scale = 1.0
+    if scale != 1.0 and n_tokens:
+        turns.append(Turn(0, 0, (STILL,) * (facts.n_rot // 2), scale))
+    return turns
+
+
+class RopeHook:
+    """What the rope nodes of one context are to read; keep it alive as long as the context.
+
+    `callback` is the ctypes function for `llama_context_params.cb_eval`. An exception inside it (Ctrl-C among them)
+    cannot cross C code: it is kept, the graph is stopped, and `raise_kept` raises it on the other side.
+    """
+
+    def __init__(self, facts: RopeFacts) -> None:
+        ggml.check_layout()
+        self.facts = facts
+        self.touched = 0
+        """Rope nodes set since the count was last put to zero."""
+        self._rope, self._get_rows = ggml.op_code("ROPE"), ggml.op_code("GET_ROWS")
+        self._base = float(np.float32(facts.freq_base))
+        self._tensors: dict[tuple[float, ...], tuple[ggml.Arena, int]] = {}
+        self._still = self._tensor((STILL,) * (facts.n_rot // 2))
+        self._factors, self._attention = self._still, 1.0
+        self._turn: Turn | None = None
+        self._turned_rows: set[int] = set()
+        self._stopping = False
+        self._kept: BaseException | None = None
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
+
+    def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
+        """From the next graph on, rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`."""
+        self._factors, self._attention = self._tensor(factors), attention_factor
+
+    @contextmanager
+    def turning(self, turn: Turn) -> Iterator[None]:
+        """While the block runs, the K-shift graph's nodes carry out `turn` and the decode after it is stopped."""
+        self._turn, self._stopping = turn, False
+        self._turned_rows.clear()
+        try:
+            yield
+        finally:
+            self._turn, self._stopping = None, False
+
+    def raise_kept(self) -> None:
+        """Raise what was raised inside the callback since the last time, if anything was."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            raise kept
+
+    def _tensor(self, factors: tuple[float, ...]) -> int:
+        if factors not in self._tensors:
+            arena = ggml.Arena(ggml.floats_size(len(factors)))
+            self._tensors[factors] = (arena, arena.floats(factors))
+        return self._tensors[factors][1]
+
+    def _make_callback(self) -> ggml.GraphCallback:
+        # Called for each of some thousand nodes a token: look at the op code first and leave at once. The names are
+        # bound here since a local is read faster than an attribute.
+        words, op_index, rope = ggml.WORDS, ggml.OP_INDEX, self._rope
+
+        def see(node: int, ask: bool, _: int | None) -> bool:
+            if words[(node >> 2) + op_index] != rope and self._turn is None and self._kept is None:
+                return False
+            return self._see_closely(node, ask)
+
+        return see
+
+    def _see_closely(self, node: int, ask: bool) -> bool:
+        try:
+            if self._kept is not None:
+                return ask  # compute the one node asked about, then stop the graph
+            op = ggml.WORDS[(node >> 2) + ggml.OP_INDEX]
+            if self._turn is None:
+                self._set_rope(node)
+                return False
+            # The K-shift graph has no GET_ROWS; the graph of the token that set it off begins with one. That token's
+            # own computation is of no use: stop it here.
+            self._stopping = self._stopping or op == self._get_rows
+            if self._stopping:
+                return ask
+            if op == self._rope:
+                self._set_turn(node, self._turn)
+            return False
+        except BaseException as error:  # must not cross C code
+            self._kept = error
+            return ask
+
+    def _applies(self, params: ggml.RopeParams) -> bool:
+        return params.freq_base == self._base and params.n_dims == self.facts.n_rot
+
+    def _set_rope(self, node: int) -> None:
+        params = ggml.rope_params(node)
+        if self._applies(params):
+            ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = self._factors
+            params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
+            self.touched += 1
+
+    def _set_turn(self, node: int, turn: Turn) -> None:
+        params = ggml.rope_params(node)
+        applies = self._applies(params)
+        factors, scale = (self._tensor(turn.factors), turn.scale) if applies else (self._still, 1.0)
+        ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors
+        params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, scale
+        self.touched += applies
+        shift = int(ggml.tensor_at(node).src[1])
+        if shift not in self._turned_rows:
+            # One row of shifts a cache. Cell i holds position i: one sequence, no gaps, and a full-size cache also
+            # for sliding-window layers.
+            self._turned_rows.add(shift)
+            row = ggml.int32_row(ggml.tensor_at(shift))
+            row[:] = 0
+            row[turn.start : turn.stop] = np.arange(turn.start, turn.stop, dtype=np.int32)
