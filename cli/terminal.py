@@ -31,8 +31,15 @@ Advance = Callable[[int, int], None]
 def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
     """Show one bar on the terminal's standard error while the block runs; silent when piped."""
     amount: ProgressColumn = DownloadColumn() if is_bytes else TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), amount, TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        amount,
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(label, total=1)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -75,48 +75,57 @@ class RopeHook:
         """Rope nodes set since the count was last put to zero."""
         self._rope, self._get_rows = ggml.op_code("ROPE"), ggml.op_code("GET_ROWS")
         self._base = float(np.float32(facts.freq_base))
-        self._tensors: dict[tuple[float, ...], tuple[ggml.Arena, int]] = {}
-        self._still = self._tensor((STILL,) * (facts.n_rot // 2))
-        self._factors, self._attention = self._still, 1.0
+        self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
+        self._still = self._tensor((STILL,) * (facts.n_rot // 2), 1.0)
+        self._attention = 1.0
         self._turn: Turn | None = None
         self._turned_rows: set[int] = set()
         self._stopping = False
         self._kept: BaseException | None = None
+        self._factors = self._still
+        self._reading = True
+        """Nothing but λ is to be set: no pass over the cache is on and no exception is waiting."""
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
         """From the next graph on, rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`."""
-        self._factors, self._attention = self._tensor(factors), attention_factor
+        self._factors, self._attention = self._tensor(factors, attention_factor), attention_factor
 
     @contextmanager
     def turning(self, turn: Turn) -> Iterator[None]:
         """While the block runs, the K-shift graph's nodes carry out `turn` and the decode after it is stopped."""
-        self._turn, self._stopping = turn, False
+        self._turn, self._stopping, self._reading = turn, False, False
         self._turned_rows.clear()
         try:
             yield
         finally:
-            self._turn, self._stopping = None, False
+            self._turn, self._stopping, self._reading = None, False, self._kept is None
 
     def raise_kept(self) -> None:
         """Raise what was raised inside the callback since the last time, if anything was."""
         kept, self._kept = self._kept, None
+        self._reading = self._turn is None
         if kept is not None:
             raise kept
 
-    def _tensor(self, factors: tuple[float, ...]) -> int:
-        if factors not in self._tensors:
+    def _tensor(self, factors: tuple[float, ...], attention_factor: float) -> int:
+        # The attention factor is part of the key, so that a node that reads the tensor in use is known to be all set.
+        key = (factors, attention_factor)
+        if key not in self._tensors:
             arena = ggml.Arena(ggml.floats_size(len(factors)))
-            self._tensors[factors] = (arena, arena.floats(factors))
-        return self._tensors[factors][1]
+            self._tensors[key] = (arena, arena.floats(factors))
+        return self._tensors[key][1]
 
     def _make_callback(self) -> ggml.GraphCallback:
-        # Called for each of some thousand nodes a token: look at the op code first and leave at once. The names are
-        # bound here since a local is read faster than an attribute.
+        # Called for each of some thousand nodes a token: look at the op code first and leave at once. Graphs that are
+        # used again still hold what we set. The names are bound here since a local is read faster than an attribute.
         words, op_index, rope = ggml.WORDS, ggml.OP_INDEX, self._rope
+        pointers, src2_index = ggml.POINTERS, ggml.SRC2_INDEX
 
         def see(node: int, ask: bool, _: int | None) -> bool:
-            if words[(node >> 2) + op_index] != rope and self._turn is None and self._kept is None:
+            if self._reading and (
+                words[(node >> 2) + op_index] != rope or pointers[(node >> 3) + src2_index] == self._factors
+            ):
                 return False
             return self._see_closely(node, ask)
 
@@ -138,12 +147,12 @@ class RopeHook:
             if op == self._rope:
                 self._set_turn(node, self._turn)
             return False
-        except BaseException as error:  # must not cross C code
-            self._kept = error
+        except BaseException as error:
+            self._kept, self._reading = error, False
             return ask
 
     def _applies(self, params: ggml.RopeParams) -> bool:
-        return params.freq_base == self._base and params.n_dims == self.facts.n_rot
+        return bool(params.freq_base == self._base and params.n_dims == self.facts.n_rot)
 
     def _set_rope(self, node: int) -> None:
         params = ggml.rope_params(node)
@@ -155,7 +164,8 @@ class RopeHook:
     def _set_turn(self, node: int, turn: Turn) -> None:
         params = ggml.rope_params(node)
         applies = self._applies(params)
-        factors, scale = (self._tensor(turn.factors), turn.scale) if applies else (self._still, 1.0)
+        scale = turn.scale if applies else 1.0
+        factors = self._tensor(turn.factors, scale) if applies else self._still
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors
         params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, scale
         self.touched += applies

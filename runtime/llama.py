@@ -1,0 +1,555 @@
+"""`ropewalk.Llama`: `llama_cpp.Llama` that runs by a rescale schedule.
+
+Same constructor and methods. On top of them: every sequence runs in the smallest band that holds it and moves up, or
+back down, by turning the cached keys; the first n̂ tokens keep the model's own factors; memory is planned before it is
+taken; reading a long prompt reports its progress and can be interrupted at any time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import psutil
+from llama_cpp.llama import LlamaState as StockState
+
+from ..container import Header, native_schedule, read_header, schedule_of
+from ..errors import UserError
+from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
+from . import memory
+from .rope import RopeHook, plan_turns
+
+ROPE_OPTIONS = (
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+)
+"""llama_cpp's own ways to scale RoPE; given one of them, the schedule stands aside."""
+
+PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
+
+
+@dataclass(frozen=True)
+class BandChange:
+    """A sequence of `n_tokens` moved from one band to another in `seconds`."""
+
+    old_index: int
+    new_index: int
+    old: Band
+    new: Band
+    n_tokens: int
+    seconds: float
+    reread: bool
+    """The tokens were read again, as this kind of cache cannot be turned."""
+
+
+class LlamaState(StockState):
+    """llama_cpp's saved state, and the band that its keys are in."""
+
+    band: Band
+
+
+class Llama(llama_cpp.Llama):
+    """A model, its context, and the schedule it runs by.
+
+    Args beyond llama_cpp's:
+        schedule: the bands to run by, or the path of their JSON; default: what the file carries (its `ropewalk.`
+            schedule, or what its own scaling amounts to).
+        kv: cache type: "f16", "q8_0", "q4_0", …, "K:V" for one each, or "auto" for the most exact that fits.
+            Default: llama_cpp's `type_k` and `type_v`.
+        n_ctx: as in llama_cpp; 0 = as long as the last band.
+        flash_attn: None = where the cache type needs it.
+        threads default to the machine's physical cores.
+
+    Attributes:
+        plan: the `MemoryPlan` it was loaded by.
+        band: the band that the cached keys are in.
+        on_progress: called with (tokens read, tokens to read) while a prompt is read.
+        on_band_change: called with a `BandChange` after each.
+
+    Raises:
+        UserError: a file that is no GGUF, an architecture without RoPE, a schedule for another model, a context that
+            the last band does not hold, or too little memory; nothing has been loaded then.
+    """
+
+    band: Band
+    on_progress: Callable[[int, int], None] | None = None
+    on_band_change: Callable[[BandChange], None] | None = None
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        schedule: Schedule | str | os.PathLike[str] | None = None,
+        kv: str | None = None,
+        n_ctx: int = 512,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        logits_all: bool = False,
+        flash_attn: bool | None = None,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        **options: Any,
+    ) -> None:
+        header = read_header(model_path)
+        self._schedule, hooked = _resolve_schedule(header, schedule, n_ctx, options)
+        self._hook = RopeHook(self._schedule.facts) if hooked else None
+        self._asked_ctx = _check_context(n_ctx, self._schedule)
+        if kv is not None and (type_k, type_v) != (None, None):
+            raise UserError("kv: give either kv or type_k and type_v, not both")
+        if options.get("n_gpu_layers"):
+            raise UserError("n_gpu_layers: ropewalk rescales rope on the CPU, expected 0")
+        self.plan = memory.choose_kv(
+            header,
+            self._asked_ctx,
+            kv or ":".join(memory.type_name(1 if t is None else t) for t in (type_k, type_v)),
+            flash_attn=flash_attn,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            logits_all=logits_all,
+            bands=len(self._schedule.bands),
+        )
+        self.band = self._schedule.bands[0]
+        self._proved = not hooked
+        self._abort = False
+        self._abort_callback = llama_cpp.ggml_abort_callback(lambda _: self._abort)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ropewalk-read")
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
+        with _key_turning_layout(header, self._schedule, self.plan):
+            super().__init__(
+                str(model_path),
+                n_ctx=self._asked_ctx,
+                n_batch=n_batch,
+                n_ubatch=n_ubatch,
+                n_threads=n_threads or cores,
+                n_threads_batch=n_threads_batch or cores,
+                logits_all=logits_all,
+                flash_attn=self.plan.flash_attn,
+                type_k=memory.ggml_type(self.plan.type_k),
+                type_v=memory.ggml_type(self.plan.type_v),
+                **options,
+            )
+
+    # llama_cpp.Llama assigns `context_params` once, before it makes the context: the callback goes in there.
+
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._hook is not None:
+            params.cb_eval = self._hook.callback
+        self._context_params = params
+
+    # --- what it runs by
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._schedule
+
+    @property
+    def band_index(self) -> int:
+        """Index in the schedule of the band that the cached keys are in."""
+        return self._schedule.bands.index(self.band)
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Run by another schedule from now on; cached keys are turned to it.
+
+        Raises:
+            UserError: made for another model, or too short for the cached tokens.
+        """
+        if self._hook is None:
+            raise UserError("schedule: this model runs by llama.cpp's own rope options")
+        check_matches(schedule, self._schedule.facts, "schedule")
+        index = schedule.band_index(self.n_tokens)
+        old = self._schedule
+        self._schedule = schedule
+        self._n_ctx = self.n_ctx()
+        try:
+            self._move_to(schedule.bands[index], _index_of(old, self.band), index)
+        except BaseException:
+            self._forget()
+            raise
+
+    def n_ctx(self) -> int:
+        """Tokens that a sequence may have: what was asked for, and no more than the last band holds."""
+        return min(super().n_ctx(), self._asked_ctx, self._schedule.context)
+
+    @property
+    def kv_type(self) -> str:
+        return self.plan.kv_type
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.plan.cache_bytes
+
+    # --- reading tokens
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read `tokens` after those already in the cache, in the smallest band that holds them all.
+
+        Raises:
+            UserError: they do not fit; nothing has been read then.
+        """
+        self._read(list(tokens))
+
+    def token_losses(self, tokens: Sequence[int], start: int = 1) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Negative log-likelihood (nats) of each of ``tokens[start:]`` given all before it, shape ``(n - start,)``.
+
+        The cache is used as far as it holds the same tokens, and holds all of `tokens` but the last afterwards.
+        """
+        tokens = list(tokens)
+        if not 1 <= start < len(tokens):
+            raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}")
+        same = self.longest_token_prefix(self._input_ids[: start - 1].tolist(), tokens)
+        self.n_tokens = same
+        # One settled band for the whole text: loss is asked of the band that holds it.
+        self._make_room(len(tokens) - 1 - same)
+        self._read(tokens[same : start - 1], settled=True)
+        losses: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+        wanted = np.array(tokens[start:])
+
+        def keep(logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+            at = sum(map(len, losses))
+            losses.append(_negative_log_likelihood(logits, wanted[at : at + len(logits)]))
+
+        self._read(tokens[start - 1 : -1], settled=True, on_logits=keep)
+        return np.concatenate(losses)
+
+    def _read(
+        self,
+        tokens: list[int],
+        *,
+        settled: bool = False,
+        on_logits: Callable[[np.ndarray[Any, np.dtype[np.float32]]], None] | None = None,
+    ) -> None:
+        if not settled:
+            self._make_room(len(tokens))
+        done = 0
+        while done < len(tokens):
+            stop = min(done + self.n_batch, len(tokens))
+            if self._hook is not None:
+                facts, before = self._schedule.facts, self.band.start_tokens - self.n_tokens
+                if before > 0:  # start tokens are a batch of their own, with the model's own factors
+                    stop = min(stop, done + before)
+                factors = facts.start_factors if before > 0 else self.band.rescale_factors
+                self._hook.use(factors, self.band.attention_factor)
+            self._decode(tokens[done:stop], on_logits)
+            done = stop
+            if self.on_progress is not None and len(tokens) >= PROMPT_ROWS:
+                self.on_progress(done, len(tokens))
+
+    def _make_room(self, n_new: int) -> None:
+        """Drop what is past `n_tokens`, refuse what will not fit, and move to the band that holds it."""
+        total = self.n_tokens + n_new
+        if total > self.n_ctx():
+            raise UserError(
+                f"{total:,} tokens are more than the context of {self.n_ctx():,}"
+                f" (the model's last band holds {self._schedule.context:,})"
+            )
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        index = self._schedule.band_index(max(total, 1))
+        self._move_to(self._schedule.bands[index], _index_of(self._schedule, self.band), index)
+
+    def _decode(
+        self, tokens: list[int], on_logits: Callable[[np.ndarray[Any, np.dtype[np.float32]]], None] | None
+    ) -> None:
+        """One llama_decode; on any failure the cache is as it was before."""
+        n_past, n_new = self.n_tokens, len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all or on_logits is not None)
+        try:
+            self._interruptibly(n_new)
+            if self._hook is not None:
+                self._hook.raise_kept()
+                self._prove()
+        except BaseException:
+            self._ctx.kv_cache_seq_rm(-1, n_past, -1)
+            if self._is_recurrent or self._is_hybrid:
+                self.reset()  # such a state cannot be taken back
+            if self._hook is not None:
+                self._hook.raise_kept()  # the reason behind llama_decode's return code
+            raise
+        self.input_ids[n_past : n_past + n_new] = tokens
+        if self._logits_all or on_logits is not None:
+            rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_new, self._n_vocab))
+            if self._logits_all:
+                self.scores[n_past : n_past + n_new, :] = rows
+            if on_logits is not None:
+                on_logits(rows)
+        self.n_tokens += n_new
+        self._requires_eval = False
+
+    def _interruptibly(self, n_new: int) -> None:
+        """Decode the batch; a long one in a thread, so that a signal to the main thread can abort it at once."""
+        if n_new < PROMPT_ROWS or threading.current_thread() is not threading.main_thread():
+            self._ctx.decode(self._batch)
+            return
+        self._abort = False
+        llama_cpp.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
+        work: Future[None] = self._reader.submit(self._ctx.decode, self._batch)
+        try:
+            work.result()
+        except BaseException:
+            self._abort = True
+            while not work.done():
+                try:
+                    work.exception()
+                except BaseException:  # a second Ctrl-C: the thread still uses the context, so wait for it
+                    continue
+            raise
+        finally:
+            llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
+
+    def _prove(self) -> None:
+        """After the first decode: λ must have reached at least one node, or the model runs without it."""
+        if not self._proved:
+            assert self._hook is not None
+            if not self._hook.touched:
+                facts = self._schedule.facts
+                raise UserError(
+                    f"{self.model_path}: no rope of this model has base {facts.freq_base:g} and {facts.n_rot}"
+                    " dimensions: the schedule cannot be applied"
+                )
+            self._proved = True
+
+    def _forget(self) -> None:
+        self.n_tokens = 0
+        self._requires_eval = True
+        self._ctx.kv_cache_clear()
+
+    # --- moving between bands
+
+    def _move_to(self, band: Band, old_index: int, new_index: int) -> None:
+        old = self.band
+        if band == old or self._hook is None:
+            return
+        n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
+        try:
+            if n_tokens:
+                turns = plan_turns(self._schedule.facts, old, band, n_tokens)
+                if turns and self._can_turn():
+                    self._turn_keys(turns)
+                    self.band = band
+                elif turns:
+                    self.band, reread = band, True
+                    tokens = self.input_ids[:n_tokens].tolist()
+                    self._forget()
+                    self._read(tokens, settled=True)
+            self.band = band
+        except BaseException:
+            self._forget()  # half-turned keys must never be read
+            self.band = self._schedule.bands[0]
+            raise
+        if n_tokens and self.on_band_change is not None:
+            seconds = time.perf_counter() - started
+            self.on_band_change(BandChange(old_index, new_index, old, band, n_tokens, seconds, reread))
+
+    def _can_turn(self) -> bool:
+        cache = llama_cpp.llama_get_memory(self._ctx.ctx)
+        blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
+        gaps = not self._context_params.swa_full and llama_cpp.llama_model_n_swa(self._model.model) > 0
+        return not (self._is_recurrent or self._is_hybrid or blocks or gaps) and bool(
+            llama_cpp.llama_memory_can_shift(cache)
+        )
+
+    def _turn_keys(self, turns: Sequence[Any]) -> None:
+        """Run llama.cpp's K-shift graph once a turn.
+
+        Shifting all positions by one and back leaves them as they are and still marks the cache as shifted. The graph
+        runs at the start of the next decode: of one token, which is stopped and taken back.
+        """
+        assert self._hook is not None
+        cache = llama_cpp.llama_get_memory(self._ctx.ctx)
+        for turn in turns:
+            llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, 1)
+            llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, -1)
+            self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
+            self._hook.touched = 0
+            with self._hook.turning(turn):
+                code = llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch)
+            self._hook.raise_kept()
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+            if code not in (0, 1) or not self._hook.touched:  # 1: the cache is full, which a turn does not mind
+                raise RuntimeError(f"the cached keys could not be turned to another band (llama_decode: {code})")
+        self._requires_eval = True
+
+    # --- the rest of llama_cpp.Llama that must know of bands
+
+    def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = True, **options: Any) -> Any:
+        """As in llama_cpp, in the smallest band that holds the longest input.
+
+        Raises:
+            UserError: that band has start tokens, which a batch of several sequences cannot honour.
+        """
+        texts = [input] if isinstance(input, str) else input
+        longest = max((len(self.tokenize(text.encode())) for text in texts), default=1)
+        self._forget()
+        band = self._schedule.bands[self._schedule.band_index(max(1, min(longest, self.n_batch)))]
+        if self._hook is not None:
+            if band.start_tokens and band.rescale_factors != self._schedule.facts.start_factors:
+                raise UserError(f"embed: the band has start_tokens {band.start_tokens}, expected 0 for embeddings")
+            self.band = band
+            self._hook.use(band.rescale_factors, band.attention_factor)
+        return super().embed(input, normalize=normalize, truncate=truncate, **options)
+
+    def save_state(self) -> LlamaState:
+        """The tokens, their keys and values, and the band they are in."""
+        state = super().save_state()
+        if not self._logits_all:
+            state.scores = state.scores[:0]  # never written to without logits_all
+        state.__class__ = LlamaState
+        state.band = self.band
+        return state
+
+    def load_state(self, state: StockState) -> None:
+        """Take up a saved state, turned to the band that holds it here.
+
+        Raises:
+            UserError: a state without a band (another class's), or more tokens than fit here.
+        """
+        if not isinstance(state, LlamaState):
+            raise UserError("load_state: the state was not saved by ropewalk.Llama, its band is unknown")
+        if state.n_tokens > self.n_ctx():
+            raise UserError(f"load_state: {state.n_tokens:,} tokens are more than the context of {self.n_ctx():,}")
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        self._forget()
+        if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
+            self._forget()
+            raise RuntimeError("llama.cpp did not take the saved state")
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        if self._logits_all and len(state.scores) == state.n_tokens:
+            self.scores[: state.n_tokens] = state.scores
+        self.n_tokens, self._seed, self.band = state.n_tokens, state.seed, state.band
+        self._make_room(0)
+        self._requires_eval = True
+
+    def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
+        """Replace the cache's sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`."""
+        self._forget()
+        data = (ctypes.c_uint8 * state.nbytes).from_buffer_copy(state)
+        if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
+            self._forget()
+            raise RuntimeError("llama.cpp did not take the saved sequence")
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens, self.band = len(tokens), band
+        self._make_room(0)
+        self._requires_eval = True
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the sequence (tokens, keys and values, band) to a file; see `session.save`."""
+        from . import session
+
+        session.save(self, path)
+
+    def load_session(self, path: str | os.PathLike[str]) -> None:
+        """Take up a sequence that `save_session` wrote; see `session.load`."""
+        from . import session
+
+        session.load(self, path)
+
+    def close(self) -> None:
+        reader = getattr(self, "_reader", None)
+        if reader is not None:
+            reader.shutdown(wait=True)
+        if hasattr(self, "_stack"):
+            super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["n_ctx"] = self._asked_ctx
+        if self._hook is not None:
+            state["schedule"] = self._schedule
+        return dict(state)
+
+
+def _resolve_schedule(
+    header: Header, given: Schedule | str | os.PathLike[str] | None, n_ctx: int, options: dict[str, Any]
+) -> tuple[Schedule, bool]:
+    """The schedule to run by, and whether the rope callback is needed for it."""
+    defaults = inspect.signature(llama_cpp.Llama.__init__).parameters
+    own = [name for name in ROPE_OPTIONS if name in options and options[name] != defaults[name].default]
+    native = native_schedule(header)
+    if own and (given is not None or schedule_of(header) != native):
+        raise UserError(f"{own[0]}: the model runs by a rescale schedule; give one or the other")
+    if own:
+        last = native.bands[-1]
+        asked = Band(
+            context=max(n_ctx, 1) if n_ctx else last.context,
+            rescale_factors=last.rescale_factors,
+            found=Provenance(method="llama.cpp options"),
+        )
+        return Schedule(facts=native.facts, bands=(asked,)), False
+    if given is None:
+        schedule = schedule_of(header)
+        return schedule, schedule != native or len(native.bands) > 1
+    if isinstance(given, Schedule):
+        where, schedule = "schedule", given
+    else:
+        where, schedule = str(given), read_schedule(given)
+    check_matches(schedule, native.facts, where)
+    return schedule, True
+
+
+def _check_context(n_ctx: int, schedule: Schedule) -> int:
+    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or n_ctx < 0:
+        raise UserError(f"n_ctx: {n_ctx!r}, expected a number of tokens (0 for the model's longest)")
+    if n_ctx > schedule.context:
+        raise UserError(
+            f"n_ctx: {n_ctx:,} tokens, expected at most {schedule.context:,}, which the model's last band holds"
+        )
+    return n_ctx or schedule.context
+
+
+@contextmanager
+def _key_turning_layout(header: Header, schedule: Schedule, plan: memory.MemoryPlan) -> Any:
+    """Keep llama.cpp from mixing rotated and unrotated dimensions of a quantised key.
+
+    Its Hadamard transform of quantised keys spans whole heads, but its K-shift undoes it on the rotated dimensions
+    only: where those are fewer, keys could not be turned, so the transform is switched off for this context.
+    """
+    shape = memory.head_size(header)
+    partial = memory.is_quantised(plan.type_k) and schedule.facts.n_rot != shape and len(schedule.bands) > 1
+    name, before = "LLAMA_ATTN_ROT_DISABLE", os.environ.get("LLAMA_ATTN_ROT_DISABLE")
+    if partial:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if partial:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
+
+
+def _index_of(schedule: Schedule, band: Band) -> int:
+    return schedule.bands.index(band) if band in schedule.bands else -1
+
+
+def _negative_log_likelihood(
+    logits: np.ndarray[Any, np.dtype[np.float32]], tokens: np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """``-log softmax(logits)[token]`` of each row, shape ``(rows,)``, in nats."""
+    peak = logits.max(axis=1, keepdims=True)
+    total = np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64)
+    chosen = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return np.asarray(np.log(total) + peak[:, 0] - chosen, dtype=np.float64)

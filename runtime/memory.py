@@ -1,0 +1,233 @@
+"""What a model will need before a byte of it is loaded: weights, KV cache and compute, against what the machine has.
+
+`plan_memory` computes; `choose_kv` takes the most exact cache type that fits and refuses, with the numbers, what does
+not fit at all. The sizes follow llama.cpp's allocations on a CPU; compute buffers are an estimate from above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import psutil
+
+from ..container import Header
+from ..errors import UserError
+
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Types of a KV cache; `K:V` names one for each, a single name serves both."""
+
+AUTO_ORDER = ("f16", "q8_0:f16", "q8_0", "q4_0")
+"""What `auto` tries: from the most exact down."""
+
+CELL_PADDING = 256  # llama.cpp rounds the cache's cells up to this
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model will take with `n_ctx` tokens of context and a cache of `kv_type`."""
+
+    n_ctx: int
+    kv_type: str
+    flash_attn: bool
+    weights_bytes: int
+    cache_bytes: int
+    compute_bytes: int
+    available_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.compute_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.available_bytes
+
+    @property
+    def type_k(self) -> str:
+        return self.kv_type.split(":")[0]
+
+    @property
+    def type_v(self) -> str:
+        return self.kv_type.split(":")[-1]
+
+
+def ggml_type(name: str) -> int:
+    """ggml's number for the cache type `name`."""
+    return int(gguf.GGMLQuantizationType[name.upper()])
+
+
+def type_name(number: int) -> str:
+    """The name of ggml's type `number`, as cache types are named here."""
+    return gguf.GGMLQuantizationType(number).name.lower()
+
+
+def is_quantised(name: str) -> bool:
+    return name not in ("f32", "f16", "bf16")
+
+
+def _row_bytes(name: str, n: int) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    return -(-n // block) * size
+
+
+def check_kv_type(kv: str) -> str:
+    """Return `kv` if it names a cache type.
+
+    Raises:
+        UserError: it does not.
+    """
+    parts = kv.split(":") if isinstance(kv, str) else []
+    if kv != "auto" and (not 1 <= len(parts) <= 2 or any(part not in KV_TYPES for part in parts)):
+        raise UserError(f"kv: {kv!r}, expected auto, one of {', '.join(KV_TYPES)}, or two of them as K:V")
+    return kv if len(set(parts)) != 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes that memory depends on; per layer where models differ."""
+
+    n_head: int
+    k_heads: tuple[int, ...]
+    key_length: int
+    value_length: int
+    n_embd: int
+    n_ff: int
+    n_vocab: int
+    weights_bytes: int
+
+
+def _numbers(header: Header, key: str, default: Any) -> list[int]:
+    entry = header.entries.get(f"{header.arch}.{key}")
+    if entry is None:
+        return list(default)
+    value = header.get(entry.key)
+    return [int(value)] if value is not None else [int(x) for x in header.array(entry.key)]
+
+
+def _shape(header: Header) -> _Shape:
+    n_layer = _numbers(header, "block_count", [0])[0]
+    heads = _numbers(header, "attention.head_count", [1])
+    kv_heads = _numbers(header, "attention.head_count_kv", heads)
+    if len(kv_heads) == 1:
+        kv_heads *= n_layer
+    n_embd = _numbers(header, "embedding_length", [0])[0]
+    key_length = _numbers(header, "attention.key_length", [n_embd // max(*heads, 1, 1)])[0]
+    tokens = header.entries.get("tokenizer.ggml.tokens")
+    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    return _Shape(
+        n_head=max(heads),
+        k_heads=tuple(kv_heads),
+        key_length=key_length,
+        value_length=_numbers(header, "attention.value_length", [key_length])[0],
+        n_embd=n_embd,
+        n_ff=max(_numbers(header, "feed_forward_length", [4 * n_embd])),
+        n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding else 0),
+        weights_bytes=sum(tensor.n_bytes for tensor in header.tensors),
+    )
+
+
+def head_size(header: Header) -> int:
+    """Dimensions of one attention head's key."""
+    return _shape(header).key_length
+
+
+def plan_memory(
+    header: Header,
+    n_ctx: int,
+    kv: str,
+    *,
+    flash_attn: bool | None = None,
+    n_batch: int = 512,
+    n_ubatch: int = 512,
+    logits_all: bool = False,
+    bands: int = 1,
+    available: int | None = None,
+) -> MemoryPlan:
+    """Bytes for `n_ctx` tokens with cache type `kv` (not "auto").
+
+    `flash_attn` None means: on where V is quantised, which llama.cpp demands, and where the scores of plain attention
+    would take more than the cache. `bands` above one counts the buffer in which quantised keys are turned. `available`
+    replaces the machine's own figure.
+    """
+    kv = check_kv_type(kv)
+    type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
+    shape = _shape(header)
+    cells = -(-n_ctx // CELL_PADDING) * CELL_PADDING
+    n_ubatch = min(n_ubatch, n_batch, n_ctx)
+    cache = sum(
+        cells * (_row_bytes(type_k, heads * shape.key_length) + _row_bytes(type_v, heads * shape.value_length))
+        for heads in shape.k_heads
+    )
+    if flash_attn is None:
+        flash_attn = is_quantised(type_v)
+    rows = 4 * n_ubatch  # bytes of one float for each row of a micro-batch
+    scores = rows * cells * (1.5 if flash_attn else 2 * shape.n_head + 1)
+    states = rows * (3 * shape.n_ff + 4 * shape.n_embd + 3 * shape.n_head * max(shape.key_length, shape.value_length))
+    outputs = rows * shape.n_vocab
+    turned = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
+    logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
+    return MemoryPlan(
+        n_ctx=n_ctx,
+        kv_type=kv,
+        flash_attn=flash_attn,
+        weights_bytes=shape.weights_bytes,
+        cache_bytes=cache,
+        compute_bytes=int(max(scores + states, outputs, turned)) + logits,
+        available_bytes=available_memory() if available is None else available,
+    )
+
+
+def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan:
+    """The plan for cache type `kv`; for "auto", for the most exact type that fits. Options as for `plan_memory`.
+
+    Raises:
+        UserError: it does not fit, with the numbers; or the model's heads do not divide into the type's blocks.
+    """
+    kv = check_kv_type(kv)
+    shape = _shape(header)
+    names = AUTO_ORDER if kv == "auto" else (kv,)
+    plans = []
+    for name in names:
+        unfit = _blocks_that_do_not_fit(shape, name)
+        if unfit is None:
+            plans.append(plan_memory(header, n_ctx, name, **options))
+            if plans[-1].fits:
+                return plans[-1]
+        elif kv != "auto":
+            raise UserError(f"kv: {kv!r} does not suit {header.path}: {unfit}")
+    smallest = min(plans, key=lambda plan: plan.total_bytes)
+    raise UserError(
+        f"not enough memory for {n_ctx} tokens with a {smallest.kv_type} cache: {_mib(smallest.weights_bytes)} weights"
+        f" + {_mib(smallest.cache_bytes)} cache + {_mib(smallest.compute_bytes)} compute"
+        f" = {_mib(smallest.total_bytes)} MiB, and {_mib(smallest.available_bytes)} MiB are free;"
+        " ask for a shorter context" + ("" if kv in ("auto", "q4_0") else " or a smaller cache type")
+    )
+
+
+def _blocks_that_do_not_fit(shape: _Shape, kv: str) -> str | None:
+    for name, length in ((kv.split(":")[0], shape.key_length), (kv.split(":")[-1], shape.value_length)):
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0]
+        if length % block:
+            return f"its head size {length} is no multiple of {name}'s block, {block}"
+    return None
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f}"
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the machine has free, or less where a control group says so."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such group, or "max"
+    return max(free, 0)

@@ -1,0 +1,115 @@
+"""Each closed form against an independent implementation: transformers' `ROPE_INIT_FUNCTIONS`."""
+
+import math
+
+import numpy as np
+import pytest
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ropewalk.factors import (
+    RopeFacts,
+    Schedule,
+    ScheduleError,
+    doubling_contexts,
+    dynamic_ntk,
+    extend,
+    longrope_attention_factor,
+    native_band,
+    ntk,
+    pi,
+    yarn,
+    yarn_attention_factor,
+)
+
+MODELS = [(64, 1e4, 4096), (128, 5e5, 8192), (96, 1e6, 32768), (32, 1e4, 2048)]
+SCALES = [1.5, 2.0, 4.0, 32.0]
+
+
+def peer(kind, n_rot, base, original, scale, seq_len=None, **more):
+    """(λ, attention factor) as transformers computes them."""
+    config = PretrainedConfig(hidden_size=4 * n_rot, num_attention_heads=4, max_position_embeddings=original)
+    config.rope_theta = base
+    config.rope_parameters = config.rope_scaling = {
+        "rope_type": kind,
+        "rope_theta": base,
+        "factor": scale,
+        "original_max_position_embeddings": original,
+        **more,
+    }
+    frequencies, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=seq_len)
+    plain = base ** (-2 * np.arange(n_rot // 2) / n_rot)
+    return plain / frequencies.double().numpy(), attention
+
+
+@pytest.mark.parametrize("n_rot, base, original", MODELS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_pi_and_yarn_and_ntk_agree_with_transformers(n_rot, base, original, scale):
+    factors, _ = peer("linear", n_rot, base, original, scale)
+    np.testing.assert_allclose(pi(n_rot, scale), factors, rtol=1e-5)
+
+    factors, attention = peer("yarn", n_rot, base, original, scale, beta_fast=32.0, beta_slow=1.0)
+    np.testing.assert_allclose(yarn(n_rot, scale, base, original), factors, rtol=1e-5)
+    assert yarn_attention_factor(scale) == pytest.approx(attention)
+
+    length = int(original * scale)
+    factors, _ = peer("dynamic", n_rot, base, original, scale, seq_len=length)
+    np.testing.assert_allclose(dynamic_ntk(n_rot, scale, length, original), factors, rtol=1e-4)
+    # NTK-aware is the dynamic form where the length's own ratio comes out as the scale.
+    factors, _ = peer("dynamic", n_rot, base, original, 1.0, seq_len=length)
+    np.testing.assert_allclose(ntk(n_rot, length / original), factors, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale, original", [(8.0, 4096), (32.0, 4096), (1.0, 4096)])
+def test_longrope_attention_factor_agrees_with_transformers(scale, original):
+    ones = [1.0] * 32
+    _, attention = peer("longrope", 64, 1e4, original, scale, long_factor=ones, short_factor=ones)
+    assert longrope_attention_factor(scale, original) == pytest.approx(attention)
+
+
+def test_ends_of_ntk_and_yarn():
+    factors = ntk(64, 4)
+    assert factors[0] == 1 and factors[-1] == pytest.approx(4)
+    factors = yarn(64, 4, 1e4, 4096)
+    assert factors[0] == 1 and factors[-1] == pytest.approx(4)
+    assert (np.diff(factors) >= 0).all()
+
+
+def test_dynamic_ntk_leaves_short_text_alone():
+    np.testing.assert_array_equal(dynamic_ntk(64, 4, 100, 4096), np.ones(32))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0, -1, math.nan, math.inf])
+def test_a_scale_that_is_none_is_refused(scale):
+    for method in (pi, ntk):
+        with pytest.raises(ScheduleError, match="scale"):
+            method(64, scale)
+
+
+def facts(**more):
+    return RopeFacts(n_rot=64, freq_base=1e4, original_context=4096, **more)
+
+
+def test_extend_doubles_up_to_the_context():
+    assert doubling_contexts(4096, 30000) == [8192, 16384, 30000]
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    schedule = extend(base, 16384, "yarn")
+    assert [band.context for band in schedule.bands] == [4096, 8192, 16384]
+    np.testing.assert_allclose(schedule.bands[2].rescale_factors, yarn(64, 4, 1e4, 4096))
+    assert schedule.bands[2].attention_factor == yarn_attention_factor(4)
+    assert schedule.bands[0] == base.bands[0]
+
+
+def test_extend_multiplies_onto_what_the_model_has():
+    own = tuple(np.linspace(1, 8, 32).tolist())
+    base = Schedule(facts=facts(native_factors=own), bands=(native_band(facts(native_factors=own)),))
+    band = extend(base, 8192, "pi").bands[-1]
+    np.testing.assert_allclose(band.rescale_factors, 2 * np.array(own))
+    assert band.found.method == "pi" and band.found.onto == "native"
+
+
+@pytest.mark.parametrize("context", [4096, 100, 0, -5])
+def test_extend_refuses_a_context_the_model_has(context):
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    with pytest.raises(ScheduleError, match=f"context: {context}, expected more than the 4096"):
+        extend(base, context)
