@@ -1,14 +1,17 @@
 """The GGUF file: its head, read with bounds; what it says of its RoPE; the schedule it carries."""
 
-from .facts import (
+from .architectures import (
     ARCHITECTURES_WITHOUT_ROPE,
     NATIVE_FACTOR_ARCHITECTURES,
-    freq_scale,
-    native_schedule,
-    rope_facts,
+    has_rope,
+    takes_native_factors,
 )
-from .header import Entry, GGUFError, Header, Tensor, read_header
-from .schedule_keys import PREFIX, embedded_schedule, schedule_entries, schedule_of
+from .facts import freq_scale, native_schedule, plain_context, rope_facts
+from .header import Entry, GGUFError, Header, Tensor
+from .reader import read_header
+from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values
+from .stock import what_stock_does
+from .values import Value
 
 __all__ = [
     "ARCHITECTURES_WITHOUT_ROPE",
@@ -18,11 +21,16 @@ __all__ = [
     "GGUFError",
     "Header",
     "Tensor",
+    "Value",
     "embedded_schedule",
     "freq_scale",
+    "has_rope",
     "native_schedule",
+    "plain_context",
     "read_header",
     "rope_facts",
-    "schedule_entries",
     "schedule_of",
+    "schedule_values",
+    "takes_native_factors",
+    "what_stock_does",
 ]

@@ -1,7 +1,8 @@
 """What a GGUF file says of its RoPE: the model's facts, and what it already does beyond plain RoPE, as a schedule.
 
-The rules are those of llama.cpp's loader (llama-model.cpp, `load_hparams`; llama-context.cpp) and of its rope
-operation (ggml-cpu, `rope_yarn`), so that the native schedule turns keys as stock llama.cpp would.
+The rules are those of llama.cpp's loader (llama-model.cpp, `load_hparams`; llama-context.cpp; the architectures' own
+files) and of its rope operation (ggml-cpu, `rope_yarn`), so that the native schedule turns keys as stock llama.cpp
+would.
 """
 
 from __future__ import annotations
@@ -14,21 +15,14 @@ from gguf import GGMLQuantizationType
 
 from ..errors import UserError
 from ..factors import Band, Provenance, RopeFacts, Schedule, native_band, yarn
-from .header import GGUFError, Header, Tensor
+from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
+from .header import GGUFError, Header
 
-ARCHITECTURES_WITHOUT_ROPE = frozenset(
-    "arwkv7 bert bloom clip glm5-next gpt2 gptj jais jamba jina-bert-v2 kimi-k3 kimi-linear mamba mamba2 mpt"
-    " nemotron_h nemotron_h_moe refact rwkv6 rwkv6qwen2 rwkv7 starcoder t5 t5encoder wavtokenizer-dec".split()
-)
-"""Those for which llama.cpp's `llama_model_rope_type` says none, and those with learned absolute positions."""
+Array = npt.NDArray[np.float64]
 
-NATIVE_FACTOR_ARCHITECTURES = frozenset(
-    "apertus deci granite granite_swa granitemoe llama llama-embed minicpm minicpm3 mistral3 pangu-embedded phi3"
-    " phimoe step35".split()
-)
-"""Those whose loader in llama.cpp takes `rope_factors_long/short`; others refuse a file with tensors they do not know."""
-
-DEEPSEEK = frozenset({"deepseek2", "deepseek32", "glm-dsa", "mistral4"})  # their YaRN log multiplier is stored × 0.1
+FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e38  # 1e30 is real: Gemma 4's pairs that do not turn
 
 
 def rope_facts(header: Header) -> RopeFacts:
@@ -47,133 +41,189 @@ def native_schedule(header: Header) -> Schedule:
         UserError: as for `rope_facts`.
     """
     arch = header.arch
-    if arch in ARCHITECTURES_WITHOUT_ROPE:
+    if not has_rope(header):
         raise UserError(f"{header.path}: architecture {arch!r} has no RoPE, so there is nothing to rescale")
     n_rot, base = _n_rot(header), _freq_base(header)
     context = _context(header, f"{arch}.context_length")
-    plain = _scaling(header, n_rot, base, context)
-    attention = header.number(f"{arch}.rope.scaling.attn_factor", 1.0) or 1.0
-    kind = header.get(f"{arch}.rope.scaling.type")
-    long, short = header.tensor("rope_factors_long.weight"), header.tensor("rope_factors_short.weight")
-    if long and short and kind == "longrope":
-        original = _context(header, f"{arch}.rope.scaling.original_context_length")
-        first, last = (_factors(header, tensor, n_rot) * plain for tensor in (short, long))
-        if original >= context:
-            return Schedule(
-                facts=_facts(n_rot, base, context, first, attention),
-                bands=(native_band(_facts(n_rot, base, context, first, attention)),),
+    scaled, attention = _scaling(header, n_rot, base, context)
+    freqs = _factor_tensor(header, FREQS, n_rot)
+    long, short = (_factor_tensor(header, name, n_rot) for name in (LONG, SHORT))
+    original, first = context, scaled
+    if freqs is not None:  # llama.cpp prefers these
+        first = freqs * scaled
+    elif long is not None or short is not None:
+        original = min(context, _original_context(header, context))
+        first = scaled if short is None else short * scaled
+    facts = RopeFacts(
+        n_rot=n_rot,
+        freq_base=base,
+        original_context=original,
+        native_factors=() if (first == 1).all() else tuple(first.tolist()),
+        native_attention_factor=attention,
+    )
+    bands = [native_band(facts)]
+    if original < context:
+        last = scaled if long is None else long * scaled
+        bands.append(
+            Band(
+                context=context,
+                rescale_factors=tuple(last.tolist()),
+                attention_factor=attention,
+                found=Provenance(method="native"),
             )
-        facts = _facts(n_rot, base, original, first, attention)
-        band = Band(
-            context=context,
-            rescale_factors=tuple(last.tolist()),
-            attention_factor=attention,
-            found=Provenance(method="native"),
         )
-        return Schedule(facts=facts, bands=(native_band(facts), band))
-    freqs = header.tensor("rope_freqs.weight")
-    if freqs:
-        plain = plain * _factors(header, freqs, n_rot)
-    if kind == "yarn":
-        attention *= _yarn_attention(header)
-    facts = _facts(n_rot, base, context, plain, attention)
-    return Schedule(facts=facts, bands=(native_band(facts),))
+    return Schedule(facts=facts, bands=tuple(bands))
 
 
 def freq_scale(header: Header) -> float:
     """llama.cpp's `rope_freq_scale` for this file's global layers: one over its scaling factor."""
-    factor = _factor(header)
-    return 1.0 if header.get(f"{header.arch}.rope.scaling.type") == "none" else 1.0 / factor
+    return 1.0 if _scaling_type(header) == "none" else 1.0 / _scaling_factor(header)
 
 
-def _facts(n_rot: int, base: float, context: int, factors: npt.NDArray[np.float64], attention: float) -> RopeFacts:
-    own = () if (factors == 1).all() else tuple(factors.tolist())
-    return RopeFacts(
-        n_rot=n_rot,
-        freq_base=base,
-        original_context=context,
-        native_factors=own,
-        native_attention_factor=attention,
-    )
+def plain_context(header: Header) -> int:
+    """The context that the model had before it was scaled, as far as the file says: its original one, or its own."""
+    context = _context(header, f"{header.arch}.context_length")
+    return min(context, _original_context(header, context))
 
 
-def _context(header: Header, key: str) -> int:
-    value = header.number(key)
+# --- single keys
+
+
+def _positive(header: Header, key: str, default: float) -> float:
+    value = header.number(key, default)
+    if value <= 0:
+        raise GGUFError(f"{header.path}: {key}: {value:g}, expected a number above 0")
+    return value
+
+
+def _context(header: Header, key: str, default: float | None = None) -> int:
+    value = header.number(key, default)
     if not 0 < value < 2**31 or value != int(value):
         raise GGUFError(f"{header.path}: {key}: {value}, expected a number of tokens")
     return int(value)
 
 
+def _original_context(header: Header, default: int) -> int:
+    key = f"{header.arch}.rope.scaling.original_context_length"
+    return _context(header, key, default) if header.get(key) != 0 else default
+
+
 def _n_rot(header: Header) -> int:
     arch = header.arch
-    heads = header.get(f"{arch}.attention.head_count")
-    if heads is None and f"{arch}.attention.head_count" in header.entries:
-        heads = max(header.array(f"{arch}.attention.head_count"), default=0)
-    n = header.get(f"{arch}.rope.dimension_count") or header.get(f"{arch}.attention.key_length")
-    if n is None and heads:
+    for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.key_length"):
+        if key in header.entries:
+            n = header.number(key)
+            break
+    else:
+        key = f"{arch}.attention.head_count"
+        is_list = key in header.entries and header.entries[key].item_type is not None
+        heads = max(header.array(key), default=0) if is_list else header.number(key)
+        if not isinstance(heads, (int, float)) or heads < 1:
+            raise GGUFError(f"{header.path}: {key}: {heads!r}, expected a number of heads")
         n = header.number(f"{arch}.embedding_length") // heads
-    if not isinstance(n, (int, float)) or not 2 <= n <= 1 << 17 or n % 2:
-        raise GGUFError(f"{header.path}: {arch}.rope.dimension_count: {n!r}, expected an even number")
+    if not 2 <= n <= 1 << 17 or n % 2:
+        raise GGUFError(f"{header.path}: {key}: {n} rotary dimensions, expected an even number from 2")
     return int(n)
 
 
 def _freq_base(header: Header) -> float:
     arch = header.arch
     base = header.number(f"{arch}.rope.freq_base", 10000.0)
+    if not 1 < base < 1e30:
+        raise GGUFError(f"{header.path}: {arch}.rope.freq_base: {base:g}, expected a number above 1")
     alpha = header.number(f"{arch}.rope.scaling.alpha", 0.0)
-    if alpha > 0 and arch.startswith("hunyuan"):  # an NTK-aware base, worked out by the loader
+    if arch in ALPHA_ARCHITECTURES and alpha > 0:
         n = header.number(f"{arch}.attention.key_length", _n_rot(header))
-        base = float(np.float32(np.float32(base) * np.float32(alpha) ** np.float32(n / (n - 2))))
-    if base <= 0:
-        raise GGUFError(f"{header.path}: {arch}.rope.freq_base: {base}, expected a number above 0")
+        if not 1 <= alpha <= 1e6 or n < 4:
+            raise GGUFError(f"{header.path}: {arch}.rope.scaling.alpha: {alpha:g}, expected a number from 1")
+        base = float(np.float32(base) * np.float32(alpha) ** np.float32(n / (n - 2)))
     return float(base)
 
 
-def _factor(header: Header) -> float:
-    arch = header.arch
-    factor = header.number(f"{arch}.rope.scaling.factor", header.number(f"{arch}.rope.scale_linear", 0.0))
-    if factor < 0:
-        raise GGUFError(f"{header.path}: {arch}.rope.scaling.factor: {factor}, expected a number above 0")
-    return factor or 1.0
+def _scaling_type(header: Header) -> str:
+    key = f"{header.arch}.rope.scaling.type"
+    kind = header.get(key, "linear")
+    if kind not in SCALING_TYPES:
+        raise GGUFError(f"{header.path}: {key}: {kind!r}, expected one of {', '.join(SCALING_TYPES)}")
+    return str(kind)
 
 
-def _scaling(header: Header, n_rot: int, base: float, context: int) -> npt.NDArray[np.float64]:
-    """λ that the scaling keys amount to, shape ``(n_rot/2,)``."""
-    arch, factor = header.arch, 1 / freq_scale(header)
-    if header.get(f"{arch}.rope.scaling.type") != "yarn":
-        return np.full(n_rot // 2, factor)
-    original = int(header.number(f"{arch}.rope.scaling.original_context_length", context)) or context
-    fast = header.number(f"{arch}.rope.scaling.yarn_beta_fast", 8.0 if arch == "grok" else 32.0)
-    slow = header.number(f"{arch}.rope.scaling.yarn_beta_slow", 1.0)
-    return yarn(n_rot, max(factor, 1.0), base, original, fast, slow)
+def _scaling_factor(header: Header) -> float:
+    key = f"{header.arch}.rope.scaling.factor"
+    if key not in header.entries:
+        key = f"{header.arch}.rope.scale_linear"
+    factor = header.number(key, 0.0) or 1.0
+    if not SMALLEST_FACTOR <= factor <= 1e9:
+        raise GGUFError(f"{header.path}: {key}: {factor:g}, expected a number above 0")
+    return factor
 
 
-def _yarn_attention(header: Header) -> float:
-    """The scale that llama.cpp gives rotated vectors under YaRN, past its own cancelling terms."""
-    arch, factor = header.arch, _factor(header)
-    if factor <= 1:
+# --- what they amount to
+
+
+def _scaling(header: Header, n_rot: int, base: float, context: int) -> tuple[Array, float]:
+    """λ of shape ``(n_rot/2,)`` and the attention factor that the scaling keys amount to."""
+    scaling, factor = f"{header.arch}.rope.scaling.", 1 / freq_scale(header)
+    attention = _positive(header, scaling + "attn_factor", 1.0)
+    extrapolation = 1.0 if _scaling_type(header) == "yarn" else 0.0
+    if header.arch == "grok":
+        asked = header.number(scaling + "yarn_ext_factor", -1.0)
+        extrapolation = asked if asked >= 0 else extrapolation
+        if not extrapolation:
+            attention *= _positive(header, scaling + "yarn_attn_factor", 1.0)
+    if not extrapolation:
+        return np.full(n_rot // 2, factor), attention
+    if factor < 1:
+        raise GGUFError(f"{header.path}: {scaling}factor: {factor:g}, expected at least 1 with YaRN")
+    fast, slow = 8.0 if header.arch == "grok" else 32.0, 1.0
+    if header.arch in YARN_BETA_ARCHITECTURES:
+        fast = _positive(header, scaling + "yarn_beta_fast", fast)
+        slow = _positive(header, scaling + "yarn_beta_slow", slow)
+    blended = yarn(n_rot, factor, base, _original_context(header, context), fast, slow)
+    if extrapolation != 1:
+        blended = 1 / (1 / factor + min(extrapolation, 1.0) * (1 / blended - 1 / factor))
+    return blended, attention * _yarn_attention(header, factor)
+
+
+def _yarn_attention(header: Header, factor: float) -> float:
+    """The scale that llama.cpp gives rotated vectors under YaRN, past its own cancelling terms.
+
+    With a log multiplier m the models are trained with ``(0.1 ln s + 1) / (0.1 m ln s + 1)`` here, and the rest of the
+    scale is in their attention; deepseek2 has all of it there.
+    """
+    plain = 0.1 * math.log(factor) + 1
+    multiplier = 0.0
+    if header.arch in YARN_LOG_MULTIPLIER:
+        multiplier = header.number(f"{header.arch}.rope.scaling.yarn_log_multiplier", 0.0)
+        multiplier /= YARN_LOG_MULTIPLIER[header.arch]
+    if multiplier == 0:
+        return plain
+    if header.arch == "deepseek2":
         return 1.0
-    log_multiplier = header.number(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)
-    if not log_multiplier:
-        return 0.1 * math.log(factor) + 1
-    if arch in DEEPSEEK:
-        log_multiplier /= 0.1
-    above = log_multiplier if arch == "deepseek2" else 1.0
-    return (0.1 * above * math.log(factor) + 1) / (0.1 * log_multiplier * math.log(factor) + 1)
-
-
-def _factors(header: Header, tensor: Tensor, n_rot: int) -> npt.NDArray[np.float64]:
-    """The numbers of a factor tensor, checked."""
-    kinds = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
-    form = kinds.get(GGMLQuantizationType(tensor.type))
-    if form is None or tensor.shape != (n_rot // 2,):
+    below = 0.1 * multiplier * math.log(factor) + 1
+    if not 1e-3 < below < 1e3:
         raise GGUFError(
-            f"{header.path}: tensor {tensor.name!r}: {GGMLQuantizationType(tensor.type).name} of shape"
-            f" {list(tensor.shape)}, expected F32 of [{n_rot // 2}]"
+            f"{header.path}: {header.arch}.rope.scaling.yarn_log_multiplier: {multiplier:g}, expected a small number"
         )
-    with header.path.open("rb") as file:
-        file.seek(header.data_start + tensor.offset)
-        numbers = np.frombuffer(file.read(tensor.n_bytes), dtype=form).astype(np.float64)
-    if not (np.isfinite(numbers).all() and (numbers > 0).all()):
-        raise GGUFError(f"{header.path}: tensor {tensor.name!r}: not all finite and above 0")
+    return plain / below
+
+
+def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
+    """The numbers of a factor tensor, checked; None where the file has none."""
+    tensor = header.tensor(name)
+    if tensor is None:
+        return None
+    form = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(GGMLQuantizationType(tensor.type))
+    half = n_rot // 2
+    # step35 keeps the factors of the layers with most rotary dimensions, and the others use their beginning
+    long_enough = tensor.shape[:1] >= (half,) if header.arch == "step35" else tensor.shape[:1] == (half,)
+    if form is None or not long_enough or any(n != 1 for n in tensor.shape[1:]):
+        raise GGUFError(
+            f"{header.path}: tensor {name!r}: {GGMLQuantizationType(tensor.type).name} of shape {list(tensor.shape)},"
+            f" expected F32 of [{half}]"
+        )
+    numbers = np.frombuffer(header.tensor_data(tensor), dtype=form)[:half].astype(np.float64)
+    for i, number in enumerate(numbers):
+        if not SMALLEST_FACTOR <= number <= LARGEST_FACTOR:
+            raise GGUFError(f"{header.path}: tensor {name!r}: element {i} is {number:g}, expected a number above 0")
     return numbers

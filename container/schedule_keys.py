@@ -6,7 +6,8 @@
     ropewalk.band.{i}.{context, rescale_factors, start_tokens, attention_factor, force_start_tokens}
     ropewalk.band.{i}.found.{method, onto, objective, data_digest, seed, losses}
 
-λ are float64 arrays, so that what is read is what was written; what is None or an empty array has no key.
+λ and every other fraction are float64, so that what is read is what was written; what is None or an empty array has
+no key.
 """
 
 from __future__ import annotations
@@ -14,44 +15,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gguf import GGUFValueType
-
 from ..factors import Schedule, ScheduleError, check_matches, schedule_from_dict
 from .facts import native_schedule
 from .header import Header
+from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
+MAX_BANDS = 64
+MAX_ITEMS = 1 << 17  # of one array: λ, or the losses of a long search
 
-Item = tuple[str, int, "int | None", Any]
-"""(key, value type, item type of an array, value)."""
 
+def schedule_values(schedule: Schedule) -> list[Value]:
+    """The metadata that carries `schedule`, in the order to write it.
 
-def schedule_entries(schedule: Schedule) -> list[Item]:
-    """The metadata that carries `schedule`, in the order to write it."""
+    Raises:
+        ScheduleError: a seed of more than 64 bits, which GGUF has no type for.
+    """
     data = schedule.model_dump()
-    items = list(_flatten(PREFIX, {"format_version": data["format_version"], "facts": data["facts"]}))
-    items.append((f"{PREFIX}band_count", GGUFValueType.UINT32, None, len(schedule.bands)))
+    values = list(_flatten(PREFIX, {"format_version": data["format_version"], "facts": data["facts"]}))
+    values.append(Value(f"{PREFIX}band_count", U32, len(schedule.bands)))
     for i, band in enumerate(data["bands"]):
-        items.extend(_flatten(f"{PREFIX}band.{i}.", band))
-    return items
+        values.extend(_flatten(f"{PREFIX}band.{i}.", band))
+    return values
 
 
-def _flatten(prefix: str, data: dict[str, Any]) -> Iterator[Item]:
+def _flatten(prefix: str, data: dict[str, Any]) -> Iterator[Value]:
     for name, value in data.items():
         key = prefix + name
         if isinstance(value, dict):
             yield from _flatten(key + ".", value)
         elif isinstance(value, bool):
-            yield key, GGUFValueType.BOOL, None, value
+            yield Value(key, BOOL, value)
         elif isinstance(value, int):
-            # seeds may be any 64-bit number; everything else that is whole is a count of tokens or dimensions
-            yield key, GGUFValueType.INT64 if name == "seed" else GGUFValueType.UINT32, None, value
+            # A seed may be any 64-bit number; everything else that is whole counts tokens, dimensions or bands.
+            if not -(2**63) <= value < 2**63:
+                raise ScheduleError(f"{key}: {value}, expected a number of at most 64 bits")
+            yield Value(key, I64 if name == "seed" else U32, value)
         elif isinstance(value, float):
-            yield key, GGUFValueType.FLOAT64, None, value
+            yield Value(key, F64, value)
         elif isinstance(value, str):
-            yield key, GGUFValueType.STRING, None, value
+            yield Value(key, STRING, value)
         elif value:
-            yield key, GGUFValueType.ARRAY, GGUFValueType.FLOAT64, list(value)
+            yield Value(key, ARRAY, list(value), F64)
 
 
 def embedded_schedule(header: Header) -> Schedule | None:
@@ -60,27 +65,38 @@ def embedded_schedule(header: Header) -> Schedule | None:
     Raises:
         ScheduleError: there is one, but it is not valid; names the file and the key.
     """
-    if f"{PREFIX}format_version" not in header.entries:
+    keys = [key for key in header.entries if key.startswith(PREFIX)]
+    if not keys:
         return None
     count = header.get(f"{PREFIX}band_count")
-    if not isinstance(count, int) or not 1 <= count <= 64:
-        raise ScheduleError(f"{header.path}: {PREFIX}band_count: {count!r}, expected 1 to 64")
-    data: dict[str, Any] = {"bands": [{} for _ in range(count)]}
-    for key, entry in header.entries.items():
-        path = key.removeprefix(PREFIX).split(".")
-        if not key.startswith(PREFIX) or path == ["band_count"]:
+    if not isinstance(count, int) or not 1 <= count <= MAX_BANDS:
+        raise ScheduleError(f"{header.path}: {PREFIX}band_count: {count!r}, expected 1 to {MAX_BANDS}")
+    bands: list[dict[str, Any]] = [{} for _ in range(count)]
+    data: dict[str, Any] = {"bands": bands}
+    for key in keys:
+        names = key.removeprefix(PREFIX).split(".")
+        if names == ["band_count"]:
             continue
-        value = entry.value if entry.item_type is None else header.array(key)
-        if path[0] == "band" and len(path) > 2 and path[1].isdecimal() and int(path[1]) < count:
-            place, path = data["bands"][int(path[1])], path[2:]
-        else:
-            place = data
-        for name in path[:-1]:
+        place = data
+        if names[0] == "band":
+            if len(names) < 3 or names[1] not in map(str, range(count)):
+                raise ScheduleError(f"{header.path}: {key}: expected bands 0 to {count - 1}")
+            place, names = bands[int(names[1])], names[2:]
+        for name in names[:-1]:
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
-                raise ScheduleError(f"{header.path}: {key}: {name!r} is a value, expected a group of keys")
-        place[path[-1]] = value
+                raise ScheduleError(f"{header.path}: {key}: {name} is a value, expected a group of keys")
+        place[names[-1]] = _value(header, key)
     return schedule_from_dict(data, f"{header.path}: {PREFIX[:-1]} metadata")
+
+
+def _value(header: Header, key: str) -> Any:
+    entry = header.entries[key]
+    if entry.item_type is None:
+        return header.get(key)
+    if entry.count > MAX_ITEMS:
+        raise ScheduleError(f"{header.path}: {key}: {entry.count} items, expected at most {MAX_ITEMS}")
+    return header.array(key)
 
 
 def schedule_of(header: Header) -> Schedule:

@@ -1,0 +1,36 @@
+"""What stock llama.cpp will make of a file: which factors it takes, and what of the schedule it cannot follow."""
+
+from __future__ import annotations
+
+from .architectures import takes_native_factors
+from .facts import native_schedule
+from .header import Header
+from .schedule_keys import schedule_of
+
+
+def what_stock_does(header: Header) -> list[str]:
+    """Sentences on how stock llama.cpp, and what is built on it, will run this file."""
+    schedule, native = schedule_of(header), native_schedule(header)
+    if schedule == native and len(schedule.bands) == 1:
+        return [f"runs it as it is, up to {schedule.context:,} tokens."]
+    last = schedule.bands[-1]
+    if not takes_native_factors(header):
+        return [
+            f"cannot take rescale factors for this {header.arch!r} model: it runs the file as if it were not extended,"
+            f" which holds for {schedule.bands[0].context:,} tokens. Run it with ropewalk."
+        ]
+    first = schedule.bands[0]
+    lines = [
+        f"with a context of at most {native.bands[0].context:,} tokens it uses the first band, with a longer one the"
+        f" last (up to {last.context:,}), from the first token on, and never changes."
+    ]
+    if len(schedule.bands) > 2:
+        lines.append(f"the {len(schedule.bands) - 2} band(s) between them are not used.")
+    if first.attention_factor != last.attention_factor:
+        lines.append(
+            f"the last band's attention factor, {last.attention_factor:.4g}, is used for short contexts too,"
+            f" where {first.attention_factor:.4g} would be right."
+        )
+    if any(band.start_tokens for band in schedule.bands):
+        lines.append(f"start tokens ({last.start_tokens}) are rescaled like all others.")
+    return lines
