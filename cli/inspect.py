@@ -1,2 +1,136 @@
-def inspect() -> None:
-    pass
+"""`ropewalk inspect`: what a model file says of itself, its bands, the memory it needs, what others make of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .terminal import out, size
+
+if TYPE_CHECKING:
+    from ..container import Header
+    from ..factors import Schedule
+
+SHOWN_KV_TYPES = ("f16", "q8_0:f16", "q8_0", "q4_0")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw λ against dimension.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+) -> None:
+    """Show a model's facts and bands, the memory it needs, and what stock llama.cpp will make of it."""
+    from ..container import read_header, schedule_of
+
+    header = read_header(file)
+    schedule = schedule_of(header)
+    facts = _gather(header, schedule)
+    if plot is not None:
+        from .picture import draw_factors, save_figure
+
+        save_figure(draw_factors(schedule, f"{facts['model']['name']}: rescale factors by band"), plot)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=1))
+    else:
+        _show(facts, schedule)
+        if plot is not None:
+            out.print(f"\nλ drawn in {plot}")
+
+
+def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
+    from collections import Counter
+
+    from gguf import GGMLQuantizationType
+
+    from ..container import embedded_schedule, what_stock_does
+    from ..factors import doubling_contexts
+
+    arch = header.arch
+    weights: Counter[str] = Counter()
+    for tensor in header.tensors:
+        weights[GGMLQuantizationType(tensor.type).name.lower()] += tensor.n_bytes
+    first, last = schedule.bands[0].context, schedule.context
+    contexts = sorted({first, *(doubling_contexts(first, last) if last > first else [])})
+    return {
+        "file": str(header.path),
+        "model": {
+            "name": header.get("general.name", header.path.stem),
+            "architecture": arch,
+            "file_bytes": header.file_size,
+            "weights": dict(weights.most_common()),
+            "layers": header.get(f"{arch}.block_count"),
+            "context": schedule.context,
+            **schedule.facts.model_dump(),
+        },
+        "schedule": "embedded" if embedded_schedule(header) else "native",
+        "bands": [band.model_dump() for band in schedule.bands],
+        "memory": [_memory_row(header, n_ctx, kv, len(schedule.bands)) for n_ctx in contexts for kv in SHOWN_KV_TYPES],
+        "stock_llama_cpp": what_stock_does(header),
+    }
+
+
+def _memory_row(header: Header, n_ctx: int, kv: str, bands: int) -> dict[str, Any]:
+    from ..runtime.memory import plan_memory
+
+    plan = plan_memory(header, n_ctx, kv, bands=bands)
+    return {
+        "context": n_ctx,
+        "kv_type": kv,
+        "cache_bytes": plan.cache_bytes,
+        "compute_bytes": plan.compute_bytes,
+        "total_bytes": plan.total_bytes,
+        "fits": plan.fits,
+    }
+
+
+def _show(facts: dict[str, Any], schedule: Schedule) -> None:
+    model = facts["model"]
+    weights = ", ".join(f"{name} {size(n)}" for name, n in list(model["weights"].items())[:3])
+    out.print(f"[bold]{model['name']}[/]  {model['architecture']}, {model['layers']} layers, {size(model['file_bytes'])}"
+              f" ({weights})", highlight=False)
+    out.print(f"RoPE: {model['n_rot']} dimensions, base {model['freq_base']:g}; trained for"
+              f" {model['original_context']:,} tokens, serves {model['context']:,}")
+    _show_bands(schedule, facts["schedule"])
+    _show_memory(facts["memory"])
+    out.print("\n[bold]Stock llama.cpp[/] " + " ".join(facts["stock_llama_cpp"]))
+
+
+def _show_bands(schedule: Schedule, source: str) -> None:
+    from rich.table import Table
+
+    from .picture import spark
+
+    table = Table(box=None, pad_edge=False, header_style="dim", title=None)
+    for name in ("band up to", "λ by dimension, fast → slow"):
+        table.add_column(name, justify="right" if name == "band up to" else "left", no_wrap=True)
+    for name in ("λ", "n̂", "attention", "method"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for band, (context, bars) in zip(schedule.bands, spark(schedule), strict=True):
+        low, high = min(band.rescale_factors), max(band.rescale_factors)
+        span = f"{low:g}" if low == high else f"{low:.3g}–{high:.3g}"
+        method = band.found.method + (f" onto {band.found.onto}" if band.found.onto else "")
+        table.add_row(context, bars, span, str(band.start_tokens), f"{band.attention_factor:.4g}", method)
+    out.print(f"\n[bold]Bands[/] ({source} schedule)")
+    out.print(table)
+
+
+def _show_memory(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    contexts = sorted({row["context"] for row in rows})
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("context", justify="right")
+    for kv in SHOWN_KV_TYPES:
+        table.add_column(kv, justify="right", no_wrap=True)
+    for n_ctx in contexts:
+        cells = [row for row in rows if row["context"] == n_ctx]
+        texts = [f"{size(row['total_bytes'])} / {size(row['cache_bytes'])}" for row in cells]
+        table.add_row(f"{n_ctx:,}", *(text if row["fits"] else f"[red]{text} !"
+                                      for text, row in zip(texts, cells, strict=True)))
+    out.print("\n[bold]Memory[/] in all / of that the KV cache, by cache type K:V")
+    out.print(table)
+    if not all(row["fits"] for row in rows):
+        out.print("[red]![/] more than this machine has free now")

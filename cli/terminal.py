@@ -46,9 +46,10 @@ def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people: `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+    """Bytes for people, in three digits or so: `96.5 MiB`, `593 MiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    at = 0
+    while abs(n_bytes) >= 1000 and at < len(units) - 1:
         n_bytes /= 1024
-    return f"{n_bytes:.1f} GiB"
+        at += 1
+    return f"{n_bytes:.0f} {units[at]}" if at == 0 or n_bytes >= 100 else f"{n_bytes:.1f} {units[at]}"

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from llama_cpp.llama import LlamaState as StockState
 
-from ..container import Header, native_schedule, read_header, schedule_of
+from ..container import Header, freq_scale, native_schedule, read_header, schedule_of
 from ..errors import UserError
 from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
 from . import memory
@@ -111,7 +111,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         header = read_header(model_path)
         self._schedule, hooked = _resolve_schedule(header, schedule, n_ctx, options)
-        self._hook = RopeHook(self._schedule.facts) if hooked else None
+        self._hook = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
         self._asked_ctx = _check_context(n_ctx, self._schedule)
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")

@@ -68,14 +68,16 @@ class RopeHook:
     cannot cross C code: it is kept, the graph is stopped, and `raise_kept` raises it on the other side.
     """
 
-    def __init__(self, facts: RopeFacts) -> None:
+    def __init__(self, facts: RopeFacts, freq_scale: float = 1.0) -> None:
         ggml.check_layout()
         self.facts = facts
+        self._native_scale = float(np.float32(freq_scale))
         self.touched = 0
         """Rope nodes set since the count was last put to zero."""
         self._rope, self._get_rows = ggml.op_code("ROPE"), ggml.op_code("GET_ROWS")
         self._base = float(np.float32(facts.freq_base))
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
+        self._ours: set[int] = set()
         self._still = self._tensor((STILL,) * (facts.n_rot // 2), 1.0)
         self._attention = 1.0
         self._turn: Turn | None = None
@@ -114,6 +116,7 @@ class RopeHook:
         if key not in self._tensors:
             arena = ggml.Arena(ggml.floats_size(len(factors)))
             self._tensors[key] = (arena, arena.floats(factors))
+            self._ours.add(self._tensors[key][1])
         return self._tensors[key][1]
 
     def _make_callback(self) -> ggml.GraphCallback:
@@ -151,19 +154,22 @@ class RopeHook:
             self._kept, self._reading = error, False
             return ask
 
-    def _applies(self, params: ggml.RopeParams) -> bool:
-        return bool(params.freq_base == self._base and params.n_dims == self.facts.n_rot)
+    def _applies(self, node: int, params: ggml.RopeParams) -> bool:
+        """Whether a node is a global layer's: sliding-window layers of another base or scaling keep theirs."""
+        if params.freq_base != self._base or params.n_dims != self.facts.n_rot:
+            return False
+        return params.freq_scale == self._native_scale or ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] in self._ours
 
     def _set_rope(self, node: int) -> None:
         params = ggml.rope_params(node)
-        if self._applies(params):
+        if self._applies(node, params):
             ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = self._factors
             params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
             self.touched += 1
 
     def _set_turn(self, node: int, turn: Turn) -> None:
         params = ggml.rope_params(node)
-        applies = self._applies(params)
+        applies = self._applies(node, params)
         scale = turn.scale if applies else 1.0
         factors = self._tensor(turn.factors, scale) if applies else self._still
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors

@@ -1,0 +1,69 @@
+"""Pictures of a schedule: a few characters wide for the terminal, and a PNG."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..factors import Schedule
+
+BARS = "▁▂▃▄▅▆▇█"
+MAX_COLUMNS = 64
+
+
+def spark(schedule: Schedule) -> list[tuple[str, str]]:
+    """λ against dimension: for each band (context, one bar a rotary pair), all on one logarithmic scale."""
+    logs = [[math.log(factor) for factor in band.rescale_factors] for band in schedule.bands]
+    low, high = min(map(min, logs)), max(map(max, logs))
+    every = -(-len(logs[0]) // MAX_COLUMNS)
+    rows = []
+    for band, values in zip(schedule.bands, logs, strict=True):
+        heights = [(value - low) / (high - low) if high > low else 0 for value in values[::every]]
+        rows.append((f"{band.context:,}", "".join(BARS[min(int(h * 8), 7)] for h in heights)))
+    return rows
+
+
+def draw_factors(schedule: Schedule, title: str) -> Figure:
+    """A figure of λ against the rotary pair, one line a band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for band in schedule.bands:
+        extras = [f"n̂ {band.start_tokens}"] if band.start_tokens else []
+        extras += [f"attention × {band.attention_factor:.3f}"] if band.attention_factor != 1 else []
+        label = f"{band.context:,} tokens" + (f" ({', '.join(extras)})" if extras else "")
+        axes.plot(band.rescale_factors, marker=".", markersize=4, linewidth=1.5, label=label)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    facts = schedule.facts
+    axes.set_xlabel(f"rotary pair i of {facts.n_rot // 2} (base {facts.freq_base:g}): turns fastest → slowest")
+    axes.set_ylabel("rescale factor λ")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            figure.savefig(part, format="png", dpi=150)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the picture: {error.strerror or error}") from None
