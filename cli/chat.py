@@ -1,2 +1,143 @@
-def chat() -> None:
-    pass
+"""`ropewalk chat`: a conversation at the terminal, or one question from a pipe and its answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..runtime import Llama
+    from ..runtime.answer import Answer, Sampling
+
+LEAST_BAR = 1024  # tokens; what is read faster than one looks needs no bar
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="Context in tokens; 0 = all that the last band holds.")] = 0,
+    kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
+    system: Annotated[str, typer.Option(help="A system message: how the model should answer.")] = "",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer, in tokens.  [default: what the context leaves]")
+    ] = None,
+    temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.2,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to get the same answers again.")] = None,
+    schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="From a pipe: answer with a JSON object.")] = False,
+) -> None:
+    """Talk with a model, and let it read whole documents: /file PATH; /help lists the other commands.
+
+    With something piped in, that is the question: one answer on standard output, and nothing else.
+    """
+    from .model import LoadOptions, load_model, model_path
+
+    piped = not sys.stdin.isatty()
+    if as_json and not piped:
+        raise UserError("--json: answers a question from a pipe, as in: echo QUESTION | ropewalk chat --json")
+    question = _piped_question() if piped else ""
+    path = model_path(model)
+    options = LoadOptions(context=context, kv=kv, schedule=schedule, threads=threads)
+
+    from ..runtime.answer import Sampling
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temp, seed=seed)
+    if piped:
+        _answer_once(load_model(path, options), system, question, sampling, as_json)
+    else:
+        from .chat_terminal import run
+        from .terminal import err
+
+        with err.status(f"Loading {path.name}"):
+            llm = load_model(path, options)
+        run(llm, system, sampling)
+
+
+class ReadingBar:
+    """A bar for what `llm` reads meanwhile, from the moment that it turns out to be long; `close` removes it early."""
+
+    def __init__(self, llm: Llama, label: str) -> None:
+        self._llm, self._label = llm, label
+        self._stack = ExitStack()
+        self._advance: Callable[[int, int], None] | None = None
+
+    def __enter__(self) -> ReadingBar:
+        self._llm.on_progress = self.show
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def show(self, done: int, total: int) -> None:
+        """The callback: so many of so many tokens are read."""
+        if self._advance is None:
+            if total < LEAST_BAR:
+                return
+            from .terminal import progress
+
+            self._advance = self._stack.enter_context(progress(self._label))
+        self._advance(done, total)
+
+    def close(self) -> None:
+        self._llm.on_progress = None
+        self._stack.close()
+        self._advance = None
+
+
+def _piped_question() -> str:
+    from .documents import DocumentError, as_text
+
+    try:
+        return as_text(sys.stdin.buffer.read()).strip()
+    except DocumentError as error:
+        raise UserError(f"standard input: {error}; expected a question") from None
+
+
+def _answer_once(llm: Llama, system: str, question: str, sampling: Sampling, as_json: bool) -> None:
+    """The answer goes to standard output as it is written, or at the end as JSON."""
+    from ..runtime.conversation import Conversation
+
+    stream: Any = sys.stdout  # as it is now: a progress bar takes sys.stdout over
+    stream.reconfigure(errors="replace")
+
+    def show(text: str) -> None:
+        bar.close()
+        if not as_json:
+            print(text, end="", file=stream, flush=True)
+
+    with ReadingBar(llm, "Reading") as bar:
+        answer = Conversation(llm, system).ask(question, sampling, show)
+    if answer.ending == "interrupted":
+        raise KeyboardInterrupt
+    print(json.dumps(_facts(answer, llm), ensure_ascii=False) if as_json else "", file=stream, flush=True)
+
+
+def _facts(answer: Answer, llm: Llama) -> dict[str, Any]:
+    return {
+        "answer": answer.text.strip(),
+        "ending": answer.ending,
+        "tokens": {
+            "prompt": answer.prompt_tokens,
+            "answer": answer.written_tokens,
+            "context": llm.n_ctx(),
+        },
+        "band": {"index": llm.band_index, "context": llm.band.context},
+        "kv_type": llm.plan.kv_type,
+        "timings": {
+            "read_s": round(answer.read_s, 3),
+            "write_s": round(answer.write_s, 3),
+            "read_tokens_per_s": round(answer.read_speed, 1),
+            "tokens_per_s": round(answer.write_speed, 1),
+        },
+    }

@@ -108,6 +108,16 @@ class Answer:
             self.read_s = self.read_s or elapsed
             self.write_s = elapsed - self.read_s
 
+    @property
+    def read_speed(self) -> float:
+        """Tokens of the prompt read by the second."""
+        return self.read_tokens / self.read_s if self.read_s else 0.0
+
+    @property
+    def write_speed(self) -> float:
+        """Tokens written by the second, the first one not counted, as it comes with the prompt."""
+        return max(self.written_tokens - 1, 0) / self.write_s if self.write_s else 0.0
+
     def _show(self, start: int, stop: int, on_text: Callable[[str], None] | None) -> int:
         lead = len(self.text) - len(self.text.lstrip())
         start = max(start, lead)

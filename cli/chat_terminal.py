@@ -1,0 +1,357 @@
+"""The conversation at the terminal: a prompt with history and completion, answers as they are written, commands.
+
+Ctrl-C stops what is being done and never the program; what goes wrong is one line, and the conversation goes on.
+Answers go to standard output; everything else is dim and goes to standard error.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from ..errors import UserError
+from ..runtime.answer import Answer, ContextFull, Sampling
+from ..runtime.conversation import Conversation
+from .chat import ReadingBar
+from .documents import DocumentError, read_document
+from .terminal import err, size
+
+if TYPE_CHECKING:
+    from ..runtime import BandChange, Llama
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters with which an answer could take over the terminal."""
+
+STYLE = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt": "bold"})
+
+
+@dataclass(frozen=True)
+class Command:
+    """A slash command: what it takes, what it does, and what completes its argument."""
+
+    argument: str
+    help: str
+    run: Callable[[Chat, str], None]
+    completes: str = ""  # "paths" or "saved"
+
+
+def run(llm: Llama, system: str, sampling: Sampling) -> None:
+    """Converse until Ctrl-D or /exit."""
+    Chat(llm, system, sampling).converse()
+
+
+class Leave(Exception):
+    """The user wants to go."""
+
+
+class Chat:
+    """One conversation at one terminal."""
+
+    def __init__(self, llm: Llama, system: str, sampling: Sampling) -> None:
+        self.llm, self.sampling = llm, sampling
+        self.conversation = Conversation(llm, system)
+        self.saved_as = ""
+        self.last: Answer | None = None
+        self._changes: list[BandChange] = []
+        llm.on_band_change = self._changes.append
+
+    def converse(self) -> None:
+        prompt = _prompt_session(self.status)
+        say(self._greeting())
+        while True:
+            try:
+                line = prompt.prompt()
+                self.handle(line)
+            except KeyboardInterrupt:
+                continue  # at the prompt it clears the line, elsewhere it has said what was stopped
+            except (EOFError, Leave):
+                return
+            except ContextFull as error:
+                complain(f"{error}; /reset starts over")
+            except (UserError, OSError, RuntimeError, MemoryError) as error:
+                complain(str(error) or type(error).__name__)
+
+    def handle(self, line: str) -> None:
+        """One line of input: a command or a question."""
+        text = line.strip()
+        if not line.startswith("/"):
+            if text:
+                self.ask(text)
+            return
+        name, _, argument = text.partition(" ")
+        command = COMMANDS.get(name)
+        if command is None:
+            raise UserError(f"{name}: no such command; /help lists them")
+        command.run(self, argument.strip())
+
+    def ask(self, question: str) -> None:
+        stream: Any = sys.stdout
+        stream.reconfigure(errors="replace")
+
+        def show(text: str) -> None:
+            bar.close()
+            stream.write(CONTROL.sub("", text))
+            stream.flush()
+
+        with ReadingBar(self.llm, "Reading") as bar:
+            answer = self.conversation.ask(question, self.sampling, show)
+        if answer.text.strip():
+            print(file=stream, flush=True)
+            self.last = answer
+        self._say_changes()
+        if answer.ending == "interrupted":
+            say("stopped" if answer.text.strip() else "stopped before the first word: the question was not asked")
+        elif answer.ending == "length":
+            say(f"stopped at --max-tokens {self.sampling.max_tokens}")
+        elif answer.ending == "context":
+            say(f"the context of {self.llm.n_ctx():,} tokens is full: /reset starts over")
+
+    def read(self, argument: str) -> None:
+        path = _path(argument, "/file")
+        try:
+            text = read_document(path)
+        except DocumentError as error:
+            raise UserError(f"{path}: {error}") from None
+        started = time.perf_counter()
+        try:
+            with ReadingBar(self.llm, f"Reading {path.name}"):
+                n_read = self.conversation.read(path.name, text)
+        except KeyboardInterrupt:
+            say(f"stopped: {path.name} is not part of the conversation")
+            return
+        seconds = time.perf_counter() - started
+        self._say_changes()
+        say(
+            f"read {path.name}: {n_read:,} tokens in {seconds:.1f} s ({n_read / seconds:.0f} tokens/s); now ask about it"
+        )
+
+    def save(self, argument: str) -> None:
+        name = argument or self.saved_as
+        if not name:
+            raise UserError("/save: expected a name or a path, as in /save monday")
+        if not (self.conversation.transcript.messages or self.conversation.transcript.pending):
+            raise UserError("/save: nothing has been said yet")
+        folder = _saved_place(name)
+        self.conversation.save(folder)
+        self.saved_as = name
+        say(f"saved in {folder}")
+
+    def load(self, argument: str) -> None:
+        if not argument:
+            names = _saved_names()
+            say("saved: " + ", ".join(names) if names else "nothing is saved yet; /save NAME does it")
+            return
+        self.conversation.load(_saved_place(argument))
+        self.saved_as = argument
+        said = self.conversation.transcript
+        self.last = None
+        say(f"loaded: {len(said.messages)} messages, {said.n_tokens:,} tokens, nothing to read again")
+        for message in said.messages[-2:]:
+            lines = message.content.strip().splitlines() or [""]
+            say(f"{'> ' if message.role == 'user' else '  '}{_shorten(lines[-1 if message.role == 'user' else 0])}")
+
+    def reset(self, argument: str) -> None:
+        self.conversation.reset()
+        self._changes.clear()
+        self.last = None
+        say("forgotten; the system message stays" if self.conversation.transcript.system else "forgotten")
+
+    def system(self, argument: str) -> None:
+        if not argument:
+            now = self.conversation.transcript.system
+            say(f"system message: {now}" if now else 'no system message; /system TEXT sets one, /system "" removes it')
+            return
+        self.conversation.set_system("" if argument in ('""', "''") else argument)
+        used = self.conversation.transcript.n_tokens
+        say("system message set" + (f"; the next question reads all {used:,} tokens again" if used else ""))
+
+    def stats(self, argument: str) -> None:
+        llm, plan, last = self.llm, self.llm.plan, self.last
+        bands = " · ".join(f"{band.context:,}" for band in llm.schedule.bands)
+        rows = [
+            ("model", Path(llm.model_path).name),
+            ("context", f"{self._used():,} of {llm.n_ctx():,} tokens used"),
+            ("band", f"{self._band() + 1} of {len(llm.schedule.bands)} (to {bands} tokens)"),
+            ("cache", f"{plan.kv_type}, {size(plan.cache_bytes)}"),
+            ("memory", f"{size(plan.total_bytes)}: weights {size(plan.weights_bytes)}, cache, compute"),
+        ]
+        if last is not None:
+            rows += [
+                ("read", f"{last.read_tokens:,} tokens in {last.read_s:.2f} s ({last.read_speed:.0f} tokens/s)"),
+                ("wrote", f"{last.written_tokens:,} tokens in {last.write_s:.2f} s ({last.write_speed:.0f} tokens/s)"),
+            ]
+        for name, value in rows:
+            say(f"{name:<8} {value}")
+
+    def help(self, argument: str) -> None:
+        for name, command in COMMANDS.items():
+            say(f"{name + ' ' + command.argument:<18} {command.help}")
+        say("Enter sends; Alt-Enter (or Esc, then Enter) begins a new line, and pasted lines stay together.")
+        say("Ctrl-C stops an answer or clears the line, Ctrl-D leaves. A line that begins with a space is no command.")
+
+    def leave(self, argument: str) -> None:
+        raise Leave
+
+    def status(self) -> str:
+        """The line under the prompt."""
+        llm = self.llm
+        parts = [
+            f"{self._used():,} of {llm.n_ctx():,} tokens",
+            f"band {self._band() + 1} of {len(llm.schedule.bands)} (to {llm.schedule.bands[self._band()].context:,})",
+            f"{llm.plan.kv_type} cache {size(llm.plan.cache_bytes)}",
+        ]
+        if self.last is not None and self.last.write_speed:
+            parts.append(f"{self.last.write_speed:.0f} tokens/s")
+        return " " + " · ".join(parts)
+
+    def _used(self) -> int:
+        return self.conversation.transcript.n_tokens
+
+    def _band(self) -> int:
+        return self.llm.band_index if self._used() else 0
+
+    def _greeting(self) -> str:
+        llm = self.llm
+        name = llm.metadata.get("general.name") or Path(llm.model_path).stem
+        return f"{name} · {llm.n_ctx():,} tokens · {llm.plan.kv_type} cache · /help lists the commands, Ctrl-D leaves"
+
+    def _say_changes(self) -> None:
+        for change in self._changes:
+            how = "read again" if change.reread else "re-rotated"
+            say(
+                f"band {change.old_index + 1}→{change.new_index + 1}: up to {change.new.context:,} tokens;"
+                f" {how} {change.n_tokens:,} tokens in {change.seconds:.1f} s"
+            )
+        self._changes.clear()
+
+
+COMMANDS = {
+    "/file": Command("PATH", "let the model read a document; ask about it afterwards", Chat.read, "paths"),
+    "/save": Command("NAME", "keep the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
+    "/load": Command("NAME", "go on with a kept one; without a name, list them", Chat.load, "saved"),
+    "/reset": Command("", "forget everything said so far", Chat.reset),
+    "/system": Command("TEXT", "tell the model how to answer", Chat.system),
+    "/stats": Command("", "tokens, band, cache, memory and speed", Chat.stats),
+    "/help": Command("", "this list", Chat.help),
+    "/exit": Command("", "leave", Chat.leave),
+}
+
+
+def say(text: str) -> None:
+    sys.stdout.flush()
+    err.print(CONTROL.sub("", text), style="dim", markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    sys.stdout.flush()
+    err.print(CONTROL.sub("", " ".join(text.split())), style="red", markup=False, soft_wrap=True)
+
+
+def _path(argument: str, command: str) -> Path:
+    """A path as one types or drops it: quoted, with escaped spaces, or plain."""
+    if not argument:
+        raise UserError(f"{command}: expected a path")
+    plain = Path(argument).expanduser()
+    if plain.exists():
+        return plain
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        words = []
+    return Path(words[0]).expanduser() if len(words) == 1 else plain
+
+
+def _saved_folder() -> Path:
+    return Path(platformdirs.user_state_dir("ropewalk")) / "conversations"
+
+
+def _saved_place(name: str) -> Path:
+    """A bare name is one of the user's kept conversations; anything with a separator is a folder of its own."""
+    path = _path(name, "/save")
+    return path if path.name != name or name in (".", "..") else _saved_folder() / name
+
+
+def _saved_names() -> list[str]:
+    try:
+        return sorted(place.name for place in _saved_folder().iterdir() if place.is_dir())
+    except OSError:
+        return []
+
+
+def _shorten(text: str, length: int = 76) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+class _Completer(Completer):
+    """Commands by their beginning, then what the command wants: paths, or names of kept conversations."""
+
+    def __init__(self) -> None:
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            for candidate, command in COMMANDS.items():
+                if candidate.startswith(name):
+                    yield Completion(candidate, -len(name), display_meta=command.help)
+            return
+        wants = COMMANDS[name].completes if name in COMMANDS else ""
+        if wants == "saved":
+            for saved in _saved_names():
+                if saved.startswith(argument):
+                    yield Completion(saved, -len(argument))
+        if wants == "paths" or (wants == "saved" and "/" in argument):
+            yield from self._paths.get_completions(Document(argument), complete_event)
+
+
+def _history() -> History:
+    folder = Path(platformdirs.user_state_dir("ropewalk"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "chat_history").touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()  # no place to keep it: not worth a word
+    return FileHistory(str(folder / "chat_history"))
+
+
+def _prompt_session(status: Callable[[], str]) -> PromptSession[str]:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        "> ",
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=keys,
+        history=_history(),
+        completer=_Completer(),
+        complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+        bottom_toolbar=status,
+        style=STYLE,
+    )
