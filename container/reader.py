@@ -207,4 +207,4 @@ class _Reader:
         row = shape[0] if shape else 1
         if row % block:
             raise self.fail(f"tensor {name!r}: rows of {row}, expected a multiple of {block} for its type")
-        return elements // block * int(size)
+        return int(elements // block * size)

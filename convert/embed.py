@@ -1,0 +1,148 @@
+"""A GGUF file with a schedule put into it: everything else is copied, byte for byte.
+
+The schedule goes under `ropewalk.` for every architecture. Where stock llama.cpp can take rescale factors it also gets
+them natively: the first band's as the short factors and the last band's as the long ones, absolute, so that what the
+file said of scaling before (its keys, Llama 3's `rope_freqs`) has to leave: its factors live on in the first band.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from ..container import (
+    PREFIX,
+    GGUFError,
+    Header,
+    Value,
+    plain_context,
+    read_header,
+    rope_facts,
+    schedule_values,
+    takes_native_factors,
+)
+from ..container.facts import FREQS, LONG, SHORT
+from ..container.values import F32, STRING, U32, encode
+from ..errors import UserError
+from ..factors import Band, Schedule, check_matches
+from .output import Output, check_space, output_file
+from .writer import Advance, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
+
+FOLDED_KEYS = (
+    "rope.scale_linear",
+    "rope.scaling.factor",  # with longrope, llama.cpp would divide by it on top of the factors
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
+)
+"""Keys after the architecture's name whose effect is in the first band's factors."""
+
+
+def embed_schedule(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    schedule: Schedule,
+    *,
+    force: bool = False,
+    on_progress: Advance | None = None,
+) -> None:
+    """Write the model in `source` to `target` with `schedule` in it; what `source` carried of one is replaced.
+
+    Raises:
+        UserError: `source` is no whole GGUF file or has no RoPE, the schedule is for another model, or the output
+            cannot be written (see `output_file`); `target` is as it was then.
+    """
+    header = read_header(source)
+    check_source(header)
+    check_matches(schedule, rope_facts(header), str(source))
+    with output_file(target, source=header.path, force=force) as output:
+        write_embedded(header, schedule, output, on_progress)
+
+
+def check_source(header: Header) -> None:
+    """Refuse what is only a part of a model.
+
+    Raises:
+        UserError: it says that it is one of several files.
+    """
+    if header.number("split.count", 0) > 1:
+        raise UserError(
+            f"{header.path}: is one of {header.number('split.count'):.0f} parts of a model;"
+            " merge them first: llama-gguf-split --merge"
+        )
+
+
+def write_embedded(header: Header, schedule: Schedule, output: Output, on_progress: Advance | None = None) -> None:
+    """Write the model that `header` heads, with `schedule` in it, to the output's part.
+
+    Raises:
+        UserError: the source cannot be read, or the disk cannot hold it.
+    """
+    try:
+        file = header.path.open("rb", buffering=0)
+    except OSError as error:
+        raise GGUFError(f"{header.path}: cannot read the model: {error.strerror or error}") from None
+    with file:
+        metadata = list(_metadata(header, schedule, file))
+        tensors = list(_tensors(header, schedule, file))
+        check_space(output.target, gguf_bytes(metadata, tensors, header.alignment))
+        with output.part.open("rb+") as part:
+            write_gguf(part, metadata, tensors, alignment=header.alignment, on_progress=on_progress)
+
+
+def _metadata(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[MetadataSource]:
+    """The source's metadata in its order, with ours in place of what they replace, and the rest of ours after."""
+    ours = {value.key: value for value in _model_values(header, schedule)}
+    folded = {f"{header.arch}.{name}" for name in FOLDED_KEYS} if takes_native_factors(header) else set()
+    for key, entry in header.entries.items():
+        if key in ours:
+            yield _encoded(ours.pop(key))
+        elif key not in folded and not key.startswith(PREFIX):
+            n_bytes = entry.end - entry.start
+            yield MetadataSource(key, entry.type, n_bytes, copied(header.path, file, entry.start, n_bytes))
+    for value in (*ours.values(), *schedule_values(schedule)):
+        yield _encoded(value)
+
+
+def _model_values(header: Header, schedule: Schedule) -> Iterator[Value]:
+    """The model's own keys that a schedule changes."""
+    arch, scaling = header.arch, f"{header.arch}.rope.scaling."
+    yield Value(f"{arch}.context_length", U32, schedule.context)
+    if takes_native_factors(header):
+        yield Value(f"{scaling}type", STRING, "longrope")
+        yield Value(f"{scaling}original_context_length", U32, schedule.bands[0].context)
+        yield Value(f"{scaling}attn_factor", F32, schedule.bands[-1].attention_factor)
+    elif header.get(f"{scaling}type") == "yarn":
+        # YaRN's own scale counts from this; without the key, from the context length that has just been changed.
+        yield Value(f"{scaling}original_context_length", U32, plain_context(header))
+
+
+def _tensors(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[TensorSource]:
+    native = takes_native_factors(header)
+    for tensor in header.tensors:
+        if not (native and tensor.name in (FREQS, LONG, SHORT)):
+            start = header.data_start + tensor.offset
+            chunks = copied(header.path, file, start, tensor.n_bytes)
+            yield TensorSource(tensor.name, tensor.shape, tensor.type, tensor.n_bytes, chunks)
+    if native:
+        yield _factor_tensor(LONG, schedule.bands[-1])
+        yield _factor_tensor(SHORT, schedule.bands[0])
+
+
+def _factor_tensor(name: str, band: Band) -> TensorSource:
+    with np.errstate(over="ignore"):
+        factors = np.array(band.rescale_factors).astype("<f4")
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise UserError(f"{name}: the factors of the band of {band.context} tokens do not fit into float32")
+    return TensorSource(name, factors.shape, int(GGMLQuantizationType.F32), factors.nbytes, [factors.tobytes()])
+
+
+def _encoded(value: Value) -> MetadataSource:
+    raw = encode(value)
+    return MetadataSource(value.key, value.type, len(raw), [raw])
