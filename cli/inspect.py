@@ -89,10 +89,15 @@ def _memory_row(header: Header, n_ctx: int, kv: str, bands: int) -> dict[str, An
 def _show(facts: dict[str, Any], schedule: Schedule) -> None:
     model = facts["model"]
     weights = ", ".join(f"{name} {size(n)}" for name, n in list(model["weights"].items())[:3])
-    out.print(f"[bold]{model['name']}[/]  {model['architecture']}, {model['layers']} layers, {size(model['file_bytes'])}"
-              f" ({weights})", highlight=False)
-    out.print(f"RoPE: {model['n_rot']} dimensions, base {model['freq_base']:g}; trained for"
-              f" {model['original_context']:,} tokens, serves {model['context']:,}")
+    out.print(
+        f"[bold]{model['name']}[/]  {model['architecture']}, {model['layers']} layers, {size(model['file_bytes'])}"
+        f" ({weights})",
+        highlight=False,
+    )
+    out.print(
+        f"RoPE: {model['n_rot']} dimensions, base {model['freq_base']:g}; trained for"
+        f" {model['original_context']:,} tokens, serves {model['context']:,}"
+    )
     _show_bands(schedule, facts["schedule"])
     _show_memory(facts["memory"])
     out.print("\n[bold]Stock llama.cpp[/] " + " ".join(facts["stock_llama_cpp"]))
@@ -128,8 +133,9 @@ def _show_memory(rows: list[dict[str, Any]]) -> None:
     for n_ctx in contexts:
         cells = [row for row in rows if row["context"] == n_ctx]
         texts = [f"{size(row['total_bytes'])} / {size(row['cache_bytes'])}" for row in cells]
-        table.add_row(f"{n_ctx:,}", *(text if row["fits"] else f"[red]{text} !"
-                                      for text, row in zip(texts, cells, strict=True)))
+        table.add_row(
+            f"{n_ctx:,}", *(text if row["fits"] else f"[red]{text} !" for text, row in zip(texts, cells, strict=True))
+        )
     out.print("\n[bold]Memory[/] in all / of that the KV cache, by cache type K:V")
     out.print(table)
     if not all(row["fits"] for row in rows):

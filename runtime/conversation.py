@@ -108,12 +108,14 @@ class Conversation:
         transcript = replace(self.transcript, pending=(*self.transcript.pending, document))
         tokens = self._template.opening(transcript.turn())
         self._check_fits(name, len(tokens))
-        before = self.llm.longest_token_prefix(self.llm.input_ids[: self.llm.n_tokens].tolist(), tokens)
+        before = int(self.llm.longest_token_prefix(self.llm.input_ids[: self.llm.n_tokens].tolist(), tokens))
+        if self.llm.on_progress is not None:
+            self.llm.on_progress(0, len(tokens) - before)
         stream = self.llm.generate(tokens, temp=0.0)
         next(stream)  # reads all of the prompt; the token that it would begin an answer with is dropped
         stream.close()
         self.transcript = replace(transcript, n_tokens=len(tokens))
-        return len(tokens) - int(before)
+        return len(tokens) - before
 
     def set_system(self, text: str) -> None:
         """Change the system message; everything said so far stays, and is read again with the next question."""

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -28,7 +27,7 @@ from ..container import Header, freq_scale, native_schedule, read_header, schedu
 from ..errors import UserError
 from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
 from . import memory
-from .rope import RopeHook, plan_turns
+from .rope import RopeHook, Turn, plan_turns
 
 ROPE_OPTIONS = (
     "rope_scaling_type",
@@ -148,6 +147,8 @@ class Llama(llama_cpp.Llama):
                 type_v=memory.ggml_type(self.plan.type_v),
                 **options,
             )
+        if hooked and not options.get("vocab_only"):
+            self._run_stopped(None)  # llama.cpp hands the callback to its scheduler with the first token, not before
 
     # llama_cpp.Llama assigns `context_params` once, before it makes the context: the callback goes in there.
 
@@ -345,20 +346,15 @@ class Llama(llama_cpp.Llama):
             return
         n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
         try:
-            if n_tokens:
-                turns = plan_turns(self._schedule.facts, old, band, n_tokens)
-                if turns and self._can_turn():
-                    self._turn_keys(turns)
-                    self.band = band
-                elif turns:
-                    self.band, reread = band, True
-                    tokens = self.input_ids[:n_tokens].tolist()
-                    self._forget()
-                    self._read(tokens, settled=True)
+            turns = plan_turns(self._schedule.facts, old, band, n_tokens)
+            reread = bool(turns) and not (self._can_turn() and all(map(self._turn_keys, turns)))
             self.band = band
+            if reread:
+                tokens = self.input_ids[:n_tokens].tolist()
+                self._forget()
+                self._read(tokens, settled=True)
         except BaseException:
             self._forget()  # half-turned keys must never be read
-            self.band = self._schedule.bands[0]
             raise
         if n_tokens and self.on_band_change is not None:
             seconds = time.perf_counter() - started
@@ -372,26 +368,32 @@ class Llama(llama_cpp.Llama):
             llama_cpp.llama_memory_can_shift(cache)
         )
 
-    def _turn_keys(self, turns: Sequence[Any]) -> None:
-        """Run llama.cpp's K-shift graph once a turn.
+    def _turn_keys(self, turn: Turn) -> bool:
+        """Run llama.cpp's K-shift graph for one turn; False if that did not reach the keys.
 
         Shifting all positions by one and back leaves them as they are and still marks the cache as shifted. The graph
-        runs at the start of the next decode: of one token, which is stopped and taken back.
+        runs at the start of the next decode.
         """
         assert self._hook is not None
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        for turn in turns:
-            llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, 1)
-            llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, -1)
-            self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-            self._hook.touched = 0
-            with self._hook.turning(turn):
-                code = llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch)
-            self._hook.raise_kept()
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            if code not in (0, 1) or not self._hook.touched:  # 1: the cache is full, which a turn does not mind
-                raise RuntimeError(f"the cached keys could not be turned to another band (llama_decode: {code})")
+        llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, 1)
+        llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, -1)
+        self._hook.touched = 0
+        code = self._run_stopped(turn)
+        if code not in (0, 1):  # 1: no cell is free for the token, which a turn does not mind
+            raise RuntimeError(f"the cached keys could not be turned to another band (llama_decode: {code})")
         self._requires_eval = True
+        return self._hook.touched > 0
+
+    def _run_stopped(self, turn: Turn | None) -> int:
+        """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
+        assert self._hook is not None
+        self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
+        with self._hook.stopping_tokens(turn):
+            code: int = llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch)
+        self._hook.raise_kept()
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        return code
 
     # --- the rest of llama_cpp.Llama that must know of bands
 

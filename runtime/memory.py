@@ -164,9 +164,9 @@ def plan_memory(
     if flash_attn is None:
         flash_attn = is_quantised(type_v)
     rows = 4 * n_ubatch  # bytes of one float for each row of a micro-batch
-    scores = rows * cells * (1.5 if flash_attn else 2 * shape.n_head + 1)
+    scores = rows * cells * (1.5 if flash_attn else shape.n_head + 1)
     states = rows * (3 * shape.n_ff + 4 * shape.n_embd + 3 * shape.n_head * max(shape.key_length, shape.value_length))
-    outputs = rows * shape.n_vocab
+    outputs = rows * (shape.n_vocab + 8 * shape.n_embd)
     turned = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
     logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
     return MemoryPlan(
@@ -175,7 +175,7 @@ def plan_memory(
         flash_attn=flash_attn,
         weights_bytes=shape.weights_bytes,
         cache_bytes=cache,
-        compute_bytes=int(max(scores + states, outputs, turned)) + logits,
+        compute_bytes=int(1.05 * max(scores + states, outputs, turned)) + logits,
         available_bytes=available_memory() if available is None else available,
     )
 

@@ -2,7 +2,7 @@
 
 Two uses. While tokens are read, every rope node of the model's global layers gets the λ and attention factor in use
 (`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_turns`,
-`RopeHook.turning`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
+`RopeHook.stopping_tokens`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
 ``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
 """
 
@@ -94,8 +94,8 @@ class RopeHook:
         self._factors, self._attention = self._tensor(factors, attention_factor), attention_factor
 
     @contextmanager
-    def turning(self, turn: Turn) -> Iterator[None]:
-        """While the block runs, the K-shift graph's nodes carry out `turn` and the decode after it is stopped."""
+    def stopping_tokens(self, turn: Turn | None) -> Iterator[None]:
+        """While the block runs, a K-shift graph's nodes carry out `turn`, and a token's graph is stopped at its start."""
         self._turn, self._stopping, self._reading = turn, False, False
         self._turned_rows.clear()
         try:
@@ -106,7 +106,7 @@ class RopeHook:
     def raise_kept(self) -> None:
         """Raise what was raised inside the callback since the last time, if anything was."""
         kept, self._kept = self._kept, None
-        self._reading = self._turn is None
+        self._reading = True
         if kept is not None:
             raise kept
 
@@ -136,18 +136,16 @@ class RopeHook:
 
     def _see_closely(self, node: int, ask: bool) -> bool:
         try:
-            if self._kept is not None:
-                return ask  # compute the one node asked about, then stop the graph
-            op = ggml.WORDS[(node >> 2) + ggml.OP_INDEX]
-            if self._turn is None:
+            if self._reading:
                 self._set_rope(node)
                 return False
-            # The K-shift graph has no GET_ROWS; the graph of the token that set it off begins with one. That token's
-            # own computation is of no use: stop it here.
+            # A token's graph begins with a GET_ROWS and a K-shift graph has none. Stopping is to say that the one node
+            # asked about is needed, and then that it was enough.
+            op = ggml.WORDS[(node >> 2) + ggml.OP_INDEX]
             self._stopping = self._stopping or op == self._get_rows
-            if self._stopping:
+            if self._stopping or self._kept is not None:
                 return ask
-            if op == self._rope:
+            if op == self._rope and self._turn is not None:
                 self._set_turn(node, self._turn)
             return False
         except BaseException as error:

@@ -4,9 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from ropewalk.factors import (
     RopeFacts,
     Schedule,
@@ -21,6 +18,8 @@ from ropewalk.factors import (
     yarn,
     yarn_attention_factor,
 )
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 MODELS = [(64, 1e4, 4096), (128, 5e5, 8192), (96, 1e6, 32768), (32, 1e4, 2048)]
 SCALES = [1.5, 2.0, 4.0, 32.0]

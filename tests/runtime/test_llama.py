@@ -1,0 +1,320 @@
+"""`ropewalk.Llama` on real models: bands, rollback, saved state, and what it refuses before any work."""
+
+import pickle
+import pydoc_data.topics
+import signal
+import threading
+import time
+
+import llama_cpp
+import numpy as np
+import pytest
+import ropewalk
+from ropewalk import UserError
+from ropewalk.container import native_schedule, read_header
+from ropewalk.factors import Band, Schedule, extend, write_schedule, yarn, yarn_attention_factor
+
+QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2}
+TEXT = "\n\n".join(pydoc_data.topics.topics.values())
+
+
+def three_bands(path, start_tokens=(0, 16, 4)):
+    """Bands at 100, 180 and 250 tokens, so that moves are cheap to watch."""
+    facts = native_schedule(read_header(path)).facts
+    half, base = facts.n_rot // 2, facts.freq_base
+    bands = [Band(context=100, rescale_factors=(1.0,) * half)]
+    for context, n in zip((180, 250), start_tokens[1:], strict=True):
+        factors = tuple(yarn(facts.n_rot, context / 50, base, 50).tolist())
+        attention = yarn_attention_factor(context / 50)
+        bands.append(Band(context=context, rescale_factors=factors, start_tokens=n, attention_factor=attention))
+    return Schedule(facts=facts, bands=tuple(bands))
+
+
+@pytest.fixture
+def tiny(tiny_llama, tmp_path):
+    return tiny_llama(tmp_path / "tiny.gguf", n_embd=128)
+
+
+@pytest.fixture
+def load(request):
+    opened = []
+
+    def make(path, **options):
+        llm = ropewalk.Llama(path, **{**QUIET, "n_ctx": 250, **options})
+        opened.append(llm)
+        return llm
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+TOKENS = [(37 * i) % 250 + 5 for i in range(250)]
+
+
+def last(llm, tokens):
+    """Logits after reading `tokens`, through the same prefix reuse that generate() has."""
+    llm.eval(tokens)
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+
+# What a cache type can keep: an f32 cache shows that the turns are exact, the others add their own rounding.
+PRECISION = {"f32": 2e-3, "f16": 2e-2, "q8_0": 0.25, "q4_0": 2.5}
+
+
+@pytest.mark.parametrize("kv", PRECISION)
+def test_up_and_down_again_is_as_if_never_switched(tiny, load, kv):
+    schedule = three_bands(tiny)
+    moved, stayed = load(tiny, schedule=schedule, kv=kv), load(tiny, schedule=schedule, kv=kv)
+    changes = []
+    moved.on_band_change = changes.append
+    moved.eval(TOKENS[:90])
+    moved.eval(TOKENS[90:170])
+    moved.eval(TOKENS[170:240])
+    moved.n_tokens = 60
+    there_and_back = last(moved, TOKENS[60:95])
+    stayed.eval(TOKENS[:60])
+    assert [(c.old_index, c.new_index, c.n_tokens, c.reread) for c in changes] == [
+        (0, 1, 90, False),
+        (1, 2, 170, False),
+        (2, 0, 60, False),
+    ]
+    assert np.abs(there_and_back - last(stayed, TOKENS[60:95])).max() < PRECISION[kv]
+
+
+@pytest.mark.parametrize("kv", PRECISION)
+def test_keys_turned_to_a_band_are_those_read_in_it(tiny_llama, tmp_path, load, kv):
+    # With one layer the keys depend on the tokens alone: a turned cache must be the one that the band itself writes.
+    path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
+    schedule = three_bands(path)
+    turned = load(path, schedule=schedule, kv=kv)
+    turned.eval(TOKENS[:90])
+    turned.eval(TOKENS[90:170])
+    direct = load(path, schedule=schedule.only(2), kv=kv)
+    direct.eval(TOKENS[:170])
+    a, b = last(turned, TOKENS[170:200]), last(direct, TOKENS[170:200])
+    assert turned.band_index == 2
+    assert np.abs(a - b).max() < PRECISION[kv]
+
+
+def test_new_factors_over_old_keys_would_be_another_model(tiny_llama, tmp_path, load):
+    path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
+    schedule = three_bands(path)
+    direct = load(path, schedule=schedule.only(2), kv="f32")
+    b = last(direct, TOKENS[:200])
+    stale = load(path, schedule=schedule, kv="f32")
+    stale.eval(TOKENS[:90])
+    stale.band = schedule.bands[2]  # what must not happen, so that the tests around this one can fail
+    assert np.abs(last(stale, TOKENS[90:200]) - b).max() > 5 * PRECISION["f32"]
+
+
+def test_the_short_band_is_the_original_model(smollm2, load):
+    tokens = list(range(300, 500))
+    long = extend(native_schedule(read_header(smollm2)), 32768)
+    ours = load(smollm2, schedule=long, n_ctx=32768, kv="f16")
+    stock = llama_cpp.Llama(str(smollm2), n_ctx=256, **QUIET)
+    ours.eval(tokens)
+    stock.eval(tokens)
+    shape = (stock.n_vocab(),)
+    expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=shape)
+    np.testing.assert_array_equal(np.ctypeslib.as_array(ours._ctx.get_logits(), shape=shape), expected)
+    stock.close()
+
+
+def test_generation_moves_up_by_itself(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny))
+    changes = []
+    llm.on_band_change = changes.append
+    tokens = [token for token, _ in zip(llm.generate(TOKENS[:95], temp=0), range(100), strict=False)]
+    assert len(tokens) == 100
+    assert [(change.old_index, change.new_index, change.n_tokens) for change in changes] == [(0, 1, 100), (1, 2, 180)]
+
+
+def test_a_longer_prompt_starts_in_its_own_band(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny))
+    changes = []
+    llm.on_band_change = changes.append
+    llm.eval(TOKENS[:200])
+    assert llm.band_index == 2 and not changes
+    llm.reset()
+    llm.eval(TOKENS[:20])
+    assert llm.band_index == 0 and not changes  # nothing was cached that could be turned
+
+
+def test_too_many_tokens_are_refused_before_any_work(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny))
+    llm.eval(TOKENS[:90])
+    with pytest.raises(UserError, match=r"251 tokens are more than the context of 250"):
+        llm.eval(TOKENS[:161])
+    assert llm.n_tokens == 90 and llm.band_index == 0
+    assert llm.n_ctx() == 250  # llama.cpp pads it to 256, which the last band does not hold
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"n_ctx": 257}, "n_ctx: 257 tokens, expected at most 256, which the model's last band holds"),
+        ({"n_ctx": -1}, "n_ctx: -1, expected a number of tokens"),
+        ({"n_ctx": "many"}, "n_ctx: 'many', expected"),
+        ({"kv": "q9"}, "kv: 'q9', expected"),
+        ({"kv": "f16", "type_k": 8}, "either kv or type_k"),
+        ({"n_gpu_layers": 4}, "n_gpu_layers"),
+        ({"schedule": "nowhere.json"}, "nowhere.json: cannot read"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, options, words):
+    with pytest.raises(UserError) as caught:
+        ropewalk.Llama(tiny, **{**QUIET, "n_ctx": 256, **options})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_schedule_for_another_model_is_refused(tiny, smollm2, tmp_path):
+    write_schedule(extend(native_schedule(read_header(smollm2)), 16384), tmp_path / "s.json")
+    with pytest.raises(UserError, match=r"s\.json: the schedule is for freq_base 100000, the model has 10000"):
+        ropewalk.Llama(tiny, schedule=tmp_path / "s.json", **QUIET)
+
+
+def test_llama_cpps_own_rope_options_still_work(tiny, load):
+    stock = llama_cpp.Llama(str(tiny), n_ctx=512, rope_freq_base=5e4, **QUIET)
+    ours = load(tiny, n_ctx=512, rope_freq_base=5e4)
+    stock.eval(TOKENS)
+    expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),))
+    np.testing.assert_array_equal(last(ours, TOKENS), expected)
+    stock.close()
+    with pytest.raises(UserError, match="rope_freq_base: the model runs by a rescale schedule"):
+        ropewalk.Llama(tiny, schedule=three_bands(tiny), rope_freq_base=5e4, **QUIET)
+
+
+def test_state_is_saved_with_its_band_and_loaded_into_another(tiny, load):
+    schedule = three_bands(tiny)
+    first = load(tiny, schedule=schedule, kv="f32")
+    first.eval(TOKENS[:90])
+    short = pickle.loads(pickle.dumps(first.save_state()))
+    first.eval(TOKENS[90:170])
+    state = first.save_state()
+    expected = last(first, TOKENS[170:200])
+
+    other = load(tiny, schedule=schedule, kv="f32")
+    other.load_state(state)
+    assert (other.n_tokens, other.band_index) == (170, 1)
+    np.testing.assert_allclose(last(other, TOKENS[170:200]), expected, atol=1e-4)
+    other.load_state(short)
+    assert (other.n_tokens, other.band_index) == (90, 0)
+
+    only_long = load(tiny, schedule=schedule.only(2), kv="f32")
+    only_long.load_state(short)
+    assert only_long.band == schedule.bands[2]  # turned from the band it was saved in
+    foreign = llama_cpp.Llama(str(tiny), n_ctx=250, **QUIET)
+    foreign.eval(TOKENS[:10])
+    with pytest.raises(UserError, match="not saved by ropewalk"):
+        other.load_state(foreign.save_state())
+    foreign.close()
+
+
+def test_completions_and_the_ram_cache(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny))
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    prompt = "the tea in the interest " * 3
+    once = llm.create_completion(prompt, max_tokens=40, temperature=0)["choices"][0]["text"]
+    llm.reset()
+    assert llm.create_completion(prompt, max_tokens=40, temperature=0)["choices"][0]["text"] == once
+
+
+def test_it_can_be_pickled(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny), kv="q8_0")
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.schedule == llm.schedule and again.kv_type == "q8_0" and again.n_ctx() == 250
+    again.close()
+
+
+def test_embeddings_take_the_band_of_the_longest_input(tiny, load):
+    plain = load(tiny, schedule=three_bands(tiny, (0, 0, 0)), embedding=True)
+    short, long = "tea", "the tea " * 60
+    assert len(plain.embed(short)) and plain.band_index == 0
+    plain.embed([short, long])
+    assert plain.band_index > 0
+    with pytest.raises(UserError, match=r"start_tokens \d+, expected 0"):
+        load(tiny, schedule=three_bands(tiny), embedding=True).embed(long)
+
+
+def test_losses_are_those_of_all_logits(tiny, load):
+    schedule = three_bands(tiny).only(2)
+    llm = load(tiny, schedule=schedule, n_batch=64, logits_all=False)
+    losses = llm.token_losses(TOKENS[:200], start=50)
+    whole = load(tiny, schedule=schedule, logits_all=True)
+    whole.eval(TOKENS[:200])
+    log_probabilities = whole.logits_to_logprobs(whole.scores[49:199])
+    np.testing.assert_allclose(losses, -log_probabilities[np.arange(150), TOKENS[50:200]], atol=1e-3)
+    again = llm.token_losses(TOKENS[:200], start=50)  # from the cached prefix
+    np.testing.assert_allclose(again, losses, atol=1e-5)
+
+
+def test_another_schedule_at_run_time_turns_the_cache(tiny_llama, tmp_path, load):
+    path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
+    schedule = three_bands(path)
+    llm, direct = load(path, schedule=schedule, kv="f32"), load(path, schedule=schedule.only(2), kv="f32")
+    llm.eval(TOKENS[:90])
+    llm.set_schedule(schedule.only(2))
+    direct.eval(TOKENS[:90])
+    np.testing.assert_allclose(last(llm, TOKENS[90:100]), last(direct, TOKENS[90:100]), atol=2e-3)
+
+
+def test_ctrl_c_while_a_prompt_is_read_leaves_it_usable(smollm2, load):
+    llm = load(smollm2, n_ctx=4096)
+    tokens = llm.tokenize(TEXT[:20000].encode())[:3500]
+    calls = []
+    llm.on_progress = lambda done, total: calls.append((done, total))
+    started = time.monotonic()
+    main = threading.main_thread().ident
+    threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(tokens)
+    assert time.monotonic() - started < 3.5
+    kept = llm.n_tokens
+    assert kept % 512 == 0 and kept < len(tokens) and all(total == len(tokens) for _, total in calls)
+    llm.on_progress = None
+    llm.n_tokens = 0
+    fresh = last(llm, tokens[:40])
+    llm.n_tokens = 20
+    assert np.abs(last(llm, tokens[20:40]) - fresh).max() < 1.0
+
+
+def test_an_error_inside_the_callback_surfaces(tiny, load, monkeypatch):
+    llm = load(tiny, schedule=three_bands(tiny))
+
+    def broken(node):
+        raise ZeroDivisionError("in the callback")
+
+    monkeypatch.setattr(llm._hook, "_set_rope", broken)
+    with pytest.raises(ZeroDivisionError, match="in the callback"):
+        llm.eval(TOKENS[:10])
+    assert llm.n_tokens == 0
+    monkeypatch.undo()
+    assert np.isfinite(last(llm, TOKENS[:10])).all()
+
+
+def test_models_that_carry_factors_of_their_own(tiny_llama, tmp_path, load):
+    """What the file does natively is what we do from its facts: Llama 3's factors, linear scaling, YaRN, longrope."""
+    half = 32
+    ramp = [1 + 7 * i / half for i in range(half)]
+    kinds = {
+        "freqs": {"rope_freqs": ramp},
+        "linear": {"scaling": {"type": "linear", "factor": 4.0}},
+        "yarn": {"scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 64}},
+        "longrope": {
+            "long_factors": ramp,
+            "short_factors": [1.0 + i / 100 for i in range(half)],
+            "scaling": {"type": "longrope", "original_context_length": 128, "attn_factor": 1.19},
+        },
+    }
+    for name, options in kinds.items():
+        path = tiny_llama(tmp_path / f"{name}.gguf", n_embd=128, **options)
+        native = native_schedule(read_header(path))
+        stock = llama_cpp.Llama(str(path), n_ctx=256, type_k=0, type_v=0, **QUIET)
+        stock.eval(TOKENS[:200])
+        expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),)).copy()
+        stock.close()
+        ours = load(path, n_ctx=256, kv="f32", schedule=native)
+        np.testing.assert_allclose(last(ours, TOKENS[:200]), expected, atol=3e-3, err_msg=name)
+        extended = extend(native, 1024)
+        assert load(path, n_ctx=256, kv="f32", schedule=extended).schedule.bands[0] == native.bands[0]
