@@ -25,12 +25,13 @@ def what_stock_does(header: Header) -> list[str]:
         f" last (up to {last.context:,}), from the first token on, and never changes."
     ]
     if len(schedule.bands) > 2:
-        lines.append(f"the {len(schedule.bands) - 2} band(s) between them are not used.")
+        between = len(schedule.bands) - 2
+        lines.append("The band between them is not used." if between == 1 else f"The {between} between are not used.")
     if first.attention_factor != last.attention_factor:
         lines.append(
-            f"the last band's attention factor, {last.attention_factor:.4g}, is used for short contexts too,"
+            f"The last band's attention factor, {last.attention_factor:.4g}, is used for short contexts too,"
             f" where {first.attention_factor:.4g} would be right."
         )
     if any(band.start_tokens for band in schedule.bands):
-        lines.append(f"start tokens ({last.start_tokens}) are rescaled like all others.")
+        lines.append(f"Start tokens ({last.start_tokens}) are rescaled like all others.")
     return lines

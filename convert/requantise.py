@@ -1,0 +1,171 @@
+"""Another quantisation of a model's weights, by llama.cpp's own quantiser, in a process of its own.
+
+A process, since the quantiser cannot be interrupted and aborts on some inputs: a signal to us stops it at once, and
+its end is never ours. It ends with us, too, however we end: it watches the pipe from us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, NoReturn
+
+from gguf import GGMLQuantizationType
+
+from ..container import GGUFError, Header, read_header
+from ..errors import UserError
+from .output import check_space
+from .writer import Advance
+
+WEIGHT_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q6_k": "MOSTLY_Q6_K",
+    "q5_k_m": "MOSTLY_Q5_K_M",
+    "q5_k_s": "MOSTLY_Q5_K_S",
+    "q5_1": "MOSTLY_Q5_1",
+    "q5_0": "MOSTLY_Q5_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+    "q4_k_s": "MOSTLY_Q4_K_S",
+    "q4_1": "MOSTLY_Q4_1",
+    "q4_0": "MOSTLY_Q4_0",
+    "iq4_nl": "MOSTLY_IQ4_NL",
+    "iq4_xs": "MOSTLY_IQ4_XS",
+    "q3_k_l": "MOSTLY_Q3_K_L",
+    "q3_k_m": "MOSTLY_Q3_K_M",
+    "q3_k_s": "MOSTLY_Q3_K_S",
+    "q2_k": "MOSTLY_Q2_K",
+}
+"""Our names, those of llama-quantize in small letters, and llama.cpp's; what needs an importance matrix is left out."""
+
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
+NOISE_LINES = 20
+LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+
+def check_weight_type(name: str) -> str:
+    """`name` in small letters, if it names a type that weights can be brought to.
+
+    Raises:
+        UserError: it does not.
+    """
+    if name.lower() not in WEIGHT_TYPES:
+        raise UserError(f"type: {name!r}, expected one of {', '.join(WEIGHT_TYPES)}")
+    return name.lower()
+
+
+def quantised_types(header: Header) -> list[str]:
+    """The quantised types that a model's weights already have: rounding them once more loses a little more."""
+    kinds = {GGMLQuantizationType(tensor.type) for tensor in header.tensors} - {*FLOATS}
+    return sorted(kind.name.lower() for kind in kinds)
+
+
+def requantise(
+    header: Header, part: Path, weight_type: str, *, target: Path, on_progress: Advance | None = None
+) -> None:
+    """Write the model that `header` heads to `part` with its weights as `weight_type`; everything else stays.
+
+    One-dimensional tensors, rescale factors among them, stay as they are. `target` is the file's name in messages.
+
+    Raises:
+        UserError: llama.cpp cannot read or quantise this model, or the disk is full.
+    """
+    start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; work()"
+    files = [str(header.path.absolute()), str(part.absolute())]
+    child = subprocess.Popen(
+        [sys.executable, "-c", start, *files, WEIGHT_TYPES[weight_type]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # the terminal's Ctrl-C is for us; we end it
+    )
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        reason = _follow(child.stdout, target, on_progress)
+        code = child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+    if code != 0:
+        if "iostream" in reason or "write error" in reason:
+            raise UserError(f"{target}: cannot write: the disk is full, or takes no more")
+        raise UserError(
+            f"{header.path}: llama.cpp cannot bring it to {weight_type}: {reason or f'ended with code {code}'}"
+        )
+    try:
+        read_header(part)
+    except GGUFError:
+        raise UserError(f"{target}: cannot write: the disk is full, or takes no more") from None
+
+
+def _follow(lines: IO[bytes], target: Path, on_progress: Advance | None) -> str:
+    """Read what the child reports until it ends; return why it failed, if it did, as far as it said."""
+    total, error, noise = 0, "", [""]
+    for raw in lines:
+        word, _, text = raw.decode("utf-8", errors="replace").strip().partition(" ")
+        if word == "@total":
+            total = int(text)
+            check_space(target, total)
+        elif word == "@done":
+            if on_progress is not None and total:
+                on_progress(min(int(text), total), total)
+        elif word == "@error":
+            error = text
+        elif word:
+            noise = [*noise[-NOISE_LINES:], f"{word} {text}"]
+    return error or next((line for line in noise if "GGML_ASSERT" in line or "error" in line.lower()), noise[-1])
+
+
+# --- the child's side
+
+
+def work() -> NoReturn:
+    """Quantise as the command line says; report in lines that `_follow` reads."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import llama_cpp
+
+    source, target, name = sys.argv[1:]
+    size = 0
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        nonlocal size
+        line = text.decode("utf-8", errors="replace").strip()
+        if level == LOG_ERROR:
+            _report("@error", re.sub(r"^llama_model_quantize: failed to quantize: ", "", line))
+        elif found := re.search(r"quant size *= *([0-9.]+) MiB", line):
+            size = int(float(found.group(1)) * 2**20)
+        elif re.match(r"\[ *\d+/ *\d+\]", line) and size:
+            _report("@done", str(Path(target).stat().st_size))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{name}")
+    params.allow_requantize = True
+    for dry_run in (True, False):  # the first to learn how large it will be
+        params.dry_run = dry_run
+        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
+        if code != 0:
+            break
+        if dry_run:
+            _report("@total", str(size))
+    sys.stdout.flush()
+    os._exit(1 if code else 0)
+
+
+def _report(word: str, text: str) -> None:
+    print(word, " ".join(text.split()), flush=True)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # nothing is ever sent: this returns when the other end is closed
+    os._exit(1)
