@@ -10,7 +10,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ from .terminal import err, size
 
 if TYPE_CHECKING:
     from ..runtime import BandChange, Llama
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which an answer could take over the terminal."""
@@ -77,7 +83,8 @@ class Chat:
         while True:
             try:
                 line = prompt.prompt()
-                self.handle(line)
+                with _without_echo():
+                    self.handle(line)
             except KeyboardInterrupt:
                 continue  # at the prompt it clears the line, elsewhere it has said what was stopped
             except (EOFError, Leave):
@@ -137,9 +144,8 @@ class Chat:
             return
         seconds = time.perf_counter() - started
         self._say_changes()
-        say(
-            f"read {path.name}: {n_read:,} tokens in {seconds:.1f} s ({n_read / seconds:.0f} tokens/s); now ask about it"
-        )
+        speed = n_read / seconds
+        say(f"read {path.name}: {n_read:,} tokens in {seconds:.1f} s ({speed:.0f} tokens/s); now ask about it")
 
     def save(self, argument: str) -> None:
         name = argument or self.saved_as
@@ -189,7 +195,11 @@ class Chat:
             ("context", f"{self._used():,} of {llm.n_ctx():,} tokens used"),
             ("band", f"{self._band() + 1} of {len(llm.schedule.bands)} (to {bands} tokens)"),
             ("cache", f"{plan.kv_type}, {size(plan.cache_bytes)}"),
-            ("memory", f"{size(plan.total_bytes)}: weights {size(plan.weights_bytes)}, cache, compute"),
+            (
+                "memory",
+                f"{size(plan.weights_bytes)} weights + {size(plan.cache_bytes)} cache"
+                f" + {size(plan.compute_bytes)} compute = {size(plan.total_bytes)}",
+            ),
         ]
         if last is not None:
             rows += [
@@ -210,11 +220,11 @@ class Chat:
 
     def status(self) -> str:
         """The line under the prompt."""
-        llm = self.llm
+        llm, plan = self.llm, self.llm.plan
         parts = [
-            f"{self._used():,} of {llm.n_ctx():,} tokens",
-            f"band {self._band() + 1} of {len(llm.schedule.bands)} (to {llm.schedule.bands[self._band()].context:,})",
-            f"{llm.plan.kv_type} cache {size(llm.plan.cache_bytes)}",
+            f"{self._used():,}/{llm.n_ctx():,} tokens",
+            f"band {self._band() + 1}/{len(llm.schedule.bands)}",
+            f"{plan.kv_type} cache {size(plan.cache_bytes)}",
         ]
         if self.last is not None and self.last.write_speed:
             parts.append(f"{self.last.write_speed:.0f} tokens/s")
@@ -224,12 +234,12 @@ class Chat:
         return self.conversation.transcript.n_tokens
 
     def _band(self) -> int:
-        return self.llm.band_index if self._used() else 0
+        return self.llm.schedule.band_index(max(self._used(), 1))
 
     def _greeting(self) -> str:
         llm = self.llm
-        name = llm.metadata.get("general.name") or Path(llm.model_path).stem
-        return f"{name} · {llm.n_ctx():,} tokens · {llm.plan.kv_type} cache · /help lists the commands, Ctrl-D leaves"
+        facts = f"{Path(llm.model_path).stem} · {llm.n_ctx():,} tokens · {llm.plan.kv_type} cache"
+        return f"{facts}\n/help lists the commands, Ctrl-D leaves"
 
     def _say_changes(self) -> None:
         for change in self._changes:
@@ -261,6 +271,22 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     sys.stdout.flush()
     err.print(CONTROL.sub("", " ".join(text.split())), style="red", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """What is typed meanwhile is kept for the next prompt, and does not show up in the middle of an answer."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    try:
+        termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 def _path(argument: str, command: str) -> Path:

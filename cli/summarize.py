@@ -53,7 +53,6 @@ def summarize(
     longer than the context is split at paragraphs, and the parts' summaries are summarised together.
     Exit code 1: some documents could not be summarised; their lines say why.
     """
-    from ..container import read_header
     from ..runtime.summary import PROMPT, SummarySettings
     from .documents import find_files
     from .model import LoadOptions, load_model, model_path
@@ -65,7 +64,6 @@ def summarize(
     settings = SummarySettings(prompt=(prompt or PROMPT).strip(), max_tokens=max_tokens, temperature=temp, seed=seed)
     with _open_output(output, force) as results:
         source = model_path(model)
-        read_header(source)
         job = _Job(files, field, _digest(source, options, settings))
         with _stopping(job, results):
             todo = _survey(job, results)

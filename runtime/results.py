@@ -217,17 +217,21 @@ def model_digest(path: str | os.PathLike[str]) -> str:
 
     All of a file up to 256 MiB; of a larger one its size, its first 16 MiB (the head) and a page in every MiB, which
     reaches into every large tensor: another fine-tune or quantisation differs in all of them.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(str(size).encode())
-        whole = size if size <= WHOLE_DIGEST_BYTES else 16 << 20
-        while file.tell() < whole:
-            digest.update(file.read(1 << 20))
-        for start in range(file.tell(), size, SAMPLE_EVERY):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(str(size).encode())
+            whole = size if size <= WHOLE_DIGEST_BYTES else 16 << 20
+            for start in range(0, size, SAMPLE_EVERY):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_EVERY if start < whole else SAMPLE_BYTES))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the model: {error.strerror or error}") from None
     return digest.hexdigest()
 
 
