@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import llama_cpp
-from models import bundled_model, text
-
 import ropewalk
+from models import bundled_model, text
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import extend
 

@@ -1,2 +1,175 @@
-def demo() -> None:
-    pass
+"""`ropewalk demo`: the whole job once, on the bundled model and a real text, in a few readable lines."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import out, progress, size
+
+if TYPE_CHECKING:
+    from ..factors import Schedule
+    from ..runtime import Llama
+    from ..runtime.passkey import HiddenKey, Reading
+
+KV_TYPE = "q8_0:f16"
+SUMMARY_TOKENS = 120
+MARGIN = 40  # tokens for the instruction to summarise, and the template around it
+
+
+def demo(
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the text to read; more than the model was trained for.")
+    ] = 16_100,
+    seed: Annotated[int, typer.Option(help="Draws the pass key.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw loss against position.")] = None,
+) -> None:
+    """Extend the bundled model, read a text twice as long as it was trained for, find a hidden key, summarise."""
+    from ..container import native_schedule, read_header, schedule_of
+    from ..errors import UserError
+    from .model import bundled_long, bundled_model
+
+    began = time.perf_counter()
+    original = native_schedule(read_header(bundled_model()))
+    model = bundled_long()
+    extended = schedule_of(read_header(model))
+    trained = original.context
+    if not trained < tokens <= extended.context - SUMMARY_TOKENS - MARGIN:
+        raise UserError(
+            f"--tokens: {tokens}, expected more than {trained} and at most {extended.context - SUMMARY_TOKENS - MARGIN}"
+        )
+    _say(f"[bold]1  Extend[/]   {bundled_model().stem}, trained for {trained:,} tokens, to {extended.context:,}")
+    _show_bands(extended)
+    llm, changes = _load(model, extended, tokens)
+    hidden = _hide(llm, tokens, seed)
+    before, after = _read_twice(llm, hidden, original, extended)
+    _show_readings(before, after, hidden, trained, len(hidden.text))
+    _summarise(llm, hidden)
+    _say(
+        f"[bold]In all[/]      {time.perf_counter() - began:.0f} s; {len(hidden.text):,} tokens in a {KV_TYPE} cache of"
+        f" {size(llm.cache_bytes)}"
+    )
+    for line in changes:
+        _say(f"            [dim]{line}[/]")
+    if plot is not None:
+        from .picture import draw_losses, save_figure
+
+        curves = {"as it came": before.losses, "extended": after.losses}
+        save_figure(draw_losses(curves, trained, "A text longer than the model was trained for"), plot)
+        _say(f"            loss against position drawn in {plot}")
+    llm.close()
+
+
+def _say(line: str) -> None:
+    out.print(line, soft_wrap=True)
+
+
+def _show_bands(schedule: Schedule) -> None:
+    from .picture import spark
+
+    for context, bars in spark(schedule):
+        _say(f"            {context:>7} tokens  {bars}")
+    _say("            [dim]rescale factor λ of each rotary pair, from the fastest to the slowest[/]")
+
+
+def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str]]:
+    from ..runtime import BandChange, Llama
+
+    needed = tokens + MARGIN + SUMMARY_TOKENS
+    n_ctx = schedule.bands[schedule.band_index(needed)].context
+    llm = Llama(model, n_ctx=n_ctx, kv=KV_TYPE, verbose=False)
+    changes: list[str] = []
+
+    def note(change: BandChange) -> None:
+        changes.append(
+            f"{change.n_tokens:,} cached tokens moved from the {change.old.context:,} to the {change.new.context:,}"
+            f" band in {change.seconds:.2f} s, without reading them again"
+        )
+
+    llm.on_band_change = note
+    return llm, changes
+
+
+def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
+    import pydoc_data.topics
+
+    from ..runtime.passkey import hide_key
+
+    key = str(random.Random(seed).randrange(10_000, 100_000))
+    text = "\n\n".join(pydoc_data.topics.topics.values())
+    hidden = hide_key(llm, text, tokens, key)
+    _say(
+        f"[bold]2  Read[/]     {len(hidden.text):,} tokens of Python's documentation; pass key {key} hidden in the middle"
+    )
+    return hidden
+
+
+def _read_twice(llm: Llama, hidden: HiddenKey, original: Schedule, extended: Schedule) -> tuple[Reading, Reading]:
+    """As the model came and as it is extended; what both share, up to the original context, is read once."""
+    from ..factors import Schedule
+    from ..runtime.passkey import read
+
+    trained = original.context
+    with _reading(llm, f"Both: the first {trained:,} tokens"):
+        llm.eval(hidden.tokens[: trained - 1])
+    unscaled = original.bands[-1].model_copy(update={"context": llm.n_ctx()})
+    as_it_came = Schedule(facts=original.facts, bands=(unscaled,))
+    with _reading(llm, "As it came: the rest"):
+        before = read(llm, hidden, as_it_came, trained)
+    with _reading(llm, "Extended: the rest"):
+        after = read(llm, hidden, extended, trained)
+    return before, after
+
+
+@contextmanager
+def _reading(llm: Llama, label: str) -> Iterator[None]:
+    with progress(label) as llm.on_progress:
+        yield
+    llm.on_progress = None
+
+
+def _show_readings(before: Reading, after: Reading, hidden: HiddenKey, trained: int, length: int) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("            ")
+    for name in ("as it came", "extended"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"            perplexity, tokens {trained:,} to {length:,}",
+        *(f"{reading.perplexity:.1f}" for reading in (before, after)),
+    )
+    table.add_row("            loss on the key's digits (nats)", *(f"{r.key_loss:.2f}" for r in (before, after)))
+    table.add_row('            "The secret pass key of the vault is …"', *(repr(r.said) for r in (before, after)))
+    table.add_row("            seconds for those tokens", *(f"{r.seconds:.0f}" for r in (before, after)))
+    out.print(table)
+    found = [hidden.key in reading.said for reading in (before, after)]
+    verdict = {
+        (False, True): "the model as it came has lost the key; extended, it names it",
+        (True, True): "both name the key",
+        (False, False): "neither names the key",
+        (True, False): "only the model as it came names the key",
+    }[found[0], found[1]]
+    _say(f"            {verdict}")
+
+
+def _summarise(llm: Llama, hidden: HiddenKey) -> None:
+    from ..runtime.answer import Answer, Sampling
+    from ..runtime.summary import PROMPT
+    from ..runtime.template import ChatTemplate, Message
+
+    prompt = ChatTemplate(llm).tokens([Message("user", f"{hidden.body}\n\n{PROMPT}")])
+    answer = Answer(llm, prompt, Sampling(max_tokens=SUMMARY_TOKENS))
+    answer.write()
+    _say(
+        f"[bold]3  Summarise[/] the same text: {answer.read_tokens:,} of {answer.prompt_tokens:,} tokens were not read"
+        f" before; {answer.written_tokens} written at {answer.write_speed:.0f} tokens/s"
+    )
+    for line in answer.text.strip().splitlines():
+        _say(f"            [italic]{line}[/]")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
     from ..factors import Schedule
@@ -52,6 +54,27 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
     return figure
 
 
+def draw_losses(curves: dict[str, npt.NDArray[np.float64]], start: int, title: str) -> Figure:
+    """A figure of perplexity against position, from losses (nats) at positions `start` and on, smoothed over 256."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, losses in curves.items():
+        window = min(256, len(losses))
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(start + window / 2 + np.arange(len(mean)), np.exp(mean), linewidth=1.2, label=name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("perplexity (mean of 256 tokens)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all.
 
@@ -62,7 +85,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     try:
         try:
             figure.savefig(part, format="png", dpi=150)
-            os.replace(part, path)
+            part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:

@@ -5,6 +5,7 @@ Progress and notes go to standard error and only to a terminal; results go to st
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-out = Console(highlight=False)
+PIPED_WIDTH = 200  # columns for tables where no terminal says how wide it is
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int], None]

@@ -115,7 +115,7 @@ class Band(_Frozen):
 class Schedule(_Frozen):
     """The rescale schedule of one model: its facts, and one or more bands in increasing context."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     facts: RopeFacts
     bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
 
@@ -210,7 +210,7 @@ def read_schedule(path: str | os.PathLike[str]) -> Schedule:
         ScheduleError: the file is missing, unreadable, no JSON, or no valid schedule.
     """
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
         if len(raw) > MAX_FILE_BYTES:
             raise ScheduleError(f"{path}: more than {MAX_FILE_BYTES >> 20} MB, expected a schedule's JSON")
@@ -235,7 +235,7 @@ def write_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     try:
         try:
             part.write_text(schedule.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            os.replace(part, target)
+            part.replace(target)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:

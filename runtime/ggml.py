@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -81,19 +82,20 @@ class _InitParams(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    lib = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    lib: ctypes.CDLL = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
     pointer, c_int, c_float, c_int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
-    for name, result, *arguments in (
-        ("ggml_init", pointer, _InitParams),
-        ("ggml_free", None, pointer),
-        ("ggml_op_name", ctypes.c_char_p, c_int),
-        ("ggml_set_name", pointer, pointer, ctypes.c_char_p),
-        ("ggml_get_data", pointer, pointer),
-        ("ggml_tensor_overhead", ctypes.c_size_t),
-        ("ggml_new_tensor_1d", pointer, pointer, c_int, c_int64),
-        ("ggml_new_tensor_3d", pointer, pointer, c_int, c_int64, c_int64, c_int64),
-        ("ggml_rope_ext", pointer, *[pointer] * 4, *[c_int] * 3, *[c_float] * 6),
-    ):
+    declarations: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("ggml_init", pointer, (_InitParams,)),
+        ("ggml_free", None, (pointer,)),
+        ("ggml_op_name", ctypes.c_char_p, (c_int,)),
+        ("ggml_set_name", pointer, (pointer, ctypes.c_char_p)),
+        ("ggml_get_data", pointer, (pointer,)),
+        ("ggml_tensor_overhead", ctypes.c_size_t, ()),
+        ("ggml_new_tensor_1d", pointer, (pointer, c_int, c_int64)),
+        ("ggml_new_tensor_3d", pointer, (pointer, c_int, c_int64, c_int64, c_int64)),
+        ("ggml_rope_ext", pointer, (*[pointer] * 4, *[c_int] * 3, *[c_float] * 6)),
+    )
+    for name, result, arguments in declarations:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib

@@ -8,13 +8,11 @@ taken; reading a long prompt reports its progress and can be interrupted at any 
 from __future__ import annotations
 
 import ctypes
-import inspect
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +21,12 @@ import numpy as np
 import psutil
 from llama_cpp.llama import LlamaState as StockState
 
-from ..container import Header, freq_scale, native_schedule, read_header, schedule_of
+from ..container import freq_scale, read_header
 from ..errors import UserError
-from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
+from ..factors import Band, Schedule, check_matches
 from . import memory
+from .loading import check_context, key_turning_layout, resolve_schedule
 from .rope import RopeHook, Turn, plan_turns
-
-ROPE_OPTIONS = (
-    "rope_scaling_type",
-    "rope_freq_base",
-    "rope_freq_scale",
-    "yarn_ext_factor",
-    "yarn_attn_factor",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_orig_ctx",
-)
-"""llama_cpp's own ways to scale RoPE; given one of them, the schedule stands aside."""
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
 
@@ -109,9 +96,9 @@ class Llama(llama_cpp.Llama):
         **options: Any,
     ) -> None:
         header = read_header(model_path)
-        self._schedule, hooked = _resolve_schedule(header, schedule, n_ctx, options)
+        self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._hook = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
-        self._asked_ctx = _check_context(n_ctx, self._schedule)
+        self._asked_ctx = check_context(n_ctx, self._schedule)
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
         if options.get("n_gpu_layers"):
@@ -133,7 +120,7 @@ class Llama(llama_cpp.Llama):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ropewalk-read")
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
-        with _key_turning_layout(header, self._schedule, self.plan):
+        with key_turning_layout(header, self._schedule, self.plan):
             super().__init__(
                 str(model_path),
                 n_ctx=self._asked_ctx,
@@ -194,7 +181,7 @@ class Llama(llama_cpp.Llama):
 
     def n_ctx(self) -> int:
         """Tokens that a sequence may have: what was asked for, and no more than the last band holds."""
-        return min(super().n_ctx(), self._asked_ctx, self._schedule.context)
+        return min(int(super().n_ctx()), self._asked_ctx, self._schedule.context)
 
     @property
     def kv_type(self) -> str:
@@ -416,7 +403,7 @@ class Llama(llama_cpp.Llama):
 
     def save_state(self) -> LlamaState:
         """The tokens, their keys and values, and the band they are in."""
-        state = super().save_state()
+        state: LlamaState = super().save_state()
         if not self._logits_all:
             state.scores = state.scores[:0]  # never written to without logits_all
         state.__class__ = LlamaState
@@ -448,7 +435,7 @@ class Llama(llama_cpp.Llama):
     def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
         """Replace the cache's sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`."""
         self._forget()
-        data = (ctypes.c_uint8 * state.nbytes).from_buffer_copy(state)
+        data = (ctypes.c_uint8 * state.nbytes).from_buffer_copy(state.tobytes())
         if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
             self._forget()
             raise RuntimeError("llama.cpp did not take the saved sequence")
@@ -482,65 +469,6 @@ class Llama(llama_cpp.Llama):
         if self._hook is not None:
             state["schedule"] = self._schedule
         return dict(state)
-
-
-def _resolve_schedule(
-    header: Header, given: Schedule | str | os.PathLike[str] | None, n_ctx: int, options: dict[str, Any]
-) -> tuple[Schedule, bool]:
-    """The schedule to run by, and whether the rope callback is needed for it."""
-    defaults = inspect.signature(llama_cpp.Llama.__init__).parameters
-    own = [name for name in ROPE_OPTIONS if name in options and options[name] != defaults[name].default]
-    native = native_schedule(header)
-    if own and (given is not None or schedule_of(header) != native):
-        raise UserError(f"{own[0]}: the model runs by a rescale schedule; give one or the other")
-    if own:
-        last = native.bands[-1]
-        asked = Band(
-            context=max(n_ctx, 1) if n_ctx else last.context,
-            rescale_factors=last.rescale_factors,
-            found=Provenance(method="llama.cpp options"),
-        )
-        return Schedule(facts=native.facts, bands=(asked,)), False
-    if given is None:
-        schedule = schedule_of(header)
-        return schedule, schedule != native or len(native.bands) > 1
-    if isinstance(given, Schedule):
-        where, schedule = "schedule", given
-    else:
-        where, schedule = str(given), read_schedule(given)
-    check_matches(schedule, native.facts, where)
-    return schedule, True
-
-
-def _check_context(n_ctx: int, schedule: Schedule) -> int:
-    if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or n_ctx < 0:
-        raise UserError(f"n_ctx: {n_ctx!r}, expected a number of tokens (0 for the model's longest)")
-    if n_ctx > schedule.context:
-        raise UserError(
-            f"n_ctx: {n_ctx:,} tokens, expected at most {schedule.context:,}, which the model's last band holds"
-        )
-    return n_ctx or schedule.context
-
-
-@contextmanager
-def _key_turning_layout(header: Header, schedule: Schedule, plan: memory.MemoryPlan) -> Any:
-    """Keep llama.cpp from mixing rotated and unrotated dimensions of a quantised key.
-
-    Its Hadamard transform of quantised keys spans whole heads, but its K-shift undoes it on the rotated dimensions
-    only: where those are fewer, keys could not be turned, so the transform is switched off for this context.
-    """
-    shape = memory.head_size(header)
-    partial = memory.is_quantised(plan.type_k) and schedule.facts.n_rot != shape and len(schedule.bands) > 1
-    name, before = "LLAMA_ATTN_ROT_DISABLE", os.environ.get("LLAMA_ATTN_ROT_DISABLE")
-    if partial:
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if partial:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
 
 
 def _index_of(schedule: Schedule, band: Band) -> int:

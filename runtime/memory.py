@@ -61,7 +61,7 @@ def ggml_type(name: str) -> int:
 
 def type_name(number: int) -> str:
     """The name of ggml's type `number`, as cache types are named here."""
-    return gguf.GGMLQuantizationType(number).name.lower()
+    return str(gguf.GGMLQuantizationType(number).name).lower()
 
 
 def is_quantised(name: str) -> bool:
@@ -70,7 +70,7 @@ def is_quantised(name: str) -> bool:
 
 def _row_bytes(name: str, n: int) -> int:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
-    return -(-n // block) * size
+    return int(-(-n // block) * size)
 
 
 def check_kv_type(kv: str) -> str:

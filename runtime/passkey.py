@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from ..factors import Schedule
+from .template import ChatTemplate, Message
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -25,9 +26,10 @@ OPENING = "The secret pass key of the vault is"
 
 @dataclass(frozen=True)
 class HiddenKey:
-    """Token ids of a text with a key in its middle: `text`, then `question`, whose right answer is `digits`."""
+    """A text with a key in its middle: a string, and token ids of it, of the question, and of the right answer."""
 
     key: str
+    body: str
     text: tuple[int, ...]
     question: tuple[int, ...]
     digits: tuple[int, ...]
@@ -60,27 +62,33 @@ class Reading:
         return float(self.losses[-self.n_digits :].mean())
 
 
-def hide_key(llm: Llama, text: str, n_tokens: int, key: str, head: str = "") -> HiddenKey:
-    """Cut `text` to `n_tokens` tokens and hide `key` in its middle; `head` goes before it.
+def hide_key(llm: Llama, text: str, n_tokens: int, key: str) -> HiddenKey:
+    """Cut `text` to about `n_tokens` tokens, as a user's message, and hide `key` in its middle.
 
     Raises:
         UserError: the text is too short.
     """
+    template = ChatTemplate(llm)
     words = llm.tokenize(text.encode(), add_bos=False)
     if len(words) < n_tokens:
         raise UserError(f"the text has {len(words):,} tokens, expected at least {n_tokens:,}")
-    sentence = f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n"
-    hidden = llm.tokenize(sentence.encode(), add_bos=False)
-    opening = llm.tokenize(head.encode(), add_bos=True, special=True)
-    half = (n_tokens - len(hidden) - len(opening)) // 2
-    body = [*opening, *words[:half], *hidden, *words[half : 2 * half]]
-    asked = llm.tokenize(f"\n\n{OPENING}".encode(), add_bos=False)
-    answered = llm.tokenize(f"\n\n{OPENING} {key}.".encode(), add_bos=False)
-    # the answer's tokens are those that the key adds to the question, whatever they share of a space
-    same = llm.longest_token_prefix(asked, answered)
-    digits = llm.tokenize(key.encode(), add_bos=False)
-    first = next((i for i in range(same, len(answered)) if answered[i : i + len(digits)] == digits), same)
-    return HiddenKey(key, tuple(body), tuple(answered[:first]), tuple(answered[first : first + len(digits)]))
+    hidden = f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n"
+    half = (n_tokens - len(llm.tokenize(hidden.encode(), add_bos=False))) // 2
+    parts = (llm.detokenize(words[at : at + half]).decode(errors="ignore") for at in (0, half))
+    body = hidden.join(parts)
+    begun = template.opening([Message("user", body)])
+    asked = template.tokens([Message("user", f"{body}\n\n{OPENING}")])
+    answered = template.tokens([Message("user", f"{body}\n\n{OPENING} {key}.")])
+    first = llm.longest_token_prefix(asked, answered)
+    while not llm.detokenize([answered[first]]).strip():  # a space that is a token of its own is not the answer
+        first += 1
+    last = first + 1
+    while not llm.detokenize(answered[first:last]).decode(errors="replace").strip().startswith(key):
+        last += 1
+    text_end = llm.longest_token_prefix(begun, answered)
+    return HiddenKey(
+        key, body, tuple(answered[:text_end]), tuple(answered[text_end:first]), tuple(answered[first:last])
+    )
 
 
 def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> Reading:

@@ -95,7 +95,7 @@ class RopeHook:
 
     @contextmanager
     def stopping_tokens(self, turn: Turn | None) -> Iterator[None]:
-        """While the block runs, a K-shift graph's nodes carry out `turn`, and a token's graph is stopped at its start."""
+        """While the block runs, a K-shift graph's nodes carry out `turn`, and a token's graph is stopped at once."""
         self._turn, self._stopping, self._reading = turn, False, False
         self._turned_rows.clear()
         try:

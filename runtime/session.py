@@ -53,7 +53,7 @@ def save(llm: Llama, path: str | os.PathLike[str]) -> None:
     try:
         try:
             save_file({"tokens": tokens, "state": state}, part, metadata=facts)
-            os.replace(part, target)
+            part.replace(target)
         finally:
             part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -96,7 +96,7 @@ def model_key(llm: Llama) -> str:
     return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
 
 
-def _digest(tokens: np.ndarray, state: np.ndarray) -> str:  # type: ignore[type-arg]
+def _digest(tokens: np.ndarray, state: np.ndarray) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(tokens).data)
     digest.update(np.ascontiguousarray(state).data)
     return digest.hexdigest()

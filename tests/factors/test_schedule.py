@@ -92,7 +92,7 @@ def test_start_tokens_outside_the_set_can_be_forced():
 def test_what_is_no_schedule_is_refused(tmp_path, content):
     path = tmp_path / "s.json"
     path.write_bytes(content)
-    with pytest.raises(ScheduleError, match="s.json"):
+    with pytest.raises(ScheduleError, match=r"s\.json"):
         read_schedule(path)
 
 

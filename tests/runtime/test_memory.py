@@ -59,7 +59,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("kv", ["q8", "", "f16:", "f16:q8_0:f16", "auto:f16", None, 8])
 def test_a_cache_type_that_is_none_is_refused(smollm2, kv):
-    with pytest.raises(UserError, match="kv: .* expected auto, one of f32, f16"):
+    with pytest.raises(UserError, match=r"kv: .* expected auto, one of f32, f16"):
         plan_memory(read_header(smollm2), 512, kv)
 
 
