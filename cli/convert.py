@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..container import Header
     from ..convert import Plan
 
+FLOATS = ("f32", "f16", "bf16")  # bringing quantised weights to these rounds nothing that matters
+
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="The model to convert.")],
@@ -55,7 +57,7 @@ def convert(
         force=force,
         bar=_bar,
     )
-    lossy = quantised_types(header) if weight_type is not None and "f" not in weight_type.lower() else []
+    lossy = quantised_types(header) if weight_type is not None and weight_type.lower() not in FLOATS else []
     facts = _gather(read_header(target), header, plan, lossy)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=1))
@@ -75,10 +77,9 @@ def _plan(
     from ..factors import read_schedule
 
     if schedule is not None:
-        for name, value in (("--method", method), ("--existing", existing)):
-            if value is not None:
-                raise UserError(f"{name} {value}: has no meaning with --schedule, which brings its own factors")
-        return plan_given(header, read_schedule(schedule), str(schedule), context)
+        if method is not None:
+            raise UserError(f"--method {method}: has no meaning with --schedule, which brings its own factors")
+        return plan_given(header, read_schedule(schedule), str(schedule), context, existing)
     if context is not None:
         return plan_extension(header, context, method or "yarn", existing)
     for name, value in (("--method", method), ("--existing", existing)):
@@ -97,7 +98,7 @@ def _gather(written: Header, header: Header, plan: Plan | None, lossy: list[str]
     from ..container import schedule_of, takes_native_factors, what_stock_does
 
     schedule = schedule_of(written)
-    notes = [plan.note if plan else "the factors that the file carries are kept as they are"]
+    notes = [plan.note if plan else "factors stay as they are in the file, if there are any"]
     if lossy:
         notes.append(f"the weights were quantised already ({', '.join(lossy)}): rounding them again loses a little")
     return {

@@ -50,9 +50,9 @@ def convert_model(
     weight_type = check_weight_type(weight_type) if weight_type is not None else None
     with output_file(target, source=header.path, force=force) as output:
         if weight_type is not None:
-            place = output.part if schedule is None else output.scratch
+            place, copies = (output.part, 1) if schedule is None else (output.scratch, 2)
             with bar(f"Requantising to {weight_type}") as advance:
-                requantise(header, place, weight_type, target=output.target, on_progress=advance)
+                requantise(header, place, weight_type, target=output.target, copies=copies, on_progress=advance)
             header = read_header(place)
         if schedule is not None:
             with bar("Writing") as advance:

@@ -44,14 +44,12 @@ def output_file(target: str | os.PathLike[str], *, source: Path, force: bool = F
     try:
         output.scratch.unlink(missing_ok=True)
         yield output
+        output.scratch.unlink(missing_ok=True)
         _publish(output, force)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:
-        with suppress(OSError):
-            output.scratch.unlink(missing_ok=True)
-            output.part.unlink(missing_ok=True)
-        os.close(hold)
+        _drop(output, hold)
 
 
 def check_space(target: Path, n_bytes: int) -> None:
@@ -103,6 +101,15 @@ def _hold(part: Path, target: Path) -> int:
         except BaseException:
             os.close(hold)
             raise
+
+
+def _drop(output: Output, hold: int) -> None:
+    """Let go of the claim, and of what is left of it: once `part` has its final name, that name is another run's."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(hold), output.part.stat()):
+            output.scratch.unlink(missing_ok=True)
+            output.part.unlink()
+    os.close(hold)
 
 
 def _lock(hold: int, target: Path) -> None:

@@ -6,6 +6,7 @@ that was embedded before. Whatever is chosen, the plan says it in one line.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..container import Header, embedded_schedule, native_schedule, plain_context, schedule_of
@@ -44,15 +45,29 @@ def plan_extension(header: Header, context: int, method: str, existing: str | No
     return Plan(extend(base, context, method), note)
 
 
-def plan_given(header: Header, schedule: Schedule, where: str, context: int | None = None) -> Plan:
+def plan_given(
+    header: Header, schedule: Schedule, where: str, context: int | None = None, existing: str | None = None
+) -> Plan:
     """Use a schedule from elsewhere (`where`), up to `context` tokens if that is given.
+
+    Its factors are whole, so there is nothing to multiply; but one made as if the model were plain would lose the
+    factors that it was trained with, and is taken with `existing` "replace" only.
 
     Raises:
         UserError: it is for another model, does not reach `context`, or reaches less than the model does as it is.
     """
+    if existing not in (None, REPLACE):
+        raise UserError(
+            f"existing: {existing!r}, expected {REPLACE} or nothing with a schedule, whose factors are whole"
+        )
     carried = schedule_of(header)
     check_matches(schedule, carried.facts, where)
     original = carried.facts.original_context
+    if not _same_start(schedule.facts, carried.facts) and existing != REPLACE:
+        raise UserError(
+            f"{where}: facts.native_factors are not what {header.path} was trained with"
+            f" ({_range(carried.facts.start_factors)}), which would be lost; expected them in it, or existing: replace"
+        )
     if context is not None:
         if context < original:
             raise UserError(f"context: {context}, expected at least the {original} tokens the model was trained for")
@@ -63,10 +78,19 @@ def plan_given(header: Header, schedule: Schedule, where: str, context: int | No
         raise UserError(
             f"{where}: reaches {schedule.context} tokens, expected at least the {original} the model was trained for"
         )
-    note = f"{_what(header)} is replaced by {where}" if _what(header) else "the model carried no factors"
-    if carried.facts.native_factors != schedule.facts.native_factors:
-        note += f"; what the model was trained with ({_range(carried.facts.start_factors)}) is not what it builds on"
-    return Plan(schedule, note)
+    return Plan(
+        schedule, f"{_what(header)} is replaced by {where}" if _what(header) else "the model carried no factors"
+    )
+
+
+def _same_start(one: RopeFacts, other: RopeFacts) -> bool:
+    """Whether two models were trained with the same factors, as far as float32 tells."""
+    pairs = zip(
+        (one.native_attention_factor, *one.start_factors),
+        (other.native_attention_factor, *other.start_factors),
+        strict=True,
+    )
+    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
 
 
 def _start(header: Header, existing: str | None) -> tuple[Schedule, str]:
@@ -82,9 +106,27 @@ def _start(header: Header, existing: str | None) -> tuple[Schedule, str]:
         trained = _as_trained(carried)
         own = f" ({_range(facts.start_factors)})" if facts.native_factors else ""
         return trained, f"{what} is dropped; the new bands start again from the model as it was trained{own}"
-    original = facts.original_context if embedded else plain_context(header)
+    original = _plain_context(header, carried, what)
     plain = RopeFacts(n_rot=facts.n_rot, freq_base=facts.freq_base, original_context=original)
     return Schedule(facts=plain, bands=(native_band(plain),)), f"{what} is dropped; the new bands start from plain RoPE"
+
+
+def _plain_context(header: Header, carried: Schedule, what: str) -> int:
+    """The context that the model holds without any factors.
+
+    Raises:
+        UserError: the model's own factors are more than a schedule embedded before, and the file does not say what it
+            was trained for without them.
+    """
+    facts, key = carried.facts, f"{header.arch}.rope.scaling.original_context_length"
+    if not facts.native_factors and facts.native_attention_factor == 1:
+        return facts.original_context
+    if embedded_schedule(header) is not None or not header.get(key):
+        raise UserError(
+            f"{header.path}: existing: {what} cannot be replaced, as the file does not say for what context the model"
+            f" was trained without ({key}); expected compose"
+        )
+    return plain_context(header)
 
 
 def _as_trained(embedded: Schedule) -> Schedule:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from gguf import GGMLQuantizationType
 
 from ..container import GGUFError, Header, read_header
+from ..container.reader import DEFAULT_ALIGNMENT
 from ..errors import UserError
 from .output import check_space
 from .writer import Advance
@@ -47,6 +48,7 @@ WEIGHT_TYPES = {
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 NOISE_LINES = 20
+ROWS_BYTES = 64 << 20  # of a tensor's rows in memory at once; llama.cpp's own bound is 8 GiB
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -68,11 +70,12 @@ def quantised_types(header: Header) -> list[str]:
 
 
 def requantise(
-    header: Header, part: Path, weight_type: str, *, target: Path, on_progress: Advance | None = None
+    header: Header, part: Path, weight_type: str, *, target: Path, copies: int = 1, on_progress: Advance | None = None
 ) -> None:
     """Write the model that `header` heads to `part` with its weights as `weight_type`; everything else stays.
 
-    One-dimensional tensors, rescale factors among them, stay as they are. `target` is the file's name in messages.
+    One-dimensional tensors, rescale factors among them, stay as they are. `target` is the file's name in messages,
+    and the disk must have room for `copies` of what is written.
 
     Raises:
         UserError: llama.cpp cannot read or quantise this model, or the disk is full.
@@ -80,7 +83,8 @@ def requantise(
     start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import work; work()"
     files = [str(header.path.absolute()), str(part.absolute())]
     child = subprocess.Popen(
-        [sys.executable, "-c", start, *files, WEIGHT_TYPES[weight_type]],
+        [sys.executable, "-c", start, *files, WEIGHT_TYPES[weight_type], str(header.alignment)],
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # or an abort of llama.cpp's would start a debugger
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -88,7 +92,7 @@ def requantise(
     )
     assert child.stdin is not None and child.stdout is not None
     try:
-        reason = _follow(child.stdout, target, on_progress)
+        reason = _follow(child.stdout, target, copies, on_progress)
         code = child.wait()
     finally:
         child.kill()
@@ -103,18 +107,18 @@ def requantise(
         )
     try:
         read_header(part)
-    except GGUFError:
-        raise UserError(f"{target}: cannot write: the disk is full, or takes no more") from None
+    except GGUFError as error:
+        raise UserError(f"{header.path}: llama.cpp's {weight_type} of it is no whole file: {error}") from None
 
 
-def _follow(lines: IO[bytes], target: Path, on_progress: Advance | None) -> str:
+def _follow(lines: IO[bytes], target: Path, copies: int, on_progress: Advance | None) -> str:
     """Read what the child reports until it ends; return why it failed, if it did, as far as it said."""
     total, error, noise = 0, "", [""]
     for raw in lines:
         word, _, text = raw.decode("utf-8", errors="replace").strip().partition(" ")
         if word == "@total":
             total = int(text)
-            check_space(target, total)
+            check_space(target, copies * total)
         elif word == "@done":
             if on_progress is not None and total:
                 on_progress(min(int(text), total), total)
@@ -133,7 +137,7 @@ def work() -> NoReturn:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import llama_cpp
 
-    source, target, name = sys.argv[1:]
+    source, target, name, alignment = sys.argv[1:]
     size = 0
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -151,6 +155,9 @@ def work() -> NoReturn:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{name}")
     params.allow_requantize = True
+    params.max_buf_size = ROWS_BYTES
+    if int(alignment) != DEFAULT_ALIGNMENT:
+        params.kv_overrides = _default_alignment()
     for dry_run in (True, False):  # the first to learn how large it will be
         params.dry_run = dry_run
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
@@ -160,6 +167,17 @@ def work() -> NoReturn:
             _report("@total", str(size))
     sys.stdout.flush()
     os._exit(1 if code else 0)
+
+
+def _default_alignment() -> Any:
+    """An override for `general.alignment`: the quantiser lays out for 32, whatever it says in the file's copy."""
+    import llama_cpp
+
+    overrides = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty one ends the list
+    overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+    overrides[0].key = b"general.alignment"
+    overrides[0].value.val_i64 = DEFAULT_ALIGNMENT
+    return overrides
 
 
 def _report(word: str, text: str) -> None:
