@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..factors import Schedule, ScheduleError, check_matches, schedule_from_dict
+from ..factors import FORMAT_VERSION, Schedule, ScheduleError, check_matches, schedule_from_dict
 from .facts import native_schedule
 from .header import Header
 from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
@@ -68,6 +68,8 @@ def embedded_schedule(header: Header) -> Schedule | None:
     keys = [key for key in header.entries if key.startswith(PREFIX)]
     if not keys:
         return None
+    if f"{PREFIX}format_version" not in keys:
+        raise ScheduleError(f"{header.path}: {PREFIX}format_version: missing, expected {FORMAT_VERSION}")
     count = header.get(f"{PREFIX}band_count")
     if not isinstance(count, int) or not 1 <= count <= MAX_BANDS:
         raise ScheduleError(f"{header.path}: {PREFIX}band_count: {count!r}, expected 1 to {MAX_BANDS}")

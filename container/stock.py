@@ -20,6 +20,8 @@ def what_stock_does(header: Header) -> list[str]:
             f" which holds for {schedule.bands[0].context:,} tokens. Run it with ropewalk."
         ]
     first = schedule.bands[0]
+    if len(schedule.bands) == 1:
+        return [f"runs it by its one band, up to {last.context:,} tokens."]
     lines = [
         f"with a context of at most {native.bands[0].context:,} tokens it uses the first band, with a longer one the"
         f" last (up to {last.context:,}), from the first token on, and never changes."
