@@ -1,0 +1,5 @@
+"""`python -m ropewalk` is `ropewalk`."""
+
+from .cli.main import main
+
+main()

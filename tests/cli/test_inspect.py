@@ -1,0 +1,91 @@
+"""`ropewalk inspect` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from ropewalk.container import native_schedule, read_header
+from ropewalk.convert import embed_schedule
+from ropewalk.factors import extend
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "ropewalk", "inspect", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.fixture(scope="module")
+def extended(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "long.gguf"
+    embed_schedule(smollm2, path, extend(native_schedule(read_header(smollm2)), 32768))
+    return path
+
+
+def test_facts_bands_memory_and_what_others_make_of_it(extended):
+    result = run(extended)
+    assert result.returncode == 0 and not result.stderr
+    for words in (
+        "llama, 30 layers",
+        "64 dimensions, base 100000",
+        "trained for 8,192 tokens, serves 32,768",
+        "embedded schedule",
+        "16,384",
+        "▁",
+        "q8_0:f16",
+        "Stock llama.cpp",
+        "never changes",
+    ):
+        assert words in result.stdout, words
+    assert "\x1b[" not in result.stdout  # piped: no colours
+
+
+def test_json_is_the_same_facts(extended):
+    facts = json.loads(run(extended, "--json").stdout)
+    assert [band["context"] for band in facts["bands"]] == [8192, 16384, 32768]
+    assert facts["model"]["n_rot"] == 64 and facts["schedule"] == "embedded"
+    assert {row["context"] for row in facts["memory"]} == {8192, 16384, 32768}
+    assert all(row["total_bytes"] > row["cache_bytes"] > 0 for row in facts["memory"])
+
+
+def test_a_picture_is_drawn(extended, tmp_path):
+    picture = tmp_path / "factors.png"
+    result = run(extended, "--plot", picture)
+    assert result.returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert list(tmp_path.iterdir()) == [picture]
+    result = run(extended, "--plot", tmp_path / "no" / "x.png")
+    assert result.returncode == 2 and "cannot write the picture" in result.stderr
+
+
+def test_files_that_carry_factors_of_their_own_show_them(tiny_llama, tmp_path):
+    path = tiny_llama(tmp_path / "m.gguf", rope_freqs=[1 + i / 2 for i in range(16)])
+    result = run(path)
+    assert "1–8.5" in result.stdout and "native schedule" in result.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\x03\0\0\0" + b"\xff" * 40])
+def test_what_is_no_model_is_one_line(tmp_path, content):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    for name in (path, tmp_path, tmp_path / "missing.gguf"):
+        result = run(name)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"ropewalk: {name}: ") and result.stderr.count("\n") == 1
+        assert not result.stdout
+
+
+def test_an_architecture_without_rope_is_refused(tiny_llama, tmp_path):
+    result = run(tiny_llama(tmp_path / "m.gguf", arch="gpt2"))
+    assert result.returncode == 2 and "'gpt2' has no RoPE" in result.stderr
+
+
+def test_help_is_quick_and_loads_no_engine():
+    code = (
+        "import sys; sys.argv = ['ropewalk', '--help']\n"
+        "from ropewalk.cli.main import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'llama_cpp', 'pydantic', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "summarize" in result.stdout and result.stdout.strip().endswith("[]")
