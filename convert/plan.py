@@ -78,9 +78,11 @@ def plan_given(
         raise UserError(
             f"{where}: reaches {schedule.context} tokens, expected at least the {original} the model was trained for"
         )
-    return Plan(
-        schedule, f"{_what(header)} is replaced by {where}" if _what(header) else "the model carried no factors"
-    )
+    what = _what(header)
+    if not what:
+        return Plan(schedule, "the model carried no factors")
+    kept = embedded_schedule(header) is None and _same_start(schedule.facts, carried.facts)
+    return Plan(schedule, f"{what} is {'part of' if kept else 'replaced by'} {where}")
 
 
 def _same_start(one: RopeFacts, other: RopeFacts) -> bool:
