@@ -24,7 +24,7 @@ from llama_cpp.llama import LlamaState as StockState
 from ..container import freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
-from . import memory
+from . import log, memory
 from .loading import check_context, key_turning_layout, resolve_schedule
 from .rope import RopeHook, Turn, plan_turns
 
@@ -120,21 +120,25 @@ class Llama(llama_cpp.Llama):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ropewalk-read")
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
-        with key_turning_layout(header, self._schedule, self.plan):
-            super().__init__(
-                str(model_path),
-                n_ctx=self._asked_ctx,
-                n_batch=n_batch,
-                n_ubatch=n_ubatch,
-                n_threads=n_threads or cores,
-                n_threads_batch=n_threads_batch or cores,
-                logits_all=logits_all,
-                flash_attn=self.plan.flash_attn,
-                type_k=memory.ggml_type(self.plan.type_k),
-                type_v=memory.ggml_type(self.plan.type_v),
-                **options,
-            )
-        if hooked and not options.get("vocab_only"):
+        log.listen()
+        try:
+            with key_turning_layout(header, self._schedule, self.plan):
+                super().__init__(
+                    str(model_path),
+                    n_ctx=self._asked_ctx,
+                    n_batch=n_batch,
+                    n_ubatch=n_ubatch,
+                    n_threads=n_threads or cores,
+                    n_threads_batch=n_threads_batch or cores,
+                    logits_all=logits_all,
+                    flash_attn=self.plan.flash_attn,
+                    type_k=memory.ggml_type(self.plan.type_k),
+                    type_v=memory.ggml_type(self.plan.type_v),
+                    **options,
+                )
+        except ValueError as error:
+            raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
+        if hooked and llama_cpp.llama_get_memory(self._ctx.ctx) and not options.get("vocab_only"):
             self._run_stopped(None)  # llama.cpp hands the callback to its scheduler with the first token, not before
 
     # llama_cpp.Llama assigns `context_params` once, before it makes the context: the callback goes in there.

@@ -168,6 +168,14 @@ def test_mistakes_are_one_line(tiny, options, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_llama_cpp_refuses_is_one_line_with_its_reason(tiny_llama, tmp_path, capfd):
+    path = tiny_llama(tmp_path / "m.gguf", arch="falcon")  # llama's tensors under another name
+    with pytest.raises(UserError, match=r"m\.gguf: llama\.cpp cannot run it: .*missing tensor") as caught:
+        ropewalk.Llama(path, n_ctx=256, **QUIET)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_schedule_for_another_model_is_refused(tiny, smollm2, tmp_path):
     write_schedule(extend(native_schedule(read_header(smollm2)), 16384), tmp_path / "s.json")
     with pytest.raises(UserError, match=r"s\.json: the schedule is for freq_base 100000, the model has 10000"):
