@@ -23,7 +23,7 @@ from ropewalk.container import (
 )
 from ropewalk.convert import embed_schedule
 from ropewalk.errors import UserError
-from ropewalk.factors import yarn
+from ropewalk.factors import Schedule, extend, yarn
 
 TinyLlama = Callable[..., Path]
 Writer = gguf.GGUFWriter
@@ -282,5 +282,19 @@ def test_temperature_by_original_context_rules_native_factors_out(tmp_path: Path
 
 
 def test_what_stock_does_is_said(tmp_path: Path, tiny_llama: TinyLlama) -> None:
-    plain = what_stock_does(read_header(tiny_llama(tmp_path / "a")))
-    assert plain == ["runs it as it is, up to 256 tokens."]
+    source = tiny_llama(tmp_path / "plain.gguf")
+    assert what_stock_does(read_header(source)) == ["runs it as it is, up to 256 tokens."]
+    schedule = extend(native_schedule(read_header(source)), 2048)
+
+    def said(schedule: Schedule, source: Path = source) -> str:
+        embed_schedule(source, tmp_path / "long.gguf", schedule, force=True)
+        return " ".join(what_stock_does(read_header(tmp_path / "long.gguf")))
+
+    three = said(schedule)
+    for part in ("at most 256 tokens", "longer one the last (up to 2,048)", "The 2 between are not used", "attention"):
+        assert part in three
+    assert said(schedule.only(3)) == "runs it by its one band, up to 2,048 tokens."
+    late = schedule.bands[3].model_copy(update={"start_tokens": 4})
+    assert "Start tokens (4)" in said(schedule.model_copy(update={"bands": (schedule.bands[0], late)}))
+    other = tiny_llama(tmp_path / "qwen2.gguf", arch="qwen2")
+    assert "cannot take rescale factors for this 'qwen2' model" in said(schedule, other)

@@ -97,8 +97,10 @@ def check_against_gguf(path: Path) -> None:
                 assert header.array(name) == field.contents()
         else:
             assert header.get(name) == field.contents()
-        tail = b"".join(bytes(part.tobytes()) for part in field.parts)
-        assert raw[ours.start : ours.end] == tail[len(text(name)) + 4 :]
+        before = len(text(name)) + 4
+        assert ours.end - ours.start == sum(part.nbytes for part in field.parts) - before
+        if ours.count < 5000:
+            assert raw[ours.start : ours.end] == b"".join(part.tobytes() for part in field.parts)[before:]
     assert header.data_start == oracle.data_offset
     assert [t.name for t in header.tensors] == [t.name for t in oracle.tensors]
     for mine, theirs in zip(header.tensors, oracle.tensors, strict=True):
