@@ -1,0 +1,184 @@
+"""`ropewalk convert` as a user runs it: what it makes, what it says, and every mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ropewalk.container import embedded_schedule, native_schedule, read_header
+from ropewalk.factors import extend, write_schedule
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "ropewalk", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def refused(*arguments, **options):
+    """Run, expect a mistake in one line, and return the line."""
+    done = run(*arguments, **options)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("ropewalk: ") and done.stderr.count("\n") == 1 and not done.stdout
+    return done.stderr
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    return tiny_llama(tmp_path / "in.gguf")
+
+
+@pytest.fixture
+def left(tmp_path):
+    """What there is in the folder besides what was there when the test began."""
+    return lambda *known: sorted({path.name for path in tmp_path.iterdir()} - {"in.gguf", *known})
+
+
+def test_a_closed_form(source, tmp_path, left):
+    done = run(source, tmp_path / "out.gguf", "--context", 1000)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("trained for 256 tokens, holds 1,000", "up to       512", "(yarn)", "stock llama.cpp:", "no factors"):
+        assert words in done.stdout, words
+    assert "\x1b[" not in done.stdout
+    schedule = embedded_schedule(read_header(tmp_path / "out.gguf"))
+    assert schedule == extend(native_schedule(read_header(source)), 1000, "yarn")
+    assert left() == ["out.gguf"]
+
+
+def test_as_json(source, tmp_path):
+    done = run(source, tmp_path / "out.gguf", "--context", 512, "--method", "pi", "--type", "q8_0", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["bytes"] == (tmp_path / "out.gguf").stat().st_size < source.stat().st_size
+    assert [(band["context"], band["rescale_factors"]) for band in facts["bands"]] == [
+        (256, [1.0] * 16),
+        (512, [2.0] * 16),
+    ]
+    assert facts["context"] == 512 and facts["original_context"] == 256 and facts["stock_llama_cpp"]
+
+
+def test_a_schedule(source, tmp_path):
+    schedule = extend(native_schedule(read_header(source)), 2048, "ntk")
+    write_schedule(schedule, tmp_path / "s.json")
+    done = run(source, tmp_path / "out.gguf", "--schedule", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    assert embedded_schedule(read_header(tmp_path / "out.gguf")) == schedule
+
+
+def test_only_a_type(source, tmp_path):
+    done = run(source, tmp_path / "out.gguf", "--type", "f16")
+    assert done.returncode == 0, done.stderr
+    assert read_header(tmp_path / "out.gguf").get("llama.context_length") == 256
+
+
+def test_what_becomes_of_factors_is_said(tiny_llama, tmp_path):
+    tiny_llama(tmp_path / "in.gguf", rope_freqs=[1.0] * 8 + [8.0] * 8)
+    done = run(tmp_path / "in.gguf", tmp_path / "1.gguf", "--context", 512)
+    assert "note: the model's own scaling (λ 1 to 8) is kept" in done.stdout
+    done = run(tmp_path / "1.gguf", tmp_path / "2.gguf", "--context", 1024)
+    assert "note: the schedule in the file (native + yarn, 512 tokens) is dropped" in done.stdout
+    done = run(tmp_path / "1.gguf", tmp_path / "3.gguf", "--context", 1024, "--existing", "compose", "--type", "q4_0")
+    assert "(native + yarn, 512 tokens) is kept" in done.stdout
+    done = run(tmp_path / "3.gguf", tmp_path / "4.gguf", "--type", "q8_0")
+    assert "note: the weights were quantised already (q4_0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "nothing to do: expected --context, --schedule or --type"),
+        (["--context", 256], "context: 256, expected more than the 256 tokens"),
+        (["--context", 100], "context: 100, expected more than the 256 tokens"),
+        (["--context", 0], "context: 0, expected more"),
+        (["--context", -1], "context: -1, expected more"),
+        (["--context", "long"], "'--context'"),
+        (["--context", "1e4"], "'--context'"),
+        (["--context", "nan"], "'--context'"),
+        (["--context", 2**40], "expected at most 2147483647"),
+        (["--context", 512, "--method", "magic"], "method: 'magic', expected one of yarn, ntk, pi"),
+        (["--context", 512, "--type", "q99"], "type: 'q99', expected one of"),
+        (["--context", 512, "--existing", "maybe"], "existing: 'maybe', expected compose or replace"),
+        (["--method", "pi"], "--method pi: expected --context"),
+        (["--context", 512, "--colour"], "colour"),
+        (["--schedule", "none.json"], "none.json: cannot read the schedule: No such file"),
+        (["--schedule", "."], "cannot read the schedule"),
+        (["--schedule", "s.json", "--method", "pi"], "--method pi: has no meaning with --schedule"),
+        (["--schedule", "s.json", "--context", 4096], "s.json reaches 1024 tokens"),
+        (["--schedule", "broken.json"], "broken.json: not a JSON file"),
+        (["--schedule", "n_rot.json"], "schedule is for n_rot 64, the model has 32"),
+        (["--schedule", "base.json"], "schedule is for freq_base 500000, the model has 10000"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_mistakes_in_the_options(options, says, source, tiny_llama, tmp_path, left):
+    others = tmp_path / "others"
+    others.mkdir()
+    models = {"s": {}, "n_rot": {"n_embd": 128}, "base": {"freq_base": 5e5}}
+    for name, wanted in models.items():
+        if f"{name}.json" in options:
+            schedule = native_schedule(read_header(tiny_llama(others / "model.gguf", **wanted)))
+            write_schedule(extend(schedule, 1024), others / f"{name}.json")
+    (others / "broken.json").write_text("{")
+    assert says in refused(source, tmp_path / "out.gguf", *options, cwd=others)
+    assert left("others") == []
+
+
+def test_mistakes_in_the_files(source, tiny_llama, tmp_path, left):
+    model, out = source.read_bytes(), tmp_path / "out.gguf"
+    start = read_header(source).data_start
+    wrong = {
+        "empty": (b"", "empty: "),
+        "text": (b"hello, this is no model at all\n" * 10, "text: "),
+        "head": (model[: start // 2], "head: "),
+        "data": (model[: start + 1000], "data: cut short in tensor"),
+        "counts": (model[:8] + b"\xff" * 16 + model[24:], "counts: "),
+    }
+    for name, (raw, says) in wrong.items():
+        (tmp_path / name).write_bytes(raw)
+        assert says in refused(tmp_path / name, out, "--context", 512)
+    assert "No such file" in refused(tmp_path / "none.gguf", out, "--context", 512)
+    assert "a folder" in refused(tmp_path, out, "--context", 512)
+    bert = tiny_llama(tmp_path / "bert.gguf", arch="bert")
+    assert "architecture 'bert' has no RoPE" in refused(bert, out, "--context", 512)
+    assert left(*wrong, "bert.gguf") == []
+
+
+def test_mistakes_in_the_output(source, tmp_path, left):
+    (tmp_path / "there.gguf").write_bytes(b"precious")
+    assert "exists already (--force replaces it)" in refused(source, tmp_path / "there.gguf", "--context", 512)
+    assert (tmp_path / "there.gguf").read_bytes() == b"precious"
+    assert "is a folder" in refused(source, tmp_path, "--context", 512)
+    assert "the output is the input" in refused(source, source, "--context", 512, "--force")
+    assert "no such folder" in refused(source, tmp_path / "none" / "out.gguf", "--context", 512)
+    assert run(source, tmp_path / "there.gguf", "--context", 512, "--force").returncode == 0
+    assert read_header(tmp_path / "there.gguf").get("llama.context_length") == 512
+    assert left("there.gguf") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to(source, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "Permission denied" in refused(source, tmp_path / "closed" / "out.gguf", "--context", 512)
+
+
+def test_random_damage_to_the_head_is_a_mistake_or_harmless(source, tmp_path):
+    """In one process, to be quick; what `main` does with other errors is shown by the tests above."""
+    from ropewalk.convert import embed_schedule, plan_extension
+    from ropewalk.errors import UserError
+
+    whole, start = source.read_bytes(), read_header(source).data_start
+    random = np.random.default_rng(7)
+    done = 0
+    for _ in range(300):
+        raw = bytearray(whole)
+        for at in random.integers(0, min(start, 900) if random.random() < 0.7 else start, random.integers(1, 4)):
+            raw[at] = random.integers(0, 256)
+        source.write_bytes(raw)
+        try:
+            schedule = plan_extension(read_header(source), 2048, "yarn").schedule
+            embed_schedule(source, tmp_path / "out.gguf", schedule, force=True)
+            done += 1
+            read_header(tmp_path / "out.gguf")
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 20 < done < 280
