@@ -88,11 +88,8 @@ def test_what_becomes_of_factors_is_said(tiny_llama, tmp_path):
     [
         ([], "nothing to do: expected --context, --schedule or --type"),
         (["--context", 256], "context: 256, expected more than the 256 tokens"),
-        (["--context", 100], "context: 100, expected more than the 256 tokens"),
         (["--context", 0], "context: 0, expected more"),
-        (["--context", -1], "context: -1, expected more"),
         (["--context", "long"], "'--context'"),
-        (["--context", "1e4"], "'--context'"),
         (["--context", "nan"], "'--context'"),
         (["--context", 2**40], "expected at most 2147483647"),
         (["--context", 512, "--method", "magic"], "method: 'magic', expected one of yarn, ntk, pi"),

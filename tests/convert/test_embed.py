@@ -214,12 +214,11 @@ def test_a_part_of_a_model_is_refused(tiny_llama, tmp_path):
         embed_schedule(part, tmp_path / "out.gguf", plan(whole))
 
 
-@pytest.mark.parametrize("n_ctx", [16_384])
-def test_the_bundled_model_reads_past_what_it_was_trained_for(smollm2, tmp_path, n_ctx):
+def test_stock_llama_cpp_gives_the_bundled_model_more_context(smollm2, tmp_path):
     import llama_cpp
 
     embed_schedule(smollm2, tmp_path / "long.gguf", plan(smollm2, 32_768, "yarn"))
-    llm = llama_cpp.Llama(str(tmp_path / "long.gguf"), n_ctx=n_ctx, verbose=False, n_threads=2)
+    llm = llama_cpp.Llama(str(tmp_path / "long.gguf"), n_ctx=9000, verbose=False, n_threads=2)
     assert llm.metadata["llama.context_length"] == "32768"
     answer = llm("The capital of France is", max_tokens=3, temperature=0)["choices"][0]["text"]
     llm.close()
