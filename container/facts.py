@@ -222,7 +222,8 @@ def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
             f"{header.path}: tensor {name!r}: {GGMLQuantizationType(tensor.type).name} of shape {list(tensor.shape)},"
             f" expected F32 of [{half}]"
         )
-    numbers = np.frombuffer(header.tensor_data(tensor), dtype=form)[:half].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what is not a number is refused below, not warned of
+        numbers = np.frombuffer(header.tensor_data(tensor), dtype=form)[:half].astype(np.float64)
     for i, number in enumerate(numbers):
         if not SMALLEST_FACTOR <= number <= LARGEST_FACTOR:
             raise GGUFError(f"{header.path}: tensor {name!r}: element {i} is {number:g}, expected a number above 0")
