@@ -260,6 +260,8 @@ class Llama(llama_cpp.Llama):
                 f" (the model's last band holds {self._schedule.context:,})"
             )
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        if self._window_is_lost():
+            self._read_again()
         index = self._schedule.band_index(max(total, 1))
         self._move_to(self._schedule.bands[index], _index_of(self._schedule, self.band), index)
 
@@ -341,9 +343,7 @@ class Llama(llama_cpp.Llama):
             reread = bool(turns) and not (self._can_turn() and all(map(self._turn_keys, turns)))
             self.band = band
             if reread:
-                tokens = self.input_ids[:n_tokens].tolist()
-                self._forget()
-                self._read(tokens, settled=True)
+                self._read_again()
         except BaseException:
             self._forget()  # half-turned keys must never be read
             raise
@@ -352,23 +352,37 @@ class Llama(llama_cpp.Llama):
             self.on_band_change(BandChange(old_index, new_index, old, band, n_tokens, seconds, reread))
 
     def _can_turn(self) -> bool:
+        """Whether llama.cpp can shift this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
-        gaps = not self._context_params.swa_full and llama_cpp.llama_model_n_swa(self._model.model) > 0
-        return not (self._is_recurrent or self._is_hybrid or blocks or gaps) and bool(
-            llama_cpp.llama_memory_can_shift(cache)
+        in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
+        return not (self._is_recurrent or self._is_hybrid or blocks) and bool(
+            in_order and llama_cpp.llama_memory_can_shift(cache)
         )
+
+    def _window_is_lost(self) -> bool:
+        """Whether a rollback needs tokens of a sliding window that the cache has let go."""
+        window = llama_cpp.llama_model_n_swa(self._model.model)
+        if not window or not self.n_tokens or self._is_recurrent or self._is_hybrid:
+            return False
+        oldest = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx.ctx), 0)
+        return bool(oldest < 0 or oldest > max(0, self.n_tokens - window))
+
+    def _read_again(self) -> None:
+        tokens = self.input_ids[: self.n_tokens].tolist()
+        self._forget()
+        self._read(tokens, settled=True)
 
     def _turn_keys(self, turn: Turn) -> bool:
         """Run llama.cpp's K-shift graph for one turn; False if that did not reach the keys.
 
-        Shifting all positions by one and back leaves them as they are and still marks the cache as shifted. The graph
-        runs at the start of the next decode.
+        Halving position 0 leaves it as it is and still marks the cache as shifted, so that the graph runs at the start
+        of the next decode. (Adding to positions would also move the search for free cells to the first one, where a
+        sliding window's old cells would be taken.)
         """
         assert self._hook is not None
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, 1)
-        llama_cpp.llama_memory_seq_add(cache, 0, 0, -1, -1)
+        llama_cpp.llama_memory_seq_div(cache, 0, 0, 1, 2)
         self._hook.touched = 0
         code = self._run_stopped(turn)
         if code not in (0, 1):  # 1: no cell is free for the token, which a turn does not mind

@@ -81,7 +81,6 @@ class RopeHook:
         self._still = self._tensor((STILL,) * (facts.n_rot // 2), 1.0)
         self._attention = 1.0
         self._turn: Turn | None = None
-        self._turned_rows: set[int] = set()
         self._stopping = False
         self._kept: BaseException | None = None
         self._factors = self._still
@@ -97,7 +96,6 @@ class RopeHook:
     def stopping_tokens(self, turn: Turn | None) -> Iterator[None]:
         """While the block runs, a K-shift graph's nodes carry out `turn`, and a token's graph is stopped at once."""
         self._turn, self._stopping, self._reading = turn, False, False
-        self._turned_rows.clear()
         try:
             yield
         finally:
@@ -173,11 +171,7 @@ class RopeHook:
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors
         params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, scale
         self.touched += applies
-        shift = int(ggml.tensor_at(node).src[1])
-        if shift not in self._turned_rows:
-            # One row of shifts a cache. Cell i holds position i: one sequence, no gaps, and a full-size cache also
-            # for sliding-window layers.
-            self._turned_rows.add(shift)
-            row = ggml.int32_row(ggml.tensor_at(shift))
-            row[:] = 0
-            row[turn.start : turn.stop] = np.arange(turn.start, turn.stop, dtype=np.int32)
+        # Cell i holds position i: one sequence, no gaps, and a full-size cache for sliding-window layers, too.
+        row = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1]))
+        row[:] = 0
+        row[turn.start : turn.stop] = np.arange(turn.start, turn.stop, dtype=np.int32)

@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(tiny, options, words):
 
 def test_what_llama_cpp_refuses_is_one_line_with_its_reason(tiny_llama, tmp_path, capfd):
     path = tiny_llama(tmp_path / "m.gguf", arch="falcon")  # llama's tensors under another name
-    with pytest.raises(UserError, match=r"m\.gguf: llama\.cpp cannot run it: .*missing tensor") as caught:
+    with pytest.raises(UserError, match=r"m\.gguf: llama\.cpp cannot run it: .*key not found in model") as caught:
         ropewalk.Llama(path, n_ctx=256, **QUIET)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -326,3 +326,49 @@ def test_models_that_carry_factors_of_their_own(tiny_llama, tmp_path, load):
         np.testing.assert_allclose(last(ours, TOKENS[:200]), expected, atol=3e-3, err_msg=name)
         extended = extend(native, 1024)
         assert load(path, n_ctx=256, kv="f32", schedule=extended).schedule.bands[0] == native.bands[0]
+
+
+def test_sliding_window_layers_of_another_base_keep_theirs(tiny_llama, tmp_path, load):
+    """Gemma 3: five of six layers have a window and base 10,000; llama.cpp, too, scales the sixth alone."""
+    n_layer, n_embd, size = 6, 128, 64
+
+    def gemma(writer):
+        writer.add_key_length(size)
+        writer.add_value_length(size)
+        writer.add_sliding_window(32)
+        for i in range(n_layer):
+            for name, n in (
+                ("attn_q_norm", size),
+                ("attn_k_norm", size),
+                ("post_attention_norm", n_embd),
+                ("post_ffw_norm", n_embd),
+            ):
+                writer.add_tensor(f"blk.{i}.{name}.weight", np.full(n, 1.5, dtype=np.float32))
+
+    path = tiny_llama(tmp_path / "g.gguf", arch="gemma3", n_layer=n_layer, n_embd=n_embd, freq_base=1e6, extend=gemma)
+    facts = native_schedule(read_header(path)).facts
+    pi = Band(context=256, rescale_factors=(2.0,) * (size // 2))
+    stock = llama_cpp.Llama(str(path), n_ctx=256, rope_scaling_type=1, rope_freq_scale=0.5, **QUIET)
+    stock.eval(TOKENS[:200])
+    expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),))
+    ours = load(path, n_ctx=256, schedule=Schedule(facts=facts, bands=(pi,)))
+    np.testing.assert_array_equal(last(ours, TOKENS[:200]), expected)
+    stock.close()
+
+    short = Band(context=100, rescale_factors=(1.0,) * (size // 2))
+    schedule = Schedule(facts=facts, bands=(short, pi))
+    moved, stayed = (load(path, n_ctx=256, schedule=schedule, kv="f32") for _ in range(2))
+    moved.eval(TOKENS[:90])
+    moved.eval(TOKENS[90:150])
+    moved.n_tokens = 60
+    stayed.eval(TOKENS[:60])
+    assert np.abs(last(moved, TOKENS[60:95]) - last(stayed, TOKENS[60:95])).max() < PRECISION["f32"]
+
+    # A saved state puts llama.cpp's search for free cells back to the first: old cells of the window are reused.
+    restored = load(path, n_ctx=256, schedule=schedule, kv="f32")
+    stayed.eval(TOKENS[95:98])
+    restored.load_state(stayed.save_state())
+    restored.eval(TOKENS[98:150])
+    restored.n_tokens = 60
+    stayed.n_tokens = 60
+    assert np.abs(last(restored, TOKENS[60:95]) - last(stayed, TOKENS[60:95])).max() < PRECISION["f32"]

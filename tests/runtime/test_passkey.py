@@ -1,10 +1,9 @@
 """The hidden key: what the text holds, and that the model in its right mind names it."""
 
 import math
-
 import pydoc_data.topics
-import pytest
 
+import pytest
 import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
