@@ -7,54 +7,28 @@ Answers go to standard output; everything else is dim and goes to standard error
 from __future__ import annotations
 
 import re
-import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
-
-import platformdirs
-from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.styles import Style
 
 from ..errors import UserError
 from ..runtime.answer import Answer, ContextFull, Sampling
 from ..runtime.conversation import Conversation
 from .chat import ReadingBar
+from .chat_prompt import Command, prompt_session, saved_names, saved_place, typed_path, without_echo
 from .documents import DocumentError, read_document
 from .terminal import err, size
 
 if TYPE_CHECKING:
     from ..runtime import BandChange, Llama
 
-try:
-    import termios
-except ImportError:  # Windows
-    termios = None  # type: ignore[assignment]
-
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which an answer could take over the terminal."""
-
-STYLE = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt": "bold"})
-
-
-@dataclass(frozen=True)
-class Command:
-    """A slash command: what it takes, what it does, and what completes its argument."""
-
-    argument: str
-    help: str
-    run: Callable[[Chat, str], None]
-    completes: str = ""  # "paths" or "saved"
 
 
 def run(llm: Llama, system: str, sampling: Sampling) -> None:
@@ -74,25 +48,59 @@ class Chat:
         self.conversation = Conversation(llm, system)
         self.saved_as = ""
         self.last: Answer | None = None
+        self._interruptible = False
         self._changes: list[BandChange] = []
         llm.on_band_change = self._changes.append
 
     def converse(self) -> None:
-        prompt = _prompt_session(self.status)
+        prompt = prompt_session(self.status, COMMANDS)
         say(self._greeting())
-        while True:
-            try:
-                line = prompt.prompt()
-                with _without_echo():
+        with self._ctrl_c():
+            while True:
+                try:
+                    line = prompt.prompt()
+                except KeyboardInterrupt:
+                    continue  # clears the line
+                except EOFError:
+                    return
+                try:
+                    self._respond(line)
+                except Leave:
+                    return
+
+    def _respond(self, line: str) -> None:
+        """Do what a line asks for; what goes wrong is one line."""
+        problem = ""
+        try:
+            with without_echo():
+                try:
+                    self._interruptible = True
                     self.handle(line)
-            except KeyboardInterrupt:
-                continue  # at the prompt it clears the line, elsewhere it has said what was stopped
-            except (EOFError, Leave):
-                return
-            except ContextFull as error:
-                complain(f"{error}; /reset starts over")
-            except (UserError, OSError, RuntimeError, MemoryError) as error:
-                complain(str(error) or type(error).__name__)
+                finally:
+                    self._interruptible = False
+        except KeyboardInterrupt:
+            problem = "stopped"
+        except ContextFull as error:
+            problem = f"{error}; /reset starts over"
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            problem = str(error) or type(error).__name__
+        if problem:
+            complain(problem)
+
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """Meanwhile Ctrl-C interrupts, once, what a line has asked for, and nothing else."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self._interruptible:
+                self._interruptible = False
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def handle(self, line: str) -> None:
         """One line of input: a command or a question."""
@@ -130,7 +138,7 @@ class Chat:
             say(f"the context of {self.llm.n_ctx():,} tokens is full: /reset starts over")
 
     def read(self, argument: str) -> None:
-        path = _path(argument, "/file")
+        path = typed_path(argument, "/file")
         try:
             text = read_document(path)
         except DocumentError as error:
@@ -153,17 +161,17 @@ class Chat:
             raise UserError("/save: expected a name or a path, as in /save monday")
         if not (self.conversation.transcript.messages or self.conversation.transcript.pending):
             raise UserError("/save: nothing has been said yet")
-        folder = _saved_place(name)
+        folder = saved_place(name)
         self.conversation.save(folder)
         self.saved_as = name
         say(f"saved in {folder}")
 
     def load(self, argument: str) -> None:
         if not argument:
-            names = _saved_names()
+            names = saved_names()
             say("saved: " + ", ".join(names) if names else "nothing is saved yet; /save NAME does it")
             return
-        self.conversation.load(_saved_place(argument))
+        self.conversation.load(saved_place(argument))
         self.saved_as = argument
         said = self.conversation.transcript
         self.last = None
@@ -273,111 +281,5 @@ def complain(text: str) -> None:
     err.print(CONTROL.sub("", " ".join(text.split())), style="red", markup=False, soft_wrap=True)
 
 
-@contextmanager
-def _without_echo() -> Iterator[None]:
-    """What is typed meanwhile is kept for the next prompt, and does not show up in the middle of an answer."""
-    if termios is None or not sys.stdin.isatty():
-        yield
-        return
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    try:
-        termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
-
-def _path(argument: str, command: str) -> Path:
-    """A path as one types or drops it: quoted, with escaped spaces, or plain."""
-    if not argument:
-        raise UserError(f"{command}: expected a path")
-    plain = Path(argument).expanduser()
-    if plain.exists():
-        return plain
-    try:
-        words = shlex.split(argument)
-    except ValueError:
-        words = []
-    return Path(words[0]).expanduser() if len(words) == 1 else plain
-
-
-def _saved_folder() -> Path:
-    return Path(platformdirs.user_state_dir("ropewalk")) / "conversations"
-
-
-def _saved_place(name: str) -> Path:
-    """A bare name is one of the user's kept conversations; anything with a separator is a folder of its own."""
-    path = _path(name, "/save")
-    return path if path.name != name or name in (".", "..") else _saved_folder() / name
-
-
-def _saved_names() -> list[str]:
-    try:
-        return sorted(place.name for place in _saved_folder().iterdir() if place.is_dir())
-    except OSError:
-        return []
-
-
 def _shorten(text: str, length: int = 76) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-class _Completer(Completer):
-    """Commands by their beginning, then what the command wants: paths, or names of kept conversations."""
-
-    def __init__(self) -> None:
-        self._paths = PathCompleter(expanduser=True)
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        text = document.text_before_cursor
-        if not text.startswith("/") or "\n" in text:
-            return
-        name, space, argument = text.partition(" ")
-        if not space:
-            for candidate, command in COMMANDS.items():
-                if candidate.startswith(name):
-                    yield Completion(candidate, -len(name), display_meta=command.help)
-            return
-        wants = COMMANDS[name].completes if name in COMMANDS else ""
-        if wants == "saved":
-            for saved in _saved_names():
-                if saved.startswith(argument):
-                    yield Completion(saved, -len(argument))
-        if wants == "paths" or (wants == "saved" and "/" in argument):
-            yield from self._paths.get_completions(Document(argument), complete_event)
-
-
-def _history() -> History:
-    folder = Path(platformdirs.user_state_dir("ropewalk"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / "chat_history").touch(mode=0o600)
-    except OSError:
-        return InMemoryHistory()  # no place to keep it: not worth a word
-    return FileHistory(str(folder / "chat_history"))
-
-
-def _prompt_session(status: Callable[[], str]) -> PromptSession[str]:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(
-        "> ",
-        multiline=True,
-        prompt_continuation="  ",
-        key_bindings=keys,
-        history=_history(),
-        completer=_Completer(),
-        complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-        bottom_toolbar=status,
-        style=STYLE,
-    )

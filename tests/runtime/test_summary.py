@@ -44,12 +44,12 @@ def test_cut_at_paragraphs_into_parts_of_like_size() -> None:
     [
         ("a b\nc d\ne f", ["a b\n", "c d\n", "e f"]),
         ("One two. Six ten? No go!", ["One two. ", "Six ten? ", "No go!"]),
-        ("a b c d", ["a b c ", "d"]),
+        ("a b c d", ["a b ", "c d"]),
         ("a b\n \n\nc d", ["a b\n \n\n", "c d"]),
     ],
 )
 def test_cut_at_what_there_is(text: str, parts: list[str]) -> None:
-    assert split(text, 3 if text == "a b c d" else 2, words) == parts
+    assert split(text, 2, words) == parts
 
 
 @pytest.mark.parametrize("count", [words, characters])
@@ -66,7 +66,7 @@ def test_nothing_is_lost_and_every_part_fits(count: Callable[[str], int], seed: 
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[Llama]:
-    llm = Llama(str(smollm2), n_ctx=400, n_threads=1, verbose=False)
+    llm = Llama(str(smollm2), n_ctx=400, n_threads=1, n_threads_batch=1, verbose=False)
     yield llm
     llm.close()
 
@@ -84,13 +84,20 @@ def test_a_summary_depends_on_its_text_alone(llm: Llama) -> None:
 
 
 def test_parts_are_combined_until_one_is_left(llm: Llama) -> None:
-    text = "\n\n".join(f"{i}. {BRIDGE}" for i in range(30))
+    text = "\n\n".join(f"{i}. {BRIDGE}" for i in range(16))
     seen: list[tuple[int, int]] = []
-    summary = Summarizer(llm, SummarySettings(max_tokens=100)).summarize(text, lambda *progress: seen.append(progress))
-    assert summary.parts >= 4
+    summary = Summarizer(llm, SummarySettings(max_tokens=60)).summarize(text, lambda *progress: seen.append(progress))
+    assert summary.parts >= 2
     assert summary.text
     assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1]
-    assert summary.read_tokens > summary.n_tokens > 4 * 200
+    assert summary.read_tokens > summary.n_tokens > 400
+
+
+def test_summaries_are_grouped_two_or_more_at_a_time(llm: Llama) -> None:
+    summarizer = Summarizer(llm)
+    texts = ["one two three four"] * 7
+    assert [group.count("one") for group in summarizer._groups(texts, 16)] == [3, 3, 1]
+    assert [group.count("one") for group in summarizer._groups(texts, 1)] == [2, 2, 2, 1]
 
 
 def test_a_context_that_is_too_small_is_refused(llm: Llama) -> None:

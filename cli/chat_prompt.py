@@ -1,0 +1,153 @@
+"""The line that a user types: editing, history, completion, and what is typed ahead.
+
+Enter sends, Alt-Enter begins a new line, and pasted lines stay together. Where a conversation is kept under a bare
+name is settled here as well, since the names are completed.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from ..errors import UserError
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
+STYLE = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt": "bold"})
+
+
+@dataclass(frozen=True)
+class Command:
+    """A slash command: what it takes, what it does, and what completes its argument."""
+
+    argument: str
+    help: str
+    run: Callable[[Any, str], None]
+    completes: str = ""  # "paths" or "saved"
+
+
+def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -> PromptSession[str]:
+    """The prompt, with `status` in the line below it."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # the same, typed ahead while the terminal still turned Enter into a newline
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        "> ",
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=keys,
+        history=_history(),
+        completer=_Completer(commands),
+        complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+        bottom_toolbar=status,
+        style=STYLE,
+    )
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """What is typed meanwhile is kept for the next prompt, and does not show up in the middle of an answer."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    try:
+        termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def typed_path(argument: str, command: str) -> Path:
+    """A path as one types or drops it: quoted, with escaped spaces, or plain."""
+    if not argument:
+        raise UserError(f"{command}: expected a path")
+    plain = Path(argument).expanduser()
+    if plain.exists():
+        return plain
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        words = []
+    return Path(words[0]).expanduser() if len(words) == 1 else plain
+
+
+def _saved_folder() -> Path:
+    return Path(platformdirs.user_state_dir("ropewalk")) / "conversations"
+
+
+def saved_place(name: str) -> Path:
+    """A bare name is one of the user's kept conversations; anything with a separator is a folder of its own."""
+    path = typed_path(name, "/save")
+    return path if path.name != name or name in (".", "..") else _saved_folder() / name
+
+
+def saved_names() -> list[str]:
+    try:
+        return sorted(place.name for place in _saved_folder().iterdir() if place.is_dir())
+    except OSError:
+        return []
+
+
+class _Completer(Completer):
+    """Commands by their beginning, then what the command wants: paths, or names of kept conversations."""
+
+    def __init__(self, commands: Mapping[str, Command]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            for candidate, command in self._commands.items():
+                if candidate.startswith(name):
+                    yield Completion(candidate, -len(name), display_meta=command.help)
+            return
+        wants = self._commands[name].completes if name in self._commands else ""
+        if wants == "saved":
+            for saved in saved_names():
+                if saved.startswith(argument):
+                    yield Completion(saved, -len(argument))
+        if wants == "paths" or (wants == "saved" and "/" in argument):
+            yield from self._paths.get_completions(Document(argument), complete_event)
+
+
+def _history() -> History:
+    folder = Path(platformdirs.user_state_dir("ropewalk"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "chat_history").touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()  # no place to keep it: not worth a word
+    return FileHistory(str(folder / "chat_history"))

@@ -1,0 +1,212 @@
+"""`ropewalk chat` as a user meets it: through a pipe, and at a real (pseudo) terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-c", "from ropewalk.cli.main import main; main()", "chat"]
+FAST = ["--context", "1024", "--temp", "0", "--threads", "1"]
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
+
+TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
+
+Pipe = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def pipe(tmp_path: Path, smollm2: Path) -> Pipe:
+    """Run the command with something on its standard input."""
+
+    def pipe(stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [*COMMAND, str(smollm2), *FAST, *arguments]
+        return subprocess.run(command, input=stdin, cwd=tmp_path, capture_output=True, timeout=120)
+
+    return pipe
+
+
+def test_one_question_from_a_pipe(pipe: Pipe) -> None:
+    question = "Who is Père Noël?\n\nTell me about him.\n".encode()
+    plain = pipe(question, "--max-tokens", "12")
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    answer = plain.stdout.decode()
+    assert answer.endswith("\n") and len(answer.split()) >= 3 and "\x1b" not in answer
+
+    done = pipe(question, "--max-tokens", "12", "--json", "--system", "You are a helpful assistant.")
+    facts = json.loads(done.stdout)
+    assert facts["answer"].strip() == facts["answer"]
+    assert 1 <= facts["tokens"]["answer"] <= 12 < facts["tokens"]["prompt"]
+    assert facts["tokens"]["context"] == 1024
+    assert facts["band"] == {"index": 0, "context": 8192}
+    assert facts["timings"]["read_s"] > 0
+    assert facts["ending"] in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("stdin", "arguments", "words"),
+    [
+        (b"", [], "standard input: empty; expected a question"),
+        (b" \n", [], "standard input: empty"),
+        (b"a\0b", [], "standard input: binary (a NUL byte at offset 1)"),
+        (b"caf\xe9", [], "standard input: not UTF-8 (byte 0xe9 at offset 3)"),
+        (b"word " * 2000, [], "this question: 2,03"),
+        (b"hello", ["--kv", "q9"], "kv: 'q9'"),
+        (b"hello", ["--context", "50000"], "n_ctx: 50,000"),
+        (b"hello", ["--max-tokens", "0"], "Invalid value for '--max-tokens'"),
+    ],
+)
+def test_mistakes_in_a_pipe(pipe: Pipe, stdin: bytes, arguments: list[str], words: str) -> None:
+    done = pipe(stdin, *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().startswith(f"ropewalk: {words}") and done.stderr.count(b"\n") == 1
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "missing.gguf"], input=b"hello", cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == b"ropewalk: missing.gguf: cannot read the model: No such file or directory\n"
+
+
+class Terminal:
+    """A chat at a pseudo terminal: what it shows, and keys to press."""
+
+    def __init__(self, model: Path, home: Path) -> None:
+        self.shown = ""
+        self._mark = 0
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(home)
+            places = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("STATE", "CACHE", "DATA", "CONFIG")}
+            environment = {**os.environ, **places, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+            command = [*COMMAND, str(model), *FAST, "--max-tokens", "300"]
+            os.execve(sys.executable, command, environment)
+
+    def press(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def enter(self, line: str) -> None:
+        self.press(line + "\r")
+
+    def see(self, pattern: str, seconds: float = 15) -> str:
+        """Wait until `pattern` is shown, after what was waited for before; what was shown up to its end."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown[self._mark :])):
+            left = deadline - time.monotonic()
+            assert left > 0, f"{pattern!r} was not shown:\n{self.shown[self._mark :]}"
+            if not self._take(left):
+                pytest.fail(f"it ended before {pattern!r}:\n{self.shown[self._mark :]}")
+        text = self.shown[self._mark : self._mark + found.end()]
+        self._mark += found.end()
+        return text
+
+    def leave(self) -> int:
+        while self._take(30):
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(self._fd)
+
+    def _take(self, seconds: float) -> bool:
+        if not select.select([self._fd], [], [], seconds)[0]:
+            return True
+        try:
+            raw = os.read(self._fd, 65536)
+        except OSError:
+            return False
+        for _ in range(raw.count(b"\x1b[6n")):  # where is the cursor?
+            self.press("\x1b[1;1R")
+        self.shown += ESCAPES.sub("", raw.decode("utf-8", "replace"))
+        return bool(raw)
+
+
+@pytest.fixture
+def terminal(smollm2: Path, tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal(smollm2, tmp_path)
+    yield terminal
+    terminal.close()
+
+
+def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "the farm.txt").write_text(TEXT)
+    (tmp_path / "bad.txt").write_bytes(b"a\0b")
+    (tmp_path / "long.txt").write_text(TEXT * 60)
+    terminal.see(r"/help lists the commands")
+    terminal.see(r"0/1,024 tokens · band 1/1 · f16 cache [\d.]+ MiB")
+
+    terminal.enter("/help")
+    for name in ("/file", "/save", "/load", "/reset", "/system", "/stats", "/exit"):
+        terminal.see(name)
+    for line, complaint in [
+        ("/frobnicate", "/frobnicate: no such command"),
+        ("/file", "/file: expected a path"),
+        ("/file nowhere.txt", "nowhere.txt: cannot be read: No such file"),
+        ("/file bad.txt", r"bad.txt: binary"),
+        ("/file long.txt", r"long.txt: 1,\d+ tokens, and \d+ of the context's 1,024 are free; /reset starts over"),
+        ("/load", "nothing is saved yet"),
+        ("/load nothing", "nothing: no saved conversation"),
+        ("/save monday", "/save: nothing has been said yet"),
+    ]:
+        terminal.enter(line)
+        terminal.see(complaint)
+
+    terminal.enter("/system You are a helpful assistant.")
+    terminal.see("system message set")
+    terminal.enter("/file the farm.txt")
+    terminal.see(r"read the farm.txt: \d+ tokens in [\d.]+ s")
+    terminal.press("Who sold\x1b\rthe farm")  # Alt-Enter: one question of two lines
+    terminal.enter("?")
+    terminal.see(r"the farm\?")
+    terminal.see(r"\n.*\w")
+    terminal.see(r"[1-9]\d*/1,024 tokens .* \d+ tokens/s")
+
+    terminal.enter("/stats")
+    terminal.see(r"context\s+\d+ of 1,024 tokens used")
+    terminal.see(r"wrote\s+\d+ tokens")
+    terminal.enter("/save monday")
+    terminal.see("saved in ")
+    terminal.enter("/reset")
+    terminal.see("forgotten; the system message stays")
+    terminal.see(r" 0/1,024 tokens")
+    terminal.enter("/load monday")
+    terminal.see(r"loaded: 2 messages, \d+ tokens, nothing to read again")
+    (tmp_path / "state/ropewalk/conversations/monday/conversation.json").write_text("{}")
+    terminal.enter("/load monday")
+    terminal.see("monday/conversation.json: not a saved conversation")
+    terminal.press("never sent\x03")
+    terminal.enter("/exit")
+    assert terminal.leave() == 0
+    assert "never sent" not in (tmp_path / "state/ropewalk/chat_history").read_text()
+    assert "Traceback" not in terminal.shown
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
+    terminal.see(r"0/1,024 tokens")
+    terminal.enter("Write a long story about a farm.")
+    terminal.see(r"about a farm\.")
+    terminal.see(r"(\w+\W+){8}")  # it is writing
+    terminal.press("\x03")
+    terminal.see("stopped")
+    terminal.see(r"[1-9]\d*/1,024 tokens")
+    terminal.enter("Hello!")
+    terminal.see(r"Hello!")
+    terminal.see(r"[1-9]\d*/1,024 tokens")
+    terminal.press("\x04")
+    assert terminal.leave() == 0
+    assert "Traceback" not in terminal.shown
