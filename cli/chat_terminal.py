@@ -89,11 +89,10 @@ class Chat:
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C interrupts, once, what a line has asked for, and nothing else."""
+        """Meanwhile Ctrl-C interrupts what a line has asked for, and nothing else."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self._interruptible:
-                self._interruptible = False
                 raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGINT, interrupt)

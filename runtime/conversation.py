@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 RECORD = "conversation.json"
+OURS = re.compile(r"\.?(cache-[0-9a-f]{8}\.safetensors|conversation\.json)(\..*part)?$")
 MAX_RECORD_BYTES = 256 << 20
 
 
@@ -133,24 +134,24 @@ class Conversation:
             UserError: the folder holds something else, or cannot be written to.
         """
         folder = Path(folder)
+        cache = f"cache-{secrets.token_hex(4)}.safetensors"
+        record = _Record(cache=cache, digest=_digest(self.transcript), transcript=self.transcript)
+        part = folder / f".{RECORD}.part"
         try:
-            if folder.exists() and not (folder.is_dir() and (_is_saved(folder) or not any(folder.iterdir()))):
-                raise UserError(f"{folder}: exists and is no saved conversation")
+            _check_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            cache = f"cache-{secrets.token_hex(4)}.safetensors"
-            record = _Record(cache=cache, digest=_digest(self.transcript), transcript=self.transcript)
-            part = folder / f".{RECORD}.{os.getpid()}.part"
             try:
                 self.llm.save_session(folder / cache)
                 part.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
                 part.replace(folder / RECORD)
             except BaseException:
                 (folder / cache).unlink(missing_ok=True)
-                raise
-            finally:
                 part.unlink(missing_ok=True)
-            for other in folder.glob("cache-*.safetensors"):
-                if other.name != cache:
+                with suppress(OSError):
+                    folder.rmdir()  # if it was made just now, and so is empty
+                raise
+            for other in folder.iterdir():  # the cache of before, and what a killed run may have left
+                if OURS.match(other.name) and other.name not in (RECORD, cache):
                     other.unlink()
         except OSError as error:
             raise UserError(f"{folder}: cannot save the conversation: {error.strerror or error}") from None
@@ -180,8 +181,12 @@ class Conversation:
         return ContextFull(what, max(n_tokens - used, 0), max(n_ctx - used - spare, 0), n_ctx)
 
 
-def _is_saved(folder: Path) -> bool:
-    return (folder / RECORD).is_file()
+def _check_ours(folder: Path) -> None:
+    """Refuse to save into a folder that holds something else; what a killed run may have left is ours."""
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / RECORD).is_file() or all(OURS.match(path.name) for path in folder.iterdir()))
+    ):
+        raise UserError(f"{folder}: exists and is no saved conversation")
 
 
 def _digest(transcript: Transcript) -> str:

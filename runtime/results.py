@@ -52,11 +52,14 @@ class Results:
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
+        self._target = Path(os.path.realpath(path))  # where a link leads is what is written, and replaced
+        self._part = self._target.with_name(f".{self._target.name}.part")
         self.done: Counter[Key] = Counter()
         self._force = force
         self._errors: set[str] = set()
         self._fd = self._open_locked()
         try:
+            self._part.unlink(missing_ok=True)  # of a run that was killed; ours alone, as we have the lock
             if not force:
                 self._mend(self._read())
         except BaseException:
@@ -73,8 +76,8 @@ class Results:
         """Let go of the file, and of the lock; an empty one is removed."""
         if self._fd < 0:
             return
-        if os.fstat(self._fd).st_size == 0 and _is_same(self._fd, self.path):
-            self.path.unlink()
+        if os.fstat(self._fd).st_size == 0 and _is_same(self._fd, self._target):
+            self._target.unlink()
         os.close(self._fd)
         self._fd = -1
 
@@ -110,13 +113,13 @@ class Results:
         _check_place(self.path)
         while True:
             try:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                fd = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             except OSError as error:
                 raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
             if not _lock(fd):
                 os.close(fd)
                 raise UserError(f"{self.path}: another run is writing it")
-            if _is_same(fd, self.path):  # or else another run has just replaced or removed it
+            if _is_same(fd, self._target):  # or else another run has just replaced or removed it
                 return fd
             os.close(fd)
 
@@ -155,17 +158,16 @@ class Results:
 
     def _rewrite(self, wanted: Any) -> None:
         """Replace the file by one with the wanted records only, never without the lock."""
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
-            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+            fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
             try:
                 _lock(fd)
                 for line in self._lines():
                     if wanted(json.loads(line)):
                         _write(fd, line)
                 os.fsync(fd)
-                part.replace(self.path)
+                self._part.replace(self._target)
             except BaseException:
                 os.close(fd)
                 raise
@@ -174,7 +176,7 @@ class Results:
         except OSError as error:
             raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
         finally:
-            part.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
 
 
 class StandardOutput:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PROMPT = "Summarise the text above in a few sentences."
 MAX_TOKENS = 256
 LEAST_ROOM = 96  # tokens; below, a text and its summary cannot both be there
+ANY_DAY = date(2025, 1, 1)  # for templates that name the date: a summary made tomorrow is the same
 SPARE = 32  # tokens for the seams between texts that were counted apart
 
 BORDERS = (r"\n[^\S\n]*\n\s*", r"\n", r"(?<=[.!?…])\s+|(?<=[。！？])")
@@ -79,7 +81,7 @@ class Summarizer:
 
     def __init__(self, llm: Llama, settings: SummarySettings | None = None) -> None:
         self._llm, self._settings = llm, settings or SummarySettings()
-        self._template = ChatTemplate(llm)
+        self._template = ChatTemplate(llm, ANY_DAY)
         self._room = llm.n_ctx() - len(self._prompt("")) - SPARE
         if self._room < LEAST_ROOM:
             least = llm.n_ctx() - self._room + LEAST_ROOM

@@ -180,8 +180,11 @@ def test_saved_and_loaded_nothing_is_read_again(llm: Llama, tmp_path: Path) -> N
     conversation.ask("What is rain?", SHORT)
     conversation.read("farm.txt", TEXT)
     conversation.save(tmp_path / "kept")
+    (tmp_path / "kept/notes.txt").write_text("mine")
+    (tmp_path / "kept/.cache-0123abcd.safetensors.99.part").write_text("left by a killed run")
     conversation.save(tmp_path / "kept")  # again, over itself
-    assert len(list((tmp_path / "kept").iterdir())) == 2
+    names = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert len(names) == 3 and names[1:] == ["conversation.json", "notes.txt"]
     expected = conversation.ask("Who has the farm?", SHORT)
 
     llm.reset()

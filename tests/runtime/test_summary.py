@@ -134,13 +134,17 @@ def test_errors_make_way_for_another_try(tmp_path: Path) -> None:
     with Results(path) as results:
         for name in "abc":
             results.append(record(name, error="bad") if name != "b" else record(name))
-    with Results(path) as results:
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    (tmp_path / ".out.jsonl.part").write_text("left by a killed run")
+    with Results(link) as results:
         results.begin({"a"})
         with pytest.raises(UserError, match="another run"):
             Results(path)
         results.append(record("a"))
     assert lines(path) == ["b", "c", "a"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "link.jsonl"}
 
 
 @pytest.mark.parametrize("content", ["buy milk", "{}\n", '{"id": "a"}\n', "[1]\n", '{"id": 1, "summary": "x"}\n'])
