@@ -105,9 +105,12 @@ class Summarizer:
             report = _reporter(on_progress, sum(sizes[:i]), sum(sizes))
             texts.append(self._answer(part, last, run, report))
         while not last:
+            texts = [text for text in texts if text]  # of some part there may be nothing to say
             groups = self._groups(texts, capacity)
-            last = len(groups) == 1
-            texts = [self._answer(group, last, run, None) for group in groups]
+            last = len(groups) <= 1
+            texts = [self._answer(group, last, run, None) for group in groups] or [""]
+        if not texts[0]:
+            raise EmptySummary("the model wrote no summary")
         return Summary(
             text=texts[0],
             n_tokens=sizes[0] if len(parts) == 1 else count_tokens(self._llm, text),
@@ -133,8 +136,6 @@ class Summarizer:
         finally:
             self._llm.on_progress = before
         run.add(answer, self._llm.band_index)
-        if not answer.text.strip():
-            raise EmptySummary("the model wrote no summary")
         return _whole_sentences(answer.text.strip()) if answer.ending == "length" else answer.text.strip()
 
     def _prompt(self, text: str) -> list[int]:

@@ -39,7 +39,12 @@ def llm(model: Llama) -> Llama:
 
 def test_prompts_are_those_of_llama_cpp(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    monkeypatch.setattr(llm, "create_completion", lambda **options: seen.append(options["prompt"]) or {"choices": []})
+
+    def see(prompt: list[int], **options: object) -> dict[str, object]:
+        seen.append(prompt)
+        return {}
+
+    monkeypatch.setattr(llm, "create_completion", see)
     said = [("system", "Be brief."), ("user", "Hello!"), ("assistant", " Hi."), ("user", "Père Noël?\n")]
     with pytest.raises(AssertionError):  # its chat handler wants a whole completion
         llm.create_chat_completion([{"role": role, "content": content} for role, content in said])
