@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from models import bundled_model, text
-
 import ropewalk
+from models import bundled_model, text
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import extend
 

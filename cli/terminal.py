@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -46,6 +47,11 @@ def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(label, total=1)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def plain(text: object) -> str:
+    """Text from a file, safe to print: without control characters, and nothing in it is taken for markup."""
+    return escape("".join(char for char in str(text) if char.isprintable()))
 
 
 def size(n_bytes: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from ..factors import Schedule
+from .answer import piece
 from .template import ChatTemplate, Message
 
 if TYPE_CHECKING:
@@ -74,21 +76,25 @@ def hide_key(llm: Llama, text: str, n_tokens: int, key: str) -> HiddenKey:
         raise UserError(f"the text has {len(words):,} tokens, expected at least {n_tokens:,}")
     hidden = f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n"
     half = (n_tokens - len(llm.tokenize(hidden.encode(), add_bos=False))) // 2
-    parts = (llm.detokenize(words[at : at + half]).decode(errors="ignore") for at in (0, half))
+    parts = (_text(llm, words[at : at + half]) for at in (0, half))
     body = hidden.join(parts)
     begun = template.opening([Message("user", body)])
     asked = template.tokens([Message("user", f"{body}\n\n{OPENING}")])
     answered = template.tokens([Message("user", f"{body}\n\n{OPENING} {key}.")])
     first = llm.longest_token_prefix(asked, answered)
-    while not llm.detokenize([answered[first]]).strip():  # a space that is a token of its own is not the answer
+    while not _text(llm, answered[first : first + 1]).strip():  # a space that is a token of its own is not the answer
         first += 1
     last = first + 1
-    while not llm.detokenize(answered[first:last]).decode(errors="replace").strip().startswith(key):
+    while not _text(llm, answered[first:last]).strip().startswith(key):
         last += 1
     text_end = llm.longest_token_prefix(begun, answered)
     return HiddenKey(
         key, body, tuple(answered[:text_end]), tuple(answered[text_end:first]), tuple(answered[first:last])
     )
+
+
+def _text(llm: Llama, tokens: Sequence[int]) -> str:
+    return b"".join(piece(llm, token) for token in tokens).decode(errors="ignore")
 
 
 def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> Reading:
@@ -110,7 +116,7 @@ def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> Readi
         start=start,
         losses=losses,
         n_digits=len(hidden.digits),
-        said=llm.detokenize(said).decode(errors="replace").strip(),
+        said=_text(llm, said).strip(),
         seconds=time.perf_counter() - began,
         band_context=band.context,
     )

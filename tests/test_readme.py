@@ -2,12 +2,12 @@
 
 import json
 import os
+import pydoc_data.topics
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pydoc_data.topics
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -48,7 +48,10 @@ def shape(text):
 def test_the_commands(folder):
     commands = examples()
     assert [command.split("ropewalk ")[1].split()[0] for command, _ in commands] == [
-        "convert", "inspect", "chat", "summarize",
+        "convert",
+        "inspect",
+        "chat",
+        "summarize",
     ]
     for command, printed in commands:
         result = run(command, folder)

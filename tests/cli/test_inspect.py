@@ -58,6 +58,21 @@ def test_a_picture_is_drawn(extended, tmp_path):
     assert result.returncode == 2 and "cannot write the picture" in result.stderr
 
 
+def test_what_a_file_says_cannot_take_the_terminal_over(tiny_llama, tmp_path):
+    def rename(writer):
+        writer.kv_data[0]["general.name"].value = "[/bold]\x1b[2J"
+
+    path = tiny_llama(tmp_path / "m.gguf", extend=rename)
+    result = run(path)
+    assert result.returncode == 0 and result.stdout.startswith("[/bold][2J  llama") and "\x1b" not in result.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error(extended):
+    command = f"{sys.executable} -m ropewalk inspect --json {extended} | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "{\n" and not result.stderr
+
+
 def test_files_that_carry_factors_of_their_own_show_them(tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "m.gguf", rope_freqs=[1 + i / 2 for i in range(16)])
     result = run(path)
