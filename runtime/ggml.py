@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,47 @@ class RopeParams(ctypes.Structure):
     )
 
 
+class AttentionParams(ctypes.Structure):
+    """A FLASH_ATTN_EXT node's `op_params`: as written by `ggml_flash_attn_ext` in ggml.c."""
+
+    _fields_ = (("scale", ctypes.c_float), ("max_bias", ctypes.c_float), ("logit_softcap", ctypes.c_float))
+
+
+class CustomParams(ctypes.Structure):
+    """A CUSTOM node's `op_params` (`ggml_custom_op_params` in ggml-impl.h) and, in the room behind, what was before."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("n_tasks", ctypes.c_int),
+        ("userdata", ctypes.c_void_p),
+        ("attention", AttentionParams),
+    )
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` (ggml.h)."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantised", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+CustomFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+"""What a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: as many as there are threads
+_PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
+
+PLAIN_FLOATS = (0, 1, 30)  # F32, F16, BF16
+BLOCK_TYPES = (2, 3, 6, 7, 8)  # Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: what a cache can be made of
+
 PARAMS_OFFSET: int = TensorStruct.op_params.offset
 OP_INDEX: int = TensorStruct.op.offset // 4
 SRC2_INDEX: int = TensorStruct.src.offset // 8 + 2
@@ -94,6 +136,12 @@ def _library() -> ctypes.CDLL:
         ("ggml_new_tensor_1d", pointer, (pointer, c_int, c_int64)),
         ("ggml_new_tensor_3d", pointer, (pointer, c_int, c_int64, c_int64, c_int64)),
         ("ggml_rope_ext", pointer, (*[pointer] * 4, *[c_int] * 3, *[c_float] * 6)),
+        ("ggml_flash_attn_ext", pointer, (*[pointer] * 5, *[c_float] * 3)),
+        ("ggml_custom_4d", pointer, (pointer, c_int, *[c_int64] * 4, pointer, c_int, pointer, c_int, pointer)),
+        ("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), (c_int,)),
+        ("ggml_type_name", ctypes.c_char_p, (c_int,)),
+        ("ggml_type_size", ctypes.c_size_t, (c_int,)),
+        ("ggml_blck_size", c_int64, (c_int,)),
     )
     for name, result, arguments in declarations:
         function = getattr(lib, name)
@@ -158,6 +206,68 @@ def int32_row(tensor: TensorStruct) -> npt.NDArray[np.int32]:
     return np.frombuffer(row, dtype=np.int32)
 
 
+def values(tensor: TensorStruct) -> npt.NDArray[Any] | None:
+    """A tensor's data as an array over the same memory, shape ``(ne[3], ne[2], ne[1], ne[0])``, whatever its strides.
+
+    None where numpy has no such type (quantised blocks); bf16 is seen as the int16 of its bits.
+    """
+    kind = _PLAIN_TYPES.get(tensor.type)
+    if kind is None:
+        return None
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    size = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + np.dtype(kind).itemsize
+    return np.ndarray(shape, kind, (ctypes.c_char * size).from_address(tensor.data), strides=strides)
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type that is stored in blocks: `block` values in `block_bytes`."""
+
+    block: int
+    block_bytes: int
+    to_float: Callable[[int, int, int], None]
+    """``(address of blocks, address of floats, number of values)``; runs without Python's lock."""
+
+
+@cache
+def block_type(code: int) -> BlockType:
+    """ggml's type number `code`, with ggml's own function that makes F32 of it.
+
+    Raises:
+        LayoutError: the traits are not where they should be.
+    """
+    lib = _library()
+    traits = lib.ggml_get_type_traits(code).contents
+    found = (traits.type_name, traits.block, traits.block_bytes)
+    expected = (lib.ggml_type_name(code), lib.ggml_blck_size(code), lib.ggml_type_size(code))
+    if found != expected or not traits.to_float:
+        raise LayoutError(_refusal(f"type {code}'s traits read {found!r} where ggml says {expected!r}"))
+    return BlockType(int(traits.block), int(traits.block_bytes), _ToFloat(traits.to_float))
+
+
+def attention_params(address: int) -> AttentionParams:
+    """The parameters of the FLASH_ATTN_EXT node at an address."""
+    return AttentionParams.from_address(address + PARAMS_OFFSET)
+
+
+def take_over_attention(address: int, function: Any) -> None:
+    """Turn the FLASH_ATTN_EXT node at an address into a CUSTOM one that calls `function` on every thread.
+
+    `function` is a `CustomFunction` and must outlive the graph. The attention's own parameters move to
+    `custom_params(address).attention`, so that a graph that is used again still has them.
+    """
+    kept = AttentionParams.from_buffer_copy(attention_params(address))
+    params = custom_params(address)
+    params.function = ctypes.cast(function, ctypes.c_void_p).value
+    params.n_tasks, params.userdata, params.attention = _N_TASKS_MAX, None, kept
+    WORDS[(address >> 2) + OP_INDEX] = op_code("CUSTOM")
+
+
+def custom_params(address: int) -> CustomParams:
+    """The parameters of the CUSTOM node at an address."""
+    return CustomParams.from_address(address + PARAMS_OFFSET)
+
+
 @cache
 def check_layout() -> None:
     """Prove `TensorStruct` and `RopeParams` on a rope node made by ggml itself.
@@ -200,11 +310,43 @@ def check_layout() -> None:
             "word access": (WORDS[(node >> 2) + OP_INDEX], tensor.op),
             "pointer access": (POINTERS[(node >> 3) + SRC2_INDEX], factors),
         }
-        for field, (found, expected) in facts.items():
-            if found != expected:
-                raise LayoutError(_refusal(f"{field} reads {found!r} where {expected!r} was set"))
+        _prove(facts)
+        _prove(_attention_facts(context, vectors))  # these are written to, so not before the layout is known
     finally:
         lib.ggml_free(context)
+
+
+def _prove(facts: dict[str, tuple[Any, Any]]) -> None:
+    for field, (found, expected) in facts.items():
+        if found != expected:
+            raise LayoutError(_refusal(f"{field} reads {found!r} where {expected!r} was set"))
+
+
+def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
+    """What is known of the FLASH_ATTN_EXT and CUSTOM nodes, beside what is found on such nodes made by ggml."""
+    lib = _library()
+    function = CustomFunction(lambda *_: None)
+    mask = lib.ggml_new_tensor_3d(context, 1, 3, 3, 1)  # GGML_TYPE_F16
+    node = lib.ggml_flash_attn_ext(context, vectors, vectors, vectors, mask, 0.5, 0.25, 3.0)
+    tensor, params = tensor_at(node), attention_params(node)
+    sources = (ctypes.c_void_p * 1)(vectors)
+    made = custom_params(lib.ggml_custom_4d(context, 0, 8, 3, 5, 1, sources, 1, function, _N_TASKS_MAX, 77))
+    facts = {
+        "attention op": (lib.ggml_op_name(tensor.op), b"FLASH_ATTN_EXT"),
+        "attention src": (list(tensor.src)[:5], [vectors, vectors, vectors, mask, None]),
+        "attention ne": (list(tensor.ne), [8, 5, 3, 1]),
+        "scale": (params.scale, 0.5),
+        "max_bias": (params.max_bias, 0.25),
+        "logit_softcap": (params.logit_softcap, 3.0),
+        "custom function": (made.function, ctypes.cast(function, ctypes.c_void_p).value),
+        "custom n_tasks": (made.n_tasks, _N_TASKS_MAX),
+        "custom userdata": (made.userdata, 77),
+        "custom size": (ctypes.sizeof(CustomParams) <= TensorStruct.op_params.size, True),
+    }
+    take_over_attention(node, function)
+    facts["taken over"] = (lib.ggml_op_name(tensor_at(node).op), b"CUSTOM")
+    facts["kept scale"] = (custom_params(node).attention.scale, 0.5)
+    return facts
 
 
 def _refusal(what: str) -> str:

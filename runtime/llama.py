@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -26,7 +28,11 @@ from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
 from .loading import check_context, key_turning_layout, resolve_schedule
+from .graph import GraphHook, Handler
 from .rope import RopeHook, Turn, plan_turns
+
+if TYPE_CHECKING:
+    from .attention import FastAttention
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
 
@@ -61,6 +67,8 @@ class Llama(llama_cpp.Llama):
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
         flash_attn: None = where the cache type needs it.
+        fast_prefill: with flash attention, read prompts by our own attention (see `attention`); the environment's
+            ROPEWALK_FAST_PREFILL=0 turns it off, too.
         threads default to the machine's physical cores.
 
     Attributes:
@@ -93,11 +101,12 @@ class Llama(llama_cpp.Llama):
         flash_attn: bool | None = None,
         type_k: int | None = None,
         type_v: int | None = None,
+        fast_prefill: bool = True,
         **options: Any,
     ) -> None:
         header = read_header(model_path)
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
-        self._hook = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
+        self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
         self._asked_ctx = check_context(n_ctx, self._schedule)
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
@@ -113,10 +122,12 @@ class Llama(llama_cpp.Llama):
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
+        self._attention = _fast_attention() if fast_prefill and self.plan.flash_attn else None
+        self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._proved = not hooked
         self._abort = False
-        self._abort_callback = llama_cpp.ggml_abort_callback(lambda _: self._abort)
+        self._abort_callback = llama_cpp.ggml_abort_callback(self._must_abort)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ropewalk-read")
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
@@ -149,9 +160,17 @@ class Llama(llama_cpp.Llama):
 
     @context_params.setter
     def context_params(self, params: Any) -> None:
-        if self._hook is not None:
-            params.cb_eval = self._hook.callback
+        if self._graph is not None:
+            params.cb_eval = self._graph.callback
         self._context_params = params
+
+    def _make_graph_hook(self) -> GraphHook | None:
+        handlers: dict[str, Handler] = {}
+        if self._rope is not None:
+            handlers["ROPE"] = self._rope.set_rope
+        if self._attention is not None:
+            handlers |= {"FLASH_ATTN_EXT": self._attention.see, "CUSTOM": self._attention.see}
+        return GraphHook(handlers) if handlers else None
 
     # --- what it runs by
 
@@ -170,7 +189,7 @@ class Llama(llama_cpp.Llama):
         Raises:
             UserError: made for another model, or too short for the cached tokens.
         """
-        if self._hook is None:
+        if self._rope is None:
             raise UserError("schedule: this model runs by llama.cpp's own rope options")
         check_matches(schedule, self._schedule.facts, "schedule")
         index = schedule.band_index(self.n_tokens)
@@ -240,12 +259,12 @@ class Llama(llama_cpp.Llama):
         done = 0
         while done < len(tokens):
             stop = min(done + self.n_batch, len(tokens))
-            if self._hook is not None:
+            if self._rope is not None:
                 facts, before = self._schedule.facts, self.band.start_tokens - self.n_tokens
                 if before > 0:  # start tokens are a batch of their own, with the model's own factors
                     stop = min(stop, done + before)
                 factors = facts.start_factors if before > 0 else self.band.rescale_factors
-                self._hook.use(factors, self.band.attention_factor)
+                self._rope.use(factors, self.band.attention_factor)
             self._decode(tokens[done:stop], on_logits)
             done = stop
             if self.on_progress is not None and len(tokens) >= PROMPT_ROWS:
@@ -273,15 +292,13 @@ class Llama(llama_cpp.Llama):
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all or on_logits is not None)
         try:
             self._interruptibly(n_new)
-            if self._hook is not None:
-                self._hook.raise_kept()
-                self._prove()
+            self._raise_kept()
+            self._prove()
         except BaseException:
             self._ctx.kv_cache_seq_rm(-1, n_past, -1)
             if self._is_recurrent or self._is_hybrid:
                 self.reset()  # such a state cannot be taken back
-            if self._hook is not None:
-                self._hook.raise_kept()  # the reason behind llama_decode's return code
+            self._raise_kept()  # the reason behind llama_decode's return code
             raise
         self.input_ids[n_past : n_past + n_new] = tokens
         if self._logits_all or on_logits is not None:
@@ -295,12 +312,20 @@ class Llama(llama_cpp.Llama):
 
     def _interruptibly(self, n_new: int) -> None:
         """Decode the batch; a long one in a thread, so that a signal to the main thread can abort it at once."""
-        if n_new < PROMPT_ROWS or threading.current_thread() is not threading.main_thread():
+        if n_new < PROMPT_ROWS:
             self._ctx.decode(self._batch)
             return
         self._abort = False
         llama_cpp.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
-        work: Future[None] = self._reader.submit(self._ctx.decode, self._batch)
+        try:
+            if threading.current_thread() is threading.main_thread():
+                self._wait_for(self._reader.submit(self._decode_prompt))
+            else:
+                self._decode_prompt()
+        finally:
+            llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
+
+    def _wait_for(self, work: Future[None]) -> None:
         try:
             work.result()
         except BaseException:
@@ -311,14 +336,26 @@ class Llama(llama_cpp.Llama):
                 except BaseException:  # a second Ctrl-C: the thread still uses the context, so wait for it
                     continue
             raise
-        finally:
-            llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
+
+    def _decode_prompt(self) -> None:
+        with nullcontext() if self._attention is None else self._attention.working():
+            self._ctx.decode(self._batch)
+
+    def _must_abort(self, _: Any) -> bool:
+        return self._abort or (self._attention is not None and self._attention.failure is not None)
+
+    def _raise_kept(self) -> None:
+        """Raise what went wrong inside llama.cpp's callbacks, where nothing can be raised."""
+        if self._graph is not None:
+            self._graph.raise_kept()
+        if self._attention is not None:
+            self._attention.raise_kept()
 
     def _prove(self) -> None:
         """After the first decode: λ must have reached at least one node, or the model runs without it."""
         if not self._proved:
-            assert self._hook is not None
-            if not self._hook.touched:
+            assert self._rope is not None
+            if not self._rope.touched:
                 facts = self._schedule.facts
                 raise UserError(
                     f"{self.model_path}: no rope of this model has base {facts.freq_base:g} and {facts.n_rot}"
@@ -335,7 +372,7 @@ class Llama(llama_cpp.Llama):
 
     def _move_to(self, band: Band, old_index: int, new_index: int) -> None:
         old = self.band
-        if band == old or self._hook is None:
+        if band == old or self._rope is None:
             return
         n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
         try:
@@ -380,23 +417,23 @@ class Llama(llama_cpp.Llama):
         of the next decode. (Adding to positions would also move the search for free cells to the first one, where a
         sliding window's old cells would be taken.)
         """
-        assert self._hook is not None
+        assert self._rope is not None
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         llama_cpp.llama_memory_seq_div(cache, 0, 0, 1, 2)
-        self._hook.touched = 0
+        self._rope.touched = 0
         code = self._run_stopped(turn)
         if code not in (0, 1):  # 1: no cell is free for the token, which a turn does not mind
             raise RuntimeError(f"the cached keys could not be turned to another band (llama_decode: {code})")
         self._requires_eval = True
-        return self._hook.touched > 0
+        return self._rope.touched > 0
 
     def _run_stopped(self, turn: Turn | None) -> int:
         """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
-        assert self._hook is not None
+        assert self._graph is not None and self._rope is not None
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-        with self._hook.stopping_tokens(turn):
+        with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_turn, turn=turn)}):
             code: int = llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch)
-        self._hook.raise_kept()
+        self._graph.raise_kept()
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         return code
 
@@ -412,11 +449,11 @@ class Llama(llama_cpp.Llama):
         longest = max((len(self.tokenize(text.encode())) for text in texts), default=1)
         self._forget()
         band = self._schedule.bands[self._schedule.band_index(max(1, min(longest, self.n_batch)))]
-        if self._hook is not None:
+        if self._rope is not None:
             if band.start_tokens and band.rescale_factors != self._schedule.facts.start_factors:
                 raise UserError(f"embed: the band has start_tokens {band.start_tokens}, expected 0 for embeddings")
             self.band = band
-            self._hook.use(band.rescale_factors, band.attention_factor)
+            self._rope.use(band.rescale_factors, band.attention_factor)
         return super().embed(input, normalize=normalize, truncate=truncate, **options)
 
     def save_state(self) -> LlamaState:
@@ -484,9 +521,17 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["n_ctx"] = self._asked_ctx
-        if self._hook is not None:
+        if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
+
+
+def _fast_attention() -> FastAttention | None:
+    if os.environ.get("ROPEWALK_FAST_PREFILL", "1").lower() in ("0", "off", "no", "false"):
+        return None
+    from .attention import FastAttention  # brings torch, which takes its time
+
+    return FastAttention()
 
 
 def _index_of(schedule: Schedule, band: Band) -> int:

@@ -1,18 +1,16 @@
-"""The rope callback: llama.cpp shows each graph node before it computes, and we set what the ROPE nodes read.
+"""λ in the graph: what the ROPE nodes read is set before they are computed.
 
 Two uses. While tokens are read, every rope node of the model's global layers gets the λ and attention factor in use
 (`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_turns`,
-`RopeHook.stopping_tokens`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
+`RopeHook.set_turn`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
 ``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import llama_cpp
 import numpy as np
 
 from ..factors import Band, RopeFacts
@@ -62,51 +60,23 @@ def plan_turns(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Tu
 
 
 class RopeHook:
-    """What the rope nodes of one context are to read; keep it alive as long as the context.
-
-    `callback` is the ctypes function for `llama_context_params.cb_eval`. An exception inside it (Ctrl-C among them)
-    cannot cross C code: it is kept, the graph is stopped, and `raise_kept` raises it on the other side.
-    """
+    """What the rope nodes of one context are to read; keep it alive as long as the context."""
 
     def __init__(self, facts: RopeFacts, freq_scale: float = 1.0) -> None:
-        ggml.check_layout()
         self.facts = facts
         self._native_scale = float(np.float32(freq_scale))
         self.touched = 0
         """Rope nodes set since the count was last put to zero."""
-        self._rope, self._get_rows = ggml.op_code("ROPE"), ggml.op_code("GET_ROWS")
         self._base = float(np.float32(facts.freq_base))
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
         self._ours: set[int] = set()
         self._still = self._tensor((STILL,) * (facts.n_rot // 2), 1.0)
         self._attention = 1.0
-        self._turn: Turn | None = None
-        self._stopping = False
-        self._kept: BaseException | None = None
         self._factors = self._still
-        self._reading = True
-        """Nothing but λ is to be set: no pass over the cache is on and no exception is waiting."""
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
         """From the next graph on, rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`."""
         self._factors, self._attention = self._tensor(factors, attention_factor), attention_factor
-
-    @contextmanager
-    def stopping_tokens(self, turn: Turn | None) -> Iterator[None]:
-        """While the block runs, a K-shift graph's nodes carry out `turn`, and a token's graph is stopped at once."""
-        self._turn, self._stopping, self._reading = turn, False, False
-        try:
-            yield
-        finally:
-            self._turn, self._stopping, self._reading = None, False, self._kept is None
-
-    def raise_kept(self) -> None:
-        """Raise what was raised inside the callback since the last time, if anything was."""
-        kept, self._kept = self._kept, None
-        self._reading = True
-        if kept is not None:
-            raise kept
 
     def _tensor(self, factors: tuple[float, ...], attention_factor: float) -> int:
         # The attention factor is part of the key, so that a node that reads the tensor in use is known to be all set.
@@ -117,53 +87,24 @@ class RopeHook:
             self._ours.add(self._tensors[key][1])
         return self._tensors[key][1]
 
-    def _make_callback(self) -> ggml.GraphCallback:
-        # Called for each of some thousand nodes a token: look at the op code first and leave at once. Graphs that are
-        # used again still hold what we set. The names are bound here since a local is read faster than an attribute.
-        words, op_index, rope = ggml.WORDS, ggml.OP_INDEX, self._rope
-        pointers, src2_index = ggml.POINTERS, ggml.SRC2_INDEX
-
-        def see(node: int, ask: bool, _: int | None) -> bool:
-            if self._reading and (
-                words[(node >> 2) + op_index] != rope or pointers[(node >> 3) + src2_index] == self._factors
-            ):
-                return False
-            return self._see_closely(node, ask)
-
-        return see
-
-    def _see_closely(self, node: int, ask: bool) -> bool:
-        try:
-            if self._reading:
-                self._set_rope(node)
-                return False
-            # A token's graph begins with a GET_ROWS and a K-shift graph has none. Stopping is to say that the one node
-            # asked about is needed, and then that it was enough.
-            op = ggml.WORDS[(node >> 2) + ggml.OP_INDEX]
-            self._stopping = self._stopping or op == self._get_rows
-            if self._stopping or self._kept is not None:
-                return ask
-            if op == self._rope and self._turn is not None:
-                self._set_turn(node, self._turn)
-            return False
-        except BaseException as error:
-            self._kept, self._reading = error, False
-            return ask
-
     def _applies(self, node: int, params: ggml.RopeParams) -> bool:
         """Whether a node is a global layer's: sliding-window layers of another base or scaling keep theirs."""
         if params.freq_base != self._base or params.n_dims != self.facts.n_rot:
             return False
         return params.freq_scale == self._native_scale or ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] in self._ours
 
-    def _set_rope(self, node: int) -> None:
+    def set_rope(self, node: int) -> None:
+        """A ROPE node of a graph that reads tokens: it gets the factors in use."""
+        if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == self._factors:
+            return  # a graph that is used again still holds what was set
         params = ggml.rope_params(node)
         if self._applies(node, params):
             ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = self._factors
             params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
             self.touched += 1
 
-    def _set_turn(self, node: int, turn: Turn) -> None:
+    def set_turn(self, node: int, turn: Turn) -> None:
+        """A ROPE node of a K-shift graph: it carries out `turn`."""
         params = ggml.rope_params(node)
         applies = self._applies(node, params)
         scale = turn.scale if applies else 1.0

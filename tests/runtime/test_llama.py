@@ -13,6 +13,7 @@ import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule, extend, write_schedule, yarn, yarn_attention_factor
+from ropewalk.runtime import ggml
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2}
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -293,7 +294,7 @@ def test_an_error_inside_the_callback_surfaces(tiny, load, monkeypatch):
     def broken(node):
         raise ZeroDivisionError("in the callback")
 
-    monkeypatch.setattr(llm._hook, "_set_rope", broken)
+    monkeypatch.setitem(llm._graph._handlers, ggml.op_code("ROPE"), broken)
     with pytest.raises(ZeroDivisionError, match="in the callback"):
         llm.eval(TOKENS[:10])
     assert llm.n_tokens == 0

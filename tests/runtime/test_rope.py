@@ -9,6 +9,7 @@ from gguf import GGUFReader
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, RopeFacts, Schedule, yarn, yarn_attention_factor
 from ropewalk.runtime import ggml
+from ropewalk.runtime.graph import GraphHook
 from ropewalk.runtime.rope import STILL, RopeHook, plan_turns, turning_factors
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2, "logits_all": True}
@@ -186,8 +187,9 @@ def test_only_global_layers_are_set(node):
         node(n_dims=6, freq_scale=0.5),
         node(),
     )
+    graph = GraphHook({"ROPE": hook.set_rope})
     for address in (ours, other_base, other_size, unscaled):
-        assert hook.callback(address, True, None) is False
+        assert graph.callback(address, True, None) is False
     assert hook.touched == 1
     params = ggml.rope_params(ours)
     assert (params.freq_scale, params.attn_factor) == (1.0, 1.25)
@@ -195,5 +197,5 @@ def test_only_global_layers_are_set(node):
     for address in (other_base, other_size, unscaled):
         assert ggml.tensor_at(address).src[2] is None
     hook.use((2.0,) * 4, 1.0)  # a graph that is used again: the node has lost its own scale, and is known as ours
-    hook.callback(ours, True, None)
+    graph.callback(ours, True, None)
     assert hook.touched == 2 and ggml.rope_params(ours).attn_factor == 1.0
