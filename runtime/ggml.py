@@ -100,7 +100,6 @@ _N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: as many as there are threads
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
 
 PLAIN_FLOATS = (0, 1, 30)  # F32, F16, BF16
-BLOCK_TYPES = (2, 3, 6, 7, 8)  # Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: what a cache can be made of
 
 PARAMS_OFFSET: int = TensorStruct.op_params.offset
 OP_INDEX: int = TensorStruct.op.offset // 4
@@ -230,8 +229,8 @@ class BlockType:
 
 
 @cache
-def block_type(code: int) -> BlockType:
-    """ggml's type number `code`, with ggml's own function that makes F32 of it.
+def block_type(code: int) -> BlockType | None:
+    """ggml's type number `code`, with ggml's own function that makes F32 of it; None if it is no type of blocks.
 
     Raises:
         LayoutError: the traits are not where they should be.
@@ -240,9 +239,34 @@ def block_type(code: int) -> BlockType:
     traits = lib.ggml_get_type_traits(code).contents
     found = (traits.type_name, traits.block, traits.block_bytes)
     expected = (lib.ggml_type_name(code), lib.ggml_blck_size(code), lib.ggml_type_size(code))
-    if found != expected or not traits.to_float:
+    if found != expected:
         raise LayoutError(_refusal(f"type {code}'s traits read {found!r} where ggml says {expected!r}"))
+    if traits.block == 1 or not traits.to_float:
+        return None
     return BlockType(int(traits.block), int(traits.block_bytes), _ToFloat(traits.to_float))
+
+
+def is_blocks(code: int) -> bool:
+    """Whether ggml's type number `code` is stored in blocks that `to_floats` can read."""
+    return block_type(code) is not None
+
+
+def row_bytes(tensor: TensorStruct) -> int:
+    """Bytes of one packed row of a tensor of blocks: ``ne[0]`` values."""
+    kind = block_type(tensor.type)
+    assert kind is not None
+    return int(tensor.ne[0] // kind.block * kind.block_bytes)
+
+
+def to_floats(tensor: TensorStruct, start: int, stop: int, out: int, stream: int = 0) -> None:
+    """Make floats of entries [start, stop) along dimension 1 of a tensor of blocks, each packed, to the address `out`.
+
+    An entry is what lies between two steps of dimension 1: a row of a weight, or a cell of a cache with all its heads.
+    """
+    kind = block_type(tensor.type)
+    assert kind is not None
+    first = tensor.data + stream * tensor.nb[3] + start * tensor.nb[1]
+    kind.to_float(first, out, (stop - start) * tensor.nb[1] // kind.block_bytes * kind.block)
 
 
 def attention_params(address: int) -> AttentionParams:
@@ -250,10 +274,10 @@ def attention_params(address: int) -> AttentionParams:
     return AttentionParams.from_address(address + PARAMS_OFFSET)
 
 
-def take_over_attention(address: int, function: Any) -> None:
-    """Turn the FLASH_ATTN_EXT node at an address into a CUSTOM one that calls `function` on every thread.
+def take_over(address: int, function: Any) -> None:
+    """Turn the node at an address into a CUSTOM one that calls `function` on every thread.
 
-    `function` is a `CustomFunction` and must outlive the graph. The attention's own parameters move to
+    `function` is a `CustomFunction` and must outlive the graph. An attention's own parameters move to
     `custom_params(address).attention`, so that a graph that is used again still has them.
     """
     kept = AttentionParams.from_buffer_copy(attention_params(address))
@@ -343,7 +367,7 @@ def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
         "custom userdata": (made.userdata, 77),
         "custom size": (ctypes.sizeof(CustomParams) <= TensorStruct.op_params.size, True),
     }
-    take_over_attention(node, function)
+    take_over(node, function)
     facts["taken over"] = (lib.ggml_op_name(tensor_at(node).op), b"CUSTOM")
     facts["kept scale"] = (custom_params(node).attention.scale, 0.5)
     return facts

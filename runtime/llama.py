@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -28,11 +28,9 @@ from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
 from .loading import check_context, key_turning_layout, resolve_schedule
+from .fast import FastNodes, switched_off
 from .graph import GraphHook, Handler
 from .rope import RopeHook, Turn, plan_turns
-
-if TYPE_CHECKING:
-    from .attention import FastAttention
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
 
@@ -122,7 +120,7 @@ class Llama(llama_cpp.Llama):
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
-        self._attention = _fast_attention() if fast_prefill and self.plan.flash_attn else None
+        self._fast = FastNodes() if fast_prefill and self.plan.flash_attn and not switched_off() else None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._proved = not hooked
@@ -168,8 +166,8 @@ class Llama(llama_cpp.Llama):
         handlers: dict[str, Handler] = {}
         if self._rope is not None:
             handlers["ROPE"] = self._rope.set_rope
-        if self._attention is not None:
-            handlers |= {"FLASH_ATTN_EXT": self._attention.see, "CUSTOM": self._attention.see}
+        if self._fast is not None:
+            handlers |= self._fast.handlers
         return GraphHook(handlers) if handlers else None
 
     # --- what it runs by
@@ -313,15 +311,15 @@ class Llama(llama_cpp.Llama):
     def _interruptibly(self, n_new: int) -> None:
         """Decode the batch; a long one in a thread, so that a signal to the main thread can abort it at once."""
         if n_new < PROMPT_ROWS:
-            self._ctx.decode(self._batch)
+            self._decode_batch()
             return
         self._abort = False
         llama_cpp.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
         try:
             if threading.current_thread() is threading.main_thread():
-                self._wait_for(self._reader.submit(self._decode_prompt))
+                self._wait_for(self._reader.submit(self._decode_batch))
             else:
-                self._decode_prompt()
+                self._decode_batch()
         finally:
             llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
 
@@ -337,19 +335,19 @@ class Llama(llama_cpp.Llama):
                     continue
             raise
 
-    def _decode_prompt(self) -> None:
-        with nullcontext() if self._attention is None else self._attention.working():
+    def _decode_batch(self) -> None:
+        with nullcontext() if self._fast is None else self._fast.working():
             self._ctx.decode(self._batch)
 
     def _must_abort(self, _: Any) -> bool:
-        return self._abort or (self._attention is not None and self._attention.failure is not None)
+        return self._abort or (self._fast is not None and self._fast.failed)
 
     def _raise_kept(self) -> None:
         """Raise what went wrong inside llama.cpp's callbacks, where nothing can be raised."""
         if self._graph is not None:
             self._graph.raise_kept()
-        if self._attention is not None:
-            self._attention.raise_kept()
+        if self._fast is not None:
+            self._fast.raise_kept()
 
     def _prove(self) -> None:
         """After the first decode: λ must have reached at least one node, or the model runs without it."""
@@ -524,14 +522,6 @@ class Llama(llama_cpp.Llama):
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
-
-
-def _fast_attention() -> FastAttention | None:
-    if os.environ.get("ROPEWALK_FAST_PREFILL", "1").lower() in ("0", "off", "no", "false"):
-        return None
-    from .attention import FastAttention  # brings torch, which takes its time
-
-    return FastAttention()
 
 
 def _index_of(schedule: Schedule, band: Band) -> int:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import ropewalk
 import torch
-from ropewalk.runtime import attention, ggml
-from ropewalk.runtime.attention import AttentionError, FastAttention, visible_spans
+from ropewalk.runtime import attention, attention_jobs, ggml
+from ropewalk.runtime.attention import FastAttention
+from ropewalk.runtime.attention_jobs import visible_spans
+from ropewalk.runtime.takeover import NodeError, workers_are_ggmls
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LIB = Path(llama_cpp.__file__).parent / "lib"
@@ -125,11 +127,11 @@ def draw(rng, rows, cells, heads=6, kv_heads=2, size=64, v_size=None, streams=1)
 def check(q, k, v, mask, kind_k="f16", kind_v=None, sinks=None, n_threads=2, taken=1):
     kind_v = kind_v or kind_k
     graph, fast = Graph(q, k, v, mask, kind_k, kind_v, sinks), FastAttention()
-    with fast.working():
+    with workers_are_ggmls():
         found = graph.compute(fast, n_threads)
-    fast.raise_kept()
+    fast.nodes.raise_kept()
     graph.close()
-    assert fast.taken == taken
+    assert fast.nodes.taken == taken
     expected = reference(q, stored(k, kind_k), stored(v, kind_v), mask, graph.scale, sinks)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -167,8 +169,20 @@ def test_any_number_of_threads(rng, n_threads):
 
 
 def test_a_cache_longer_than_the_scratch_is_gone_through_in_rounds(rng, monkeypatch):
-    monkeypatch.setattr(attention, "SCRATCH_BYTES", 4 * 2 * 128 * 128)  # 128 cells
+    monkeypatch.setattr(attention_jobs, "SCRATCH_BYTES", 4 * 2 * 128 * 128)  # 128 cells
     check(*draw(rng, 64, 1000), causal(64, 1000), "q8_0", n_threads=3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 31])
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_few_rows_over_many_cells(rng, rows, kind, monkeypatch):
+    monkeypatch.setattr(attention, "MIN_FLOATS", 0)
+    for n_threads in (1, 2, 5):
+        check(*draw(rng, rows, 1100), causal(rows, 1100), kind, n_threads=n_threads)
+    check(*draw(rng, rows, 1100), causal(rows, 1100, 90), kind, sinks=rng.normal(size=6))
+    check(*draw(rng, rows, 300, streams=2), np.concatenate([causal(rows, 300), causal(rows, 300, 60)]), kind)
+    check(*draw(rng, rows, 300), np.full((1, 1, rows, 300), -np.inf), kind)
+    check(*draw(rng, rows, 300), None, kind)
 
 
 @pytest.mark.parametrize("window", [16, 100, 512])
@@ -216,7 +230,7 @@ def test_what_is_not_covered_is_left_to_llama_cpp(rng, left):
     fast = FastAttention()
     stock = Graph(q, k, v, causal(rows, 256), **left).compute()
     found = Graph(q, k, v, causal(rows, 256), **left).compute(fast)
-    assert fast.taken == 0
+    assert fast.nodes.taken == 0
     np.testing.assert_array_equal(found, stock)
 
 
@@ -260,7 +274,7 @@ def test_a_real_model_reads_no_less_exactly(smollm2, exact, kv):
     tokens, expected = exact
     fast = ropewalk.Llama(smollm2, kv=kv, **OPTIONS)
     ours = logits(fast, tokens)
-    assert fast._attention.taken == 30
+    assert fast._fast.attention.nodes.taken == 30
     stock = logits(ropewalk.Llama(smollm2, kv=kv, fast_prefill=False, **OPTIONS), tokens)
     assert np.abs(ours - stock).max() > 0
     assert np.abs(ours - expected).mean() < 1.1 * np.abs(stock - expected).mean()
@@ -286,9 +300,9 @@ def test_a_tiny_model_with_windows_and_any_thread_count(tiny_llama, tmp_path):
 
 
 def test_the_switches(smollm2, monkeypatch):
-    assert ropewalk.Llama(smollm2, kv="q8_0", fast_prefill=False, **OPTIONS)._attention is None
+    assert ropewalk.Llama(smollm2, kv="q8_0", fast_prefill=False, **OPTIONS)._fast is None
     monkeypatch.setenv("ROPEWALK_FAST_PREFILL", "0")
-    assert ropewalk.Llama(smollm2, kv="q8_0", **OPTIONS)._attention is None
+    assert ropewalk.Llama(smollm2, kv="q8_0", **OPTIONS)._fast is None
 
 
 @pytest.mark.parametrize("where", ["_attend", "_plan"])
@@ -303,8 +317,8 @@ def test_a_failure_names_the_node_and_leaves_the_model_usable(smollm2, monkeypat
         raise ArithmeticError("broken on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention._Job, where, broken)
-        with pytest.raises(AttentionError, match=r"attention node .*0.*: ArithmeticError: broken on purpose"):
+        patch.setattr(attention_jobs.PromptJob, where, broken)
+        with pytest.raises(NodeError, match=r"attention node .*0.*: ArithmeticError: broken on purpose"):
             llm.eval(tokens)
     assert llm.n_tokens == 0
     llm.eval(tokens)

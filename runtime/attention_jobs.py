@@ -1,0 +1,355 @@
+"""How an attention node is computed: what each thread does of it, for many query rows and for few.
+
+Many rows (`PromptJob`): all threads make floats of the cells, then share out blocks of rows; cells that the mask hides
+from a block are never looked at, and those it shows to all of it need no mask. Few rows (`TokenJob`): the cells are
+shared out. Either way torch's fused attention computes in f32, and what it gives for different cells is put together
+by the log-sum-exp of their scores (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import ggml
+from .takeover import PATIENCE_S
+
+SCRATCH_BYTES = 24 << 20
+"""Of cells made floats, K and V together; a longer cache is gone through in several rounds."""
+
+_HIDDEN = -1024  # the bits of f16's minus infinity, as an int16
+_GRAIN = 64  # cells; the mask's borders are rounded to it
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Span:
+    """Cells [start, stop) as a block of query rows sees them: all of them, or as the mask says."""
+
+    start: int
+    stop: int
+    masked: bool
+
+
+def visible_spans(mask: torch.Tensor) -> tuple[Span, ...]:
+    """The cells that some row of a block sees, in order, shape ``(rows, cells)`` f16 of 0 and minus infinity.
+
+    Other finite numbers in the mask make a span masked, so that they are added to the scores.
+    """
+    bits = mask.view(torch.int16)
+    low, high = bits.amin(0), bits.amax(0)
+    hidden = (low == _HIDDEN) & (high == _HIDDEN)
+    plain = (low == 0) & (high == 0)
+    n = len(hidden)
+    whole = n // _GRAIN * _GRAIN
+
+    def by_grain(flags: torch.Tensor) -> list[bool]:
+        grains: list[bool] = flags[:whole].view(-1, _GRAIN).all(1).tolist()
+        return grains + ([bool(flags[whole:].all())] if whole < n else [])
+
+    spans: list[Span] = []
+    for i, (is_hidden, is_plain) in enumerate(zip(by_grain(hidden), by_grain(plain), strict=True)):
+        start, stop = i * _GRAIN, min(n, (i + 1) * _GRAIN)
+        if is_hidden:
+            continue
+        if spans and spans[-1].stop == start and spans[-1].masked != is_plain:
+            start = spans.pop().start
+        spans.append(Span(start, stop, not is_plain))
+    return tuple(spans)
+
+
+class Node:
+    """One attention node's tensors as torch sees them, without a copy."""
+
+    def __init__(self, address: int) -> None:
+        tensor = ggml.tensor_at(address)
+        q, k, v, self.mask_address, sinks = tensor.src[:5]
+        self.scale = ggml.custom_params(address).attention.scale
+        self.q = _floats(q)
+        """Shape ``(streams, heads, rows, head size)``."""
+        self.out = _floats(address)
+        """Shape ``(streams, rows, heads, head size)``."""
+        self.k, self.v = ggml.tensor_at(k), ggml.tensor_at(v)
+        self._plain = {id(x): _plain(x) for x in (self.k, self.v)}
+        self.sinks = None if sinks is None else _floats(sinks).reshape(-1)
+        mask = None if self.mask_address is None else ggml.values(ggml.tensor_at(self.mask_address))
+        self._mask = None if mask is None else torch.from_numpy(mask)
+        self.streams, self.heads, self.n_rows, _ = self.q.shape
+        self.n_cells, self.kv_heads = int(self.k.ne[1]), int(self.k.ne[2])
+        self.k_size, self.v_size = int(self.k.ne[0]), int(self.v.ne[0])
+        self.group = self.heads // self.kv_heads
+        self.cell_floats = self.kv_heads * (self.k_size + self.v_size)
+
+    def mask(self, stream: int) -> torch.Tensor | None:
+        """Shape ``(at least rows, cells)``, f16."""
+        return None if self._mask is None else self._mask[stream % len(self._mask), 0]
+
+    def spans(self, stream: int, start: int, stop: int, known: dict[Any, tuple[Span, ...]]) -> tuple[Span, ...]:
+        """What query rows [start, stop) see; the same for all layers that share a mask, so kept in `known`."""
+        mask = self.mask(stream)
+        if mask is None:
+            return (Span(0, self.n_cells, False),)
+        key = (self.mask_address, stream, start, stop, self.n_cells)
+        if key not in known:
+            known[key] = visible_spans(mask[start:stop])
+        return known[key]
+
+    def cells(self, room: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`n` cells' worth of K and V in `room`, each of shape ``(cells, kv heads, head size)``."""
+        n_k, n_v = n * self.kv_heads * self.k_size, n * self.kv_heads * self.v_size
+        k, v = room[:n_k], room[n_k : n_k + n_v]
+        return k.view(n, self.kv_heads, self.k_size), v.view(n, self.kv_heads, self.v_size)
+
+    def fill(self, k: torch.Tensor, v: torch.Tensor, stream: int, start: int, stop: int) -> None:
+        """Make floats of cells [start, stop)."""
+        for tensor, out in ((self.k, k), (self.v, v)):
+            plain = self._plain[id(tensor)]
+            if plain is not None:
+                out.copy_(plain[stream, :, start:stop].transpose(0, 1))
+            else:
+                ggml.to_floats(tensor, start, stop, out.data_ptr(), stream)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of `q` ``(heads, rows, size)`` over `k` and `v` ``(heads, cells, size)``, and its log-sum-exp."""
+        size = max(self.k_size, self.v_size)
+        out, log_sum = _attend(*(_widen(x, size)[None] for x in (q, k, v)), 0.0, False, attn_mask=mask, scale=self.scale)
+        return out[0, ..., : self.v_size], log_sum[0]
+
+    def write(self, stream: int, heads: slice, rows: slice, part: Part | None) -> None:
+        """Put a finished part, shape ``(heads, rows, size)``, where the graph reads it."""
+        target = self.out[stream, rows, heads].transpose(0, 1)
+        if part is None:
+            target.zero_()  # no row sees anything: llama.cpp gives zeros, too
+            return
+        out = part.out
+        if self.sinks is not None:  # a sink takes part in the sum of the weights and adds nothing
+            out = out * torch.sigmoid(part.log_sum - self.sinks[heads, None])[..., None]
+        target.copy_(out)
+
+
+@dataclass
+class Part:
+    """Attention over some of the cells, shape ``(heads, rows, size)``, and the log of the sum of its weights."""
+
+    out: torch.Tensor
+    log_sum: torch.Tensor
+
+    @classmethod
+    def of(cls, out: torch.Tensor, log_sum: torch.Tensor, mask: torch.Tensor | None) -> Part:
+        """`mask` ``(rows, cells)``: torch gives rows that it hides all from a sum that means nothing."""
+        blind = None if mask is None else mask.amax(1) == -torch.inf
+        if blind is not None and blind.any():
+            out, log_sum = out.masked_fill(blind[:, None], 0.0), log_sum.masked_fill(blind, -torch.inf)
+        return cls(out, log_sum)
+
+    def joined(self, other: Part | None) -> Part:
+        """Attention over the cells of both."""
+        if other is None:
+            return self
+        total = torch.logaddexp(self.log_sum, other.log_sum)
+        ours, others = (torch.exp(x - total).nan_to_num_(0.0)[..., None] for x in (self.log_sum, other.log_sum))
+        return Part(self.out * ours + other.out * others, total)
+
+
+@dataclass
+class _Block:
+    """Rows [start, stop) of one stream, one KV head: the unit of work, and its result so far."""
+
+    stream: int
+    head: int
+    start: int
+    stop: int
+    spans: tuple[Span, ...]
+    part: Part | None = None
+
+
+@dataclass
+class _Round:
+    """Cells [start, stop) of one stream: made floats by all threads, then attended by all threads."""
+
+    stream: int
+    start: int
+    stop: int
+    pieces: list[tuple[int, int]]
+    blocks: list[_Block]
+    next_piece: Iterator[int] = field(default_factory=itertools.count)
+    next_block: Iterator[int] = field(default_factory=itertools.count)
+
+
+class Scratch:
+    """Room for the floats of one round, used by one node after the other."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0)
+
+    def reserve(self, floats: int) -> None:
+        if self.room.numel() < floats:
+            self.room = torch.empty(floats)
+
+
+class PromptJob:
+    """A node of many rows: what is shared out is claimed by counting."""
+
+    def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]], scratch: Scratch) -> None:
+        self.node, self.n_threads, self.scratch = node, n_threads, scratch
+        self.barrier = threading.Barrier(n_threads)
+        self.rounds = [turn for stream in range(node.streams) for turn in self._plan(stream, known)]
+        scratch.reserve(max((turn.stop - turn.start for turn in self.rounds), default=0) * node.cell_floats)
+
+    def _plan(self, stream: int, known: dict[Any, tuple[Span, ...]]) -> list[_Round]:
+        node = self.node
+        step = _rows_of_block(node.n_rows, node.streams * node.kv_heads, self.n_threads)
+        blocks = []
+        for start in range(0, node.n_rows, step):
+            stop = min(start + step, node.n_rows)
+            spans = node.spans(stream, start, stop, known)
+            blocks += [_Block(stream, head, start, stop, spans) for head in range(node.kv_heads)]
+        # The longest blocks first, so that the threads end together.
+        blocks.sort(key=lambda b: -sum(span.stop - span.start for span in b.spans))
+        first = min((b.spans[0].start for b in blocks if b.spans), default=0)
+        last = max((b.spans[-1].stop for b in blocks if b.spans), default=0)
+        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats) // _GRAIN * _GRAIN)
+        ranges = _ranges(first, last, -(-(last - first) // most), _GRAIN) or [(first, first)]
+        return [_Round(stream, *r, _ranges(*r, 2 * self.n_threads), blocks) for r in ranges]
+
+    def give_up(self) -> None:
+        self.barrier.abort()
+
+    def work(self) -> None:
+        """One thread's share."""
+        for i, turn in enumerate(self.rounds):
+            if i:
+                self.barrier.wait(PATIENCE_S)  # nobody reads the floats of the round before any more
+            k, v = self.node.cells(self.scratch.room, turn.stop - turn.start)
+            while (at := next(turn.next_piece)) < len(turn.pieces):
+                start, stop = turn.pieces[at]
+                into = slice(start - turn.start, stop - turn.start)
+                self.node.fill(k[into], v[into], turn.stream, start, stop)
+            self.barrier.wait(PATIENCE_S)
+            last = i + 1 == len(self.rounds) or self.rounds[i + 1].stream != turn.stream
+            while (at := next(turn.next_block)) < len(turn.blocks):
+                self._attend(turn.blocks[at], turn, k, v)
+                if last:
+                    block = turn.blocks[at]
+                    self.node.write(block.stream, self._heads(block), slice(block.start, block.stop), block.part)
+
+    def _heads(self, block: _Block) -> slice:
+        return slice(block.head * self.node.group, (block.head + 1) * self.node.group)
+
+    def _attend(self, block: _Block, turn: _Round, k: torch.Tensor, v: torch.Tensor) -> None:
+        group, rows = self.node.group, block.stop - block.start
+        q = self.node.q[block.stream, self._heads(block), block.start : block.stop].contiguous()
+        for span in block.spans:
+            start, stop = max(span.start, turn.start), min(span.stop, turn.stop)
+            if start >= stop:
+                continue
+            keys, vals = (x[start - turn.start : stop - turn.start, block.head][None] for x in (k, v))
+            all_rows = self.node.mask(block.stream) if span.masked else None
+            if all_rows is None:  # the group's heads are rows of one product
+                mask = None
+                out, log_sum = self.node.attend(q.view(1, group * rows, -1), keys, vals, None)
+            else:
+                mask = all_rows[block.start : block.stop, start:stop].float()
+                out, log_sum = self.node.attend(q, keys.expand(group, -1, -1), vals.expand(group, -1, -1), mask)
+            part = Part.of(out.reshape(group, rows, -1), log_sum.reshape(group, rows), mask)
+            block.part = part.joined(block.part)
+
+
+class TokenJob:
+    """A node of few rows: each thread attends all heads over the cells that it claims; the last joins the parts."""
+
+    def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]]) -> None:
+        self.node = node
+        self.gone = False
+        self.pieces: list[tuple[int, int, int]] = []
+        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats * n_threads))
+        for stream in range(node.streams):
+            spans = node.spans(stream, 0, node.n_rows, known)
+            first, last = (spans[0].start, spans[-1].stop) if spans else (0, 0)
+            count = max(2 * n_threads, -(-(last - first) // most))
+            self.pieces += [(stream, *piece) for piece in _ranges(first, last, count, _GRAIN)]
+        self.claims = itertools.count()
+        self.parts: dict[int, list[Part]] = {stream: [] for stream in range(node.streams)}
+        self.left = max(1, len(self.pieces))
+        self.lock = threading.Lock()
+
+    def give_up(self) -> None:
+        self.gone = True
+
+    def work(self) -> None:
+        """One thread's share."""
+        longest = max((stop - start for _, start, stop in self.pieces), default=0)
+        room = None
+        while (at := next(self.claims)) < max(1, len(self.pieces)) and not self.gone:
+            if self.pieces:
+                room = torch.empty(longest * self.node.cell_floats) if room is None else room
+                stream, start, stop = self.pieces[at]
+                self.parts[stream].append(self._attend(stream, start, stop, room))
+            with self.lock:
+                self.left -= 1
+                last = self.left == 0
+            if last:
+                self._finish()
+
+    def _attend(self, stream: int, start: int, stop: int, room: torch.Tensor) -> Part:
+        node = self.node
+        k, v = node.cells(room, stop - start)
+        node.fill(k, v, stream, start, stop)
+        q = node.q[stream].reshape(node.kv_heads, node.group * node.n_rows, -1)
+        all_rows = node.mask(stream)
+        mask = None if all_rows is None else all_rows[: node.n_rows, start:stop].float().repeat(node.group, 1)
+        out, log_sum = node.attend(q, k.transpose(0, 1), v.transpose(0, 1), mask)
+        return Part.of(out, log_sum, mask)
+
+    def _finish(self) -> None:
+        node = self.node
+        for stream, parts in self.parts.items():
+            joined = None
+            for part in parts:
+                joined = part.joined(joined)
+            if joined is not None:
+                shape = (node.heads, node.n_rows)
+                joined = Part(joined.out.reshape(*shape, -1), joined.log_sum.reshape(shape))
+            node.write(stream, slice(0, node.heads), slice(0, node.n_rows), joined)
+
+
+def _floats(address: int) -> torch.Tensor:
+    array = ggml.values(ggml.tensor_at(address))
+    assert array is not None
+    return torch.from_numpy(array)
+
+
+def _plain(tensor: ggml.TensorStruct) -> torch.Tensor | None:
+    """A view of shape ``(streams, kv heads, cells, head size)``; None for blocks."""
+    array = ggml.values(tensor)
+    if array is None:
+        return None
+    view = torch.from_numpy(array)
+    return view.view(torch.bfloat16) if view.dtype == torch.int16 else view
+
+
+def _widen(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Zeros added to the last dimension change no score and no sum; torch wants K and V of one head size."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+
+def _rows_of_block(n_rows: int, heads: int, n_threads: int) -> int:
+    """Rows of a unit of work: large for the matrix products, small enough that every thread gets several."""
+    step = 256
+    while step > 32 and heads * -(-n_rows // step) < 4 * n_threads:
+        step //= 2
+    return step
+
+
+def _ranges(start: int, stop: int, count: int, grain: int = 1) -> list[tuple[int, int]]:
+    """About `count` ranges of equal length, a multiple of `grain`, that make up [start, stop)."""
+    step = max(1, -(-(stop - start) // (max(1, count) * grain))) * grain
+    return [(at, min(at + step, stop)) for at in range(start, stop, step)]
