@@ -19,6 +19,7 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/band_switch.py
+	$(BIN)/python benchmarks/prefill.py
 
 # The link is for mypy, which does not follow editable installs.
 .venv/ready: pyproject.toml constraints.txt

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runtime import Llama
     from ..runtime.passkey import HiddenKey, Reading
 
-KV_TYPE = "q8_0:f16"
+KV_TYPE = "q8_0"
 SUMMARY_TOKENS = 80
 MARGIN = 40  # tokens for the instruction to summarise, and the template around it
 

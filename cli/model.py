@@ -59,6 +59,7 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
         schedule=options.schedule,
         kv=options.kv,
         n_ctx=options.context,
+        flash_attn=True,  # what is fast for long prompts works on its nodes
         n_threads=options.threads,
         n_threads_batch=options.threads,
         verbose=False,

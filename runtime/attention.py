@@ -16,7 +16,7 @@ from .takeover import Job, TakenNodes
 MIN_ROWS = 32
 """Query rows (tokens) from which on a node is always worth taking over."""
 
-MIN_FLOATS = 1 << 20
+MIN_FLOATS = 1 << 21
 """Numbers in the cells of a node of fewer rows, from which on it is; below, llama.cpp's own is as good."""
 
 
@@ -39,7 +39,7 @@ class FastAttention:
     def _make_job(self, address: int, n_threads: int) -> Job:
         node = Node(address)
         if node.n_rows < MIN_ROWS:
-            return TokenJob(node, n_threads, self._spans)
+            return TokenJob(node, n_threads, self._spans, self._scratch)
         return PromptJob(node, n_threads, self._spans, self._scratch)
 
 

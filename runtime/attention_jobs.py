@@ -40,12 +40,17 @@ class Span:
 def visible_spans(mask: torch.Tensor) -> tuple[Span, ...]:
     """The cells that some row of a block sees, in order, shape ``(rows, cells)`` f16 of 0 and minus infinity.
 
-    Other finite numbers in the mask make a span masked, so that they are added to the scores.
+    Borders are rounded outwards to `_GRAIN` cells, for a single row they are exact. Other finite numbers in the mask
+    make a span masked, so that they are added to the scores.
     """
     bits = mask.view(torch.int16)
     low, high = bits.amin(0), bits.amax(0)
     hidden = (low == _HIDDEN) & (high == _HIDDEN)
     plain = (low == 0) & (high == 0)
+    if len(mask) == 1:
+        exact = _exact_span(hidden, plain)
+        if exact is not None:
+            return exact
     n = len(hidden)
     whole = n // _GRAIN * _GRAIN
 
@@ -62,6 +67,15 @@ def visible_spans(mask: torch.Tensor) -> tuple[Span, ...]:
             start = spans.pop().start
         spans.append(Span(start, stop, not is_plain))
     return tuple(spans)
+
+
+def _exact_span(hidden: torch.Tensor, plain: torch.Tensor) -> tuple[Span, ...] | None:
+    """The one run of cells that a single row sees, None if it is not one run."""
+    seen = (~hidden).nonzero()[:, 0]
+    if not len(seen):
+        return ()
+    start, stop = int(seen[0]), int(seen[-1]) + 1
+    return (Span(start, stop, False),) if bool(plain[start:stop].all()) else None
 
 
 class Node:
@@ -120,7 +134,9 @@ class Node:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of `q` ``(heads, rows, size)`` over `k` and `v` ``(heads, cells, size)``, and its log-sum-exp."""
         size = max(self.k_size, self.v_size)
-        out, log_sum = _attend(*(_widen(x, size)[None] for x in (q, k, v)), 0.0, False, attn_mask=mask, scale=self.scale)
+        out, log_sum = _attend(
+            *(_widen(x, size)[None] for x in (q, k, v)), 0.0, False, attn_mask=mask, scale=self.scale
+        )
         return out[0, ..., : self.v_size], log_sum[0]
 
     def write(self, stream: int, heads: slice, rows: slice, part: Part | None) -> None:
@@ -223,7 +239,7 @@ class PromptJob:
     def give_up(self) -> None:
         self.barrier.abort()
 
-    def work(self) -> None:
+    def work(self, thread: int) -> None:
         """One thread's share."""
         for i, turn in enumerate(self.rounds):
             if i:
@@ -263,60 +279,81 @@ class PromptJob:
             block.part = part.joined(block.part)
 
 
-class TokenJob:
-    """A node of few rows: each thread attends all heads over the cells that it claims; the last joins the parts."""
+@dataclass(frozen=True)
+class _Piece:
+    """Cells [start, stop) of one stream, for all heads and rows."""
 
-    def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]]) -> None:
+    stream: int
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+
+
+class TokenJob:
+    """A node of few rows: each thread attends all heads over the cells that it claims; the last joins the parts.
+
+    Threads that do many small things in Python get in each other's way, so what can be is made ready here, by one.
+    """
+
+    def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]], scratch: Scratch) -> None:
         self.node = node
-        self.gone = False
-        self.pieces: list[tuple[int, int, int]] = []
-        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats * n_threads))
-        for stream in range(node.streams):
-            spans = node.spans(stream, 0, node.n_rows, known)
-            first, last = (spans[0].start, spans[-1].stop) if spans else (0, 0)
-            count = max(2 * n_threads, -(-(last - first) // most))
-            self.pieces += [(stream, *piece) for piece in _ranges(first, last, count, _GRAIN)]
+        self.pieces = [piece for stream in range(node.streams) for piece in self._plan(stream, n_threads, known)]
+        rows = node.group * node.n_rows
+        self.q = [node.q[stream].reshape(node.kv_heads, rows, -1) for stream in range(node.streams)]
+        self.longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
+        scratch.reserve(n_threads * self.longest * node.cell_floats)
+        room = scratch.room[: n_threads * self.longest * node.cell_floats].view(n_threads, -1)
+        self.rooms = [node.cells(room[i], self.longest) for i in range(n_threads)]
         self.claims = itertools.count()
-        self.parts: dict[int, list[Part]] = {stream: [] for stream in range(node.streams)}
-        self.left = max(1, len(self.pieces))
+        self.parts: list[tuple[int, Part]] = []
+        self.gone = False
+        self.left = len(self.pieces)
         self.lock = threading.Lock()
+        if not self.pieces:
+            self._finish()
+
+    def _plan(self, stream: int, n_threads: int, known: dict[Any, tuple[Span, ...]]) -> list[_Piece]:
+        node = self.node
+        spans = node.spans(stream, 0, node.n_rows, known)
+        if not spans:
+            return []
+        first, last = spans[0].start, spans[-1].stop
+        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats * n_threads))
+        masked = len(spans) > 1 or spans[0].masked
+        all_rows = node.mask(stream) if masked else None
+        pieces = []
+        for start, stop in _ranges(first, last, max(n_threads, -(-(last - first) // most))):
+            mask = None if all_rows is None else all_rows[: node.n_rows, start:stop].float().repeat(node.group, 1)
+            pieces.append(_Piece(stream, start, stop, mask))
+        return pieces
 
     def give_up(self) -> None:
         self.gone = True
 
-    def work(self) -> None:
+    def work(self, thread: int) -> None:
         """One thread's share."""
-        longest = max((stop - start for _, start, stop in self.pieces), default=0)
-        room = None
-        while (at := next(self.claims)) < max(1, len(self.pieces)) and not self.gone:
-            if self.pieces:
-                room = torch.empty(longest * self.node.cell_floats) if room is None else room
-                stream, start, stop = self.pieces[at]
-                self.parts[stream].append(self._attend(stream, start, stop, room))
+        while (at := next(self.claims)) < len(self.pieces) and not self.gone:
+            piece = self.pieces[at]
+            k, v = self.rooms[thread]
+            if (n := piece.stop - piece.start) < self.longest:
+                k, v = k[:n], v[:n]
+            self.node.fill(k, v, piece.stream, piece.start, piece.stop)
+            out, log_sum = self.node.attend(self.q[piece.stream], k.transpose(0, 1), v.transpose(0, 1), piece.mask)
             with self.lock:
+                self.parts.append((piece.stream, Part.of(out, log_sum, piece.mask)))
                 self.left -= 1
                 last = self.left == 0
             if last:
                 self._finish()
 
-    def _attend(self, stream: int, start: int, stop: int, room: torch.Tensor) -> Part:
-        node = self.node
-        k, v = node.cells(room, stop - start)
-        node.fill(k, v, stream, start, stop)
-        q = node.q[stream].reshape(node.kv_heads, node.group * node.n_rows, -1)
-        all_rows = node.mask(stream)
-        mask = None if all_rows is None else all_rows[: node.n_rows, start:stop].float().repeat(node.group, 1)
-        out, log_sum = node.attend(q, k.transpose(0, 1), v.transpose(0, 1), mask)
-        return Part.of(out, log_sum, mask)
-
     def _finish(self) -> None:
         node = self.node
-        for stream, parts in self.parts.items():
+        shape = (node.heads, node.n_rows)
+        for stream in range(node.streams):
             joined = None
-            for part in parts:
-                joined = part.joined(joined)
+            for owner, part in self.parts:
+                joined = part.joined(joined) if owner == stream else joined
             if joined is not None:
-                shape = (node.heads, node.n_rows)
                 joined = Part(joined.out.reshape(*shape, -1), joined.log_sum.reshape(shape))
             node.write(stream, slice(0, node.heads), slice(0, node.n_rows), joined)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +25,11 @@ from ..container import freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
-from .loading import check_context, key_turning_layout, resolve_schedule
 from .fast import FastNodes, switched_off
 from .graph import GraphHook, Handler
+from .interrupt import Interruptible
+from .loading import check_context, key_turning_layout, resolve_schedule
+from .losses import negative_log_likelihood
 from .rope import RopeHook, Turn, plan_turns
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
@@ -64,9 +64,9 @@ class Llama(llama_cpp.Llama):
         kv: cache type: "f16", "q8_0", "q4_0", …, "K:V" for one each, or "auto" for the most exact that fits.
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
-        flash_attn: None = where the cache type needs it.
-        fast_prefill: with flash attention, read prompts by our own attention (see `attention`); the environment's
-            ROPEWALK_FAST_PREFILL=0 turns it off, too.
+        flash_attn: None = where the cache is quantised (without fast_prefill, where its V is).
+        fast_prefill: with flash attention, compute long prompts' attention and products ourselves (see `fast`); the
+            environment's ROPEWALK_FAST_PREFILL=0 turns it off, too.
         threads default to the machine's physical cores.
 
     Attributes:
@@ -103,6 +103,7 @@ class Llama(llama_cpp.Llama):
         **options: Any,
     ) -> None:
         header = read_header(model_path)
+        fast_prefill = fast_prefill and not switched_off()
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
         self._asked_ctx = check_context(n_ctx, self._schedule)
@@ -115,18 +116,17 @@ class Llama(llama_cpp.Llama):
             self._asked_ctx,
             kv or ":".join(memory.type_name(1 if t is None else t) for t in (type_k, type_v)),
             flash_attn=flash_attn,
+            fast_prefill=fast_prefill,
             n_batch=n_batch,
             n_ubatch=n_ubatch,
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
-        self._fast = FastNodes() if fast_prefill and self.plan.flash_attn and not switched_off() else None
+        self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._proved = not hooked
-        self._abort = False
-        self._abort_callback = llama_cpp.ggml_abort_callback(self._must_abort)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ropewalk-read")
+        self._reader = Interruptible(lambda: self._fast is not None and self._fast.failed)
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
         log.listen()
@@ -240,7 +240,7 @@ class Llama(llama_cpp.Llama):
 
         def keep(logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
             at = sum(map(len, losses))
-            losses.append(_negative_log_likelihood(logits, wanted[at : at + len(logits)]))
+            losses.append(negative_log_likelihood(logits, wanted[at : at + len(logits)]))
 
         self._read(tokens[start - 1 : -1], settled=True, on_logits=keep)
         return np.concatenate(losses)
@@ -289,7 +289,10 @@ class Llama(llama_cpp.Llama):
         n_past, n_new = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all or on_logits is not None)
         try:
-            self._interruptibly(n_new)
+            if n_new < PROMPT_ROWS:
+                self._decode_batch()
+            else:
+                self._reader.run(self._ctx.ctx, self._decode_batch)
             self._raise_kept()
             self._prove()
         except BaseException:
@@ -308,46 +311,15 @@ class Llama(llama_cpp.Llama):
         self.n_tokens += n_new
         self._requires_eval = False
 
-    def _interruptibly(self, n_new: int) -> None:
-        """Decode the batch; a long one in a thread, so that a signal to the main thread can abort it at once."""
-        if n_new < PROMPT_ROWS:
-            self._decode_batch()
-            return
-        self._abort = False
-        llama_cpp.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
-        try:
-            if threading.current_thread() is threading.main_thread():
-                self._wait_for(self._reader.submit(self._decode_batch))
-            else:
-                self._decode_batch()
-        finally:
-            llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
-
-    def _wait_for(self, work: Future[None]) -> None:
-        try:
-            work.result()
-        except BaseException:
-            self._abort = True
-            while not work.done():
-                try:
-                    work.exception()
-                except BaseException:  # a second Ctrl-C: the thread still uses the context, so wait for it
-                    continue
-            raise
-
     def _decode_batch(self) -> None:
         with nullcontext() if self._fast is None else self._fast.working():
             self._ctx.decode(self._batch)
 
-    def _must_abort(self, _: Any) -> bool:
-        return self._abort or (self._fast is not None and self._fast.failed)
-
     def _raise_kept(self) -> None:
         """Raise what went wrong inside llama.cpp's callbacks, where nothing can be raised."""
-        if self._graph is not None:
-            self._graph.raise_kept()
-        if self._fast is not None:
-            self._fast.raise_kept()
+        for kept in (self._graph, self._fast):
+            if kept is not None:
+                kept.raise_kept()
 
     def _prove(self) -> None:
         """After the first decode: λ must have reached at least one node, or the model runs without it."""
@@ -512,7 +484,7 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         reader = getattr(self, "_reader", None)
         if reader is not None:
-            reader.shutdown(wait=True)
+            reader.close()
         if hasattr(self, "_stack"):
             super().close()
 
@@ -526,13 +498,3 @@ class Llama(llama_cpp.Llama):
 
 def _index_of(schedule: Schedule, band: Band) -> int:
     return schedule.bands.index(band) if band in schedule.bands else -1
-
-
-def _negative_log_likelihood(
-    logits: np.ndarray[Any, np.dtype[np.float32]], tokens: np.ndarray[Any, Any]
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """``-log softmax(logits)[token]`` of each row, shape ``(rows,)``, in nats."""
-    peak = logits.max(axis=1, keepdims=True)
-    total = np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64)
-    chosen = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return np.asarray(np.log(total) + peak[:, 0] - chosen, dtype=np.float64)

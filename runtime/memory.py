@@ -22,6 +22,9 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 AUTO_ORDER = ("f16", "q8_0:f16", "q8_0", "q4_0")
 """What `auto` tries: from the most exact down."""
 
+FAST_BYTES = 40 << 20
+"""What attention and products of our own need: cells and weights made floats, and torch's buffers."""
+
 CELL_PADDING = 256  # llama.cpp rounds the cache's cells up to this
 
 
@@ -140,6 +143,7 @@ def plan_memory(
     kv: str,
     *,
     flash_attn: bool | None = None,
+    fast_prefill: bool = False,
     n_batch: int = 512,
     n_ubatch: int = 512,
     logits_all: bool = False,
@@ -148,9 +152,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Bytes for `n_ctx` tokens with cache type `kv` (not "auto").
 
-    `flash_attn` None means: on where V is quantised, which llama.cpp demands, and where the scores of plain attention
-    would take more than the cache. `bands` above one counts the buffer in which quantised keys are turned. `available`
-    replaces the machine's own figure.
+    `flash_attn` None means: on where V is quantised, which llama.cpp demands, and with `fast_prefill`, which works on
+    its nodes alone and counts room of its own, where K is. `bands` above one counts the buffer in which quantised keys
+    are turned. `available` replaces the machine's own figure.
     """
     kv = check_kv_type(kv)
     type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
@@ -162,20 +166,21 @@ def plan_memory(
         for heads in shape.k_heads
     )
     if flash_attn is None:
-        flash_attn = is_quantised(type_v)
+        flash_attn = is_quantised(type_v) or (fast_prefill and is_quantised(type_k))
     rows = 4 * n_ubatch  # bytes of one float for each row of a micro-batch
     scores = rows * cells * (1.5 if flash_attn else shape.n_head + 1)
     states = rows * (3 * shape.n_ff + 4 * shape.n_embd + 3 * shape.n_head * max(shape.key_length, shape.value_length))
     outputs = rows * (shape.n_vocab + 8 * shape.n_embd)
     turned = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
     logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
+    own = FAST_BYTES if flash_attn and fast_prefill else 0
     return MemoryPlan(
         n_ctx=n_ctx,
         kv_type=kv,
         flash_attn=flash_attn,
         weights_bytes=shape.weights_bytes,
         cache_bytes=cache,
-        compute_bytes=int(1.05 * max(scores + states, outputs, turned)) + logits,
+        compute_bytes=int(1.05 * max(scores + states, outputs, turned)) + logits + own,
         available_bytes=available_memory() if available is None else available,
     )
 

@@ -9,7 +9,6 @@ Weights that llama.cpp has repacked for the machine (among them those for AMX) a
 from __future__ import annotations
 
 import itertools
-import threading
 
 import torch
 
@@ -42,7 +41,7 @@ class _Job:
     def give_up(self) -> None:
         self.gone = True
 
-    def work(self) -> None:
+    def work(self, thread: int) -> None:
         """One thread's share."""
         n_out, n_in = self.weight.ne[1], self.weight.ne[0]
         scratch = torch.empty(self.step, n_in)

@@ -27,7 +27,7 @@ class NodeError(RuntimeError):
 class Job(Protocol):
     """One node in the making: every thread calls `work`, which ends early if another calls `give_up`."""
 
-    def work(self) -> None: ...
+    def work(self, thread: int) -> None: ...
 
     def give_up(self) -> None: ...
 
@@ -67,7 +67,7 @@ class TakenNodes:
         try:
             job = self._join(node, n_threads)
             if job is not None:
-                job.work()
+                job.work(thread)
         except threading.BrokenBarrierError as error:  # another thread failed and says why, unless it never came
             self._fail(node, error)
         except BaseException as error:
