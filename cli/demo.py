@@ -87,6 +87,8 @@ def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str
     changes: list[str] = []
 
     def note(change: BandChange) -> None:
+        if change.old.rescale_factors == change.new.rescale_factors:
+            return  # the model as it came, run on past what it was trained for
         changes.append(
             f"{change.n_tokens:,} cached tokens moved from the {change.old.context:,} to the {change.new.context:,}"
             f" band in {change.seconds:.2f} s, without reading them again"

@@ -1,6 +1,7 @@
 """llama-cpp-python made long: rope callback, band switching, KV cache, memory, evaluation."""
 
-from .llama import BandChange, Llama
+from .llama import Llama
 from .memory import KV_TYPES, MemoryPlan, choose_kv, plan_memory
+from .rope import BandChange
 
 __all__ = ["KV_TYPES", "BandChange", "Llama", "MemoryPlan", "choose_kv", "plan_memory"]

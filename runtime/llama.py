@@ -11,8 +11,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,23 +29,9 @@ from .graph import GraphHook, Handler
 from .interrupt import Interruptible
 from .loading import check_context, key_turning_layout, resolve_schedule
 from .losses import negative_log_likelihood
-from .rope import RopeHook, Turn, plan_turns
+from .rope import BandChange, RopeHook, Turn, plan_turns
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
-
-
-@dataclass(frozen=True)
-class BandChange:
-    """A sequence of `n_tokens` moved from one band to another in `seconds`."""
-
-    old_index: int
-    new_index: int
-    old: Band
-    new: Band
-    n_tokens: int
-    seconds: float
-    reread: bool
-    """The tokens were read again, as this kind of cache cannot be turned."""
 
 
 class LlamaState(StockState):
@@ -311,8 +296,11 @@ class Llama(llama_cpp.Llama):
         self.n_tokens += n_new
         self._requires_eval = False
 
+    def _working(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._fast is None else self._fast.working()
+
     def _decode_batch(self) -> None:
-        with nullcontext() if self._fast is None else self._fast.working():
+        with self._working():
             self._ctx.decode(self._batch)
 
     def _raise_kept(self) -> None:
@@ -424,7 +412,10 @@ class Llama(llama_cpp.Llama):
                 raise UserError(f"embed: the band has start_tokens {band.start_tokens}, expected 0 for embeddings")
             self.band = band
             self._rope.use(band.rescale_factors, band.attention_factor)
-        return super().embed(input, normalize=normalize, truncate=truncate, **options)
+        with self._working():
+            found = super().embed(input, normalize=normalize, truncate=truncate, **options)
+        self._raise_kept()
+        return found
 
     def save_state(self) -> LlamaState:
         """The tokens, their keys and values, and the band they are in."""

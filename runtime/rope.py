@@ -30,6 +30,20 @@ class Turn:
     scale: float
 
 
+@dataclass(frozen=True)
+class BandChange:
+    """A sequence of `n_tokens` moved from one band to another in `seconds`."""
+
+    old_index: int
+    new_index: int
+    old: Band
+    new: Band
+    n_tokens: int
+    seconds: float
+    reread: bool
+    """The tokens were read again, as this kind of cache cannot be turned."""
+
+
 def turning_factors(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
     """Factors that take a key rotated with λ `old` to λ `new`: ``1/(1/new - 1/old)``, shape ``(n_rot/2,)``."""
     delta = 1 / np.asarray(new, dtype=np.float64) - 1 / np.asarray(old, dtype=np.float64)
