@@ -31,7 +31,7 @@ from .loading import check_context, key_turning_layout, resolve_schedule
 from .losses import negative_log_likelihood
 from .rope import BandChange, RopeHook, Turn, plan_turns
 
-PROMPT_ROWS = 32  # from so many tokens on, a decode is worth a thread that Ctrl-C can interrupt
+PROMPT_ROWS = 32  # from so many tokens on, a decode takes so long that Ctrl-C should abort it
 
 
 class LlamaState(StockState):
@@ -111,7 +111,7 @@ class Llama(llama_cpp.Llama):
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._proved = not hooked
-        self._reader = Interruptible(lambda: self._fast is not None and self._fast.failed)
+        self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
         log.listen()
@@ -275,9 +275,9 @@ class Llama(llama_cpp.Llama):
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all or on_logits is not None)
         try:
             if n_new < PROMPT_ROWS:
-                self._decode_batch()
+                self._calls.run(self._decode_batch)
             else:
-                self._reader.run(self._ctx.ctx, self._decode_batch)
+                self._calls.run_long(self._decode_batch, self._ctx.ctx)
             self._raise_kept()
             self._prove()
         except BaseException:
@@ -390,7 +390,7 @@ class Llama(llama_cpp.Llama):
         assert self._graph is not None and self._rope is not None
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
         with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_turn, turn=turn)}):
-            code: int = llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch)
+            code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
         self._graph.raise_kept()
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         return code
@@ -412,8 +412,13 @@ class Llama(llama_cpp.Llama):
                 raise UserError(f"embed: the band has start_tokens {band.start_tokens}, expected 0 for embeddings")
             self.band = band
             self._rope.use(band.rescale_factors, band.attention_factor)
-        with self._working():
-            found = super().embed(input, normalize=normalize, truncate=truncate, **options)
+        stock = partial(super().embed, input, normalize=normalize, truncate=truncate, **options)
+
+        def call() -> Any:
+            with self._working():
+                return stock()
+
+        found = self._calls.run(call)
         self._raise_kept()
         return found
 
@@ -473,9 +478,8 @@ class Llama(llama_cpp.Llama):
         session.load(self, path)
 
     def close(self) -> None:
-        reader = getattr(self, "_reader", None)
-        if reader is not None:
-            reader.close()
+        if hasattr(self, "_calls"):
+            self._calls.close()
         if hasattr(self, "_stack"):
             super().close()
 

@@ -3,6 +3,7 @@
 import pickle
 import pydoc_data.topics
 import signal
+import sys
 import threading
 import time
 
@@ -373,3 +374,31 @@ def test_sliding_window_layers_of_another_base_keep_theirs(tiny_llama, tmp_path,
     restored.n_tokens = 60
     stayed.n_tokens = 60
     assert np.abs(last(restored, TOKENS[60:95]) - last(stayed, TOKENS[60:95])).max() < PRECISION["f32"]
+
+
+def test_a_signal_while_writing_is_never_lost(tiny, load):
+    """Python's handlers run between two steps of Python code: inside a callback from C what they raise is gone."""
+    llm = load(tiny, schedule=three_bands(tiny))
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    lost = []
+    hook, sys.unraisablehook = sys.unraisablehook, lost.append
+    try:
+        for i in range(60):
+            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0003 * i)
+            with pytest.raises(Stop):
+                for _ in range(500):
+                    llm.n_tokens = 0
+                    llm.eval(TOKENS[:3])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = hook
+    assert not lost
+    assert np.isfinite(last(llm, TOKENS[:10])).all()
