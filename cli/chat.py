@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
+from .reading_bar import ReadingBar
 
 if TYPE_CHECKING:
     from ..runtime import Llama
     from ..runtime.answer import Answer, Sampling
-
-LEAST_BAR = 1024  # tokens; what is read faster than one looks needs no bar
 
 
 def chat(
@@ -62,37 +58,6 @@ def chat(
         with err.status(f"Loading {path.name}"):
             llm = load_model(path, options)
         run(llm, system, sampling)
-
-
-class ReadingBar:
-    """A bar for what `llm` reads meanwhile, from the moment that it turns out to be long; `close` removes it early."""
-
-    def __init__(self, llm: Llama, label: str) -> None:
-        self._llm, self._label = llm, label
-        self._stack = ExitStack()
-        self._advance: Callable[[int, int], None] | None = None
-
-    def __enter__(self) -> ReadingBar:
-        self._llm.on_progress = self.show
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def show(self, done: int, total: int) -> None:
-        """The callback: so many of so many tokens are read."""
-        if self._advance is None:
-            if total < LEAST_BAR:
-                return
-            from .terminal import progress
-
-            self._advance = self._stack.enter_context(progress(self._label))
-        self._advance(done, total)
-
-    def close(self) -> None:
-        self._llm.on_progress = None
-        self._stack.close()
-        self._advance = None
 
 
 def _piped_question() -> str:
