@@ -75,7 +75,7 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
 def _memory_row(header: Header, n_ctx: int, kv: str, bands: int) -> dict[str, Any]:
     from ..runtime.memory import plan_memory
 
-    plan = plan_memory(header, n_ctx, kv, bands=bands)
+    plan = plan_memory(header, n_ctx, kv, bands=bands, flash_attn=True, fast_prefill=True)  # as the commands run it
     return {
         "context": n_ctx,
         "kv_type": kv,

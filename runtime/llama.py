@@ -485,7 +485,7 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["n_ctx"] = self._asked_ctx
+        state |= {"n_ctx": self._asked_ctx, "fast_prefill": self._fast is not None, "flash_attn": self.plan.flash_attn}
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
