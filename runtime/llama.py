@@ -28,7 +28,7 @@ from .fast import FastNodes, switched_off
 from .graph import GraphHook, Handler
 from .interrupt import Interruptible
 from .loading import check_context, key_turning_layout, resolve_schedule
-from .losses import negative_log_likelihood
+from .losses import Logits, Scored
 from .rope import BandChange, RopeHook, Turn, plan_turns
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode takes so long that Ctrl-C should abort it
@@ -207,36 +207,28 @@ class Llama(llama_cpp.Llama):
         """
         self._read(list(tokens))
 
-    def token_losses(self, tokens: Sequence[int], start: int = 1) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def token_losses(
+        self, tokens: Sequence[int], start: int = 1, targets: Sequence[int] | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Negative log-likelihood (nats) of each of ``tokens[start:]`` given all before it, shape ``(n - start,)``.
 
-        The cache is used as far as it holds the same tokens, and holds all of `tokens` but the last afterwards.
+        With `targets`, rising positions in `tokens`, of those tokens alone, shape ``(len(targets),)``. The cache is
+        used as far as it holds the same tokens, and holds all before the last one asked for afterwards.
         """
-        tokens = list(tokens)
-        if not 1 <= start < len(tokens):
-            raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}")
-        same = self.longest_token_prefix(self._input_ids[: start - 1].tolist(), tokens)
+        tokens, wanted = list(tokens), np.arange(start, len(tokens)) if targets is None else np.asarray(targets)
+        if not len(wanted) or wanted[0] < 1 or wanted[-1] >= len(tokens) or (np.diff(wanted) < 1).any():
+            raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}, and rising targets in that range")
+        first, last = int(wanted[0]) - 1, int(wanted[-1])
+        same = self.longest_token_prefix(self._input_ids[:first].tolist(), tokens)
         self.n_tokens = same
         # One settled band for the whole text: loss is asked of the band that holds it.
-        self._make_room(len(tokens) - 1 - same)
-        self._read(tokens[same : start - 1], settled=True)
-        losses: list[np.ndarray[Any, np.dtype[np.float64]]] = []
-        wanted = np.array(tokens[start:])
+        self._make_room(last - same)
+        self._read(tokens[same:first], settled=True)
+        scored = Scored(np.asarray(tokens), wanted, first)
+        self._read(tokens[first:last], settled=True, scored=scored)
+        return scored.losses()
 
-        def keep(logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-            at = sum(map(len, losses))
-            losses.append(negative_log_likelihood(logits, wanted[at : at + len(logits)]))
-
-        self._read(tokens[start - 1 : -1], settled=True, on_logits=keep)
-        return np.concatenate(losses)
-
-    def _read(
-        self,
-        tokens: list[int],
-        *,
-        settled: bool = False,
-        on_logits: Callable[[np.ndarray[Any, np.dtype[np.float32]]], None] | None = None,
-    ) -> None:
+    def _read(self, tokens: list[int], *, settled: bool = False, scored: Scored | None = None) -> None:
         if not settled:
             self._make_room(len(tokens))
         done = 0
@@ -248,7 +240,7 @@ class Llama(llama_cpp.Llama):
                     stop = min(stop, done + before)
                 factors = facts.start_factors if before > 0 else self.band.rescale_factors
                 self._rope.use(factors, self.band.attention_factor)
-            self._decode(tokens[done:stop], on_logits)
+            self._decode(tokens[done:stop], scored)
             done = stop
             if self.on_progress is not None and len(tokens) >= PROMPT_ROWS:
                 self.on_progress(done, len(tokens))
@@ -267,12 +259,14 @@ class Llama(llama_cpp.Llama):
         index = self._schedule.band_index(max(total, 1))
         self._move_to(self._schedule.bands[index], _index_of(self._schedule, self.band), index)
 
-    def _decode(
-        self, tokens: list[int], on_logits: Callable[[np.ndarray[Any, np.dtype[np.float32]]], None] | None
-    ) -> None:
+    def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
         """One llama_decode; on any failure the cache is as it was before."""
         n_past, n_new = self.n_tokens, len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all or on_logits is not None)
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
+        if scored is not None and not self._logits_all:
+            asked = np.ctypeslib.as_array(self._batch.batch.logits, shape=(n_new,))
+            asked[:] = 0
+            asked[scored.rows(n_new)] = 1
         try:
             if n_new < PROMPT_ROWS:
                 self._calls.run(self._decode_batch)
@@ -287,14 +281,20 @@ class Llama(llama_cpp.Llama):
             self._raise_kept()  # the reason behind llama_decode's return code
             raise
         self.input_ids[n_past : n_past + n_new] = tokens
-        if self._logits_all or on_logits is not None:
-            rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_new, self._n_vocab))
-            if self._logits_all:
-                self.scores[n_past : n_past + n_new, :] = rows
-            if on_logits is not None:
-                on_logits(rows)
+        if self._logits_all:
+            self.scores[n_past : n_past + n_new, :] = self._logits(n_new)
+        if scored is not None:
+            rows = scored.rows(n_new)
+            logits = self._logits(n_new)[rows] if self._logits_all else self._logits(len(rows))
+            scored.take(n_new, rows, logits)
         self.n_tokens += n_new
         self._requires_eval = False
+
+    def _logits(self, n_rows: int) -> Logits:
+        """The last decode's, shape ``(n_rows, vocabulary)``; llama.cpp's own memory."""
+        if not n_rows:
+            return np.empty((0, self._n_vocab), dtype=np.float32)
+        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_rows, self._n_vocab))
 
     def _working(self) -> AbstractContextManager[None]:
         return nullcontext() if self._fast is None else self._fast.working()
@@ -456,7 +456,7 @@ class Llama(llama_cpp.Llama):
     def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
         """Replace the cache's sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`."""
         self._forget()
-        data = (ctypes.c_uint8 * state.nbytes).from_buffer_copy(state.tobytes())
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
             self._forget()
             raise RuntimeError("llama.cpp did not take the saved sequence")

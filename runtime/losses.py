@@ -6,12 +6,51 @@ from typing import Any
 
 import numpy as np
 
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+Losses = np.ndarray[Any, np.dtype[np.float64]]
 
-def negative_log_likelihood(
-    logits: np.ndarray[Any, np.dtype[np.float32]], tokens: np.ndarray[Any, Any]
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+CHUNK_ROWS = 256  # of logits at a time: their exponentials stay in the cache
+
+
+def negative_log_likelihood(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
     """``-log softmax(logits)[token]`` of each row, shape ``(rows,)``, in nats."""
+    parts = [
+        _of_rows(logits[at : at + CHUNK_ROWS], tokens[at : at + CHUNK_ROWS]) for at in range(0, len(logits), CHUNK_ROWS)
+    ]
+    return np.concatenate(parts)
+
+
+def _of_rows(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
     peak = logits.max(axis=1, keepdims=True)
     total = np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     return np.asarray(np.log(total) + peak[:, 0] - chosen, dtype=np.float64)
+
+
+class Scored:
+    """Which tokens of a text are to be predicted, and their losses as they come in, batch after batch.
+
+    Args:
+        tokens: the whole text.
+        targets: rising positions in it, at least 1.
+        start: the position from which on it is going to be read.
+    """
+
+    def __init__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], start: int) -> None:
+        self._tokens, self._before, self._at = tokens, targets - 1, start
+        self._parts: list[Losses] = []
+
+    def rows(self, n: int) -> np.ndarray[Any, Any]:
+        """Rows of the next `n` tokens whose logits are wanted."""
+        low, high = np.searchsorted(self._before, (self._at, self._at + n))
+        return np.asarray(self._before[low:high] - self._at)
+
+    def take(self, n: int, rows: np.ndarray[Any, Any], logits: Logits) -> None:
+        """The next `n` tokens have been read; `logits` are those of `rows`, shape ``(len(rows), vocabulary)``."""
+        if len(rows):
+            self._parts.append(negative_log_likelihood(logits, self._tokens[self._at + rows + 1]))
+        self._at += n
+
+    def losses(self) -> Losses:
+        """Of all targets, in nats, shape ``(len(targets),)``."""
+        return np.concatenate(self._parts)

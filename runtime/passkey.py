@@ -81,16 +81,45 @@ def hide_key(llm: Llama, text: str, n_tokens: int, key: str) -> HiddenKey:
     begun = template.opening([Message("user", body)])
     asked = template.tokens([Message("user", f"{body}\n\n{OPENING}")])
     answered = template.tokens([Message("user", f"{body}\n\n{OPENING} {key}.")])
+    first, last = _answer(llm, asked, answered, key)
+    text_end = llm.longest_token_prefix(begun, answered)
+    return HiddenKey(
+        key, body, tuple(answered[:text_end]), tuple(answered[text_end:first]), tuple(answered[first:last])
+    )
+
+
+def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> HiddenKey:
+    """Hide `key` in a plain text of tokens, without a chat's template, `depth` (0 to 1) of the way through it.
+
+    Text, question and digits take as many tokens as `words` in all; the text's end gives way to them.
+
+    Raises:
+        UserError: the text is too short.
+    """
+
+    def tokens(text: str) -> list[int]:
+        return llm.tokenize(text.encode(), add_bos=False)
+
+    hidden = tokens(f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n")
+    answered = tokens(f"\n\n{OPENING} {key}.")
+    first, last = _answer(llm, tokens(f"\n\n{OPENING}"), answered, key)
+    room = len(words) - len(hidden) - last
+    if room < 1:
+        raise UserError(f"the text has {len(words):,} tokens, expected more than {len(hidden) + last:,}")
+    at = round(depth * room)
+    text = (*words[:at], *hidden, *words[at:room])
+    return HiddenKey(key, _text(llm, text), text, tuple(answered[:first]), tuple(answered[first:last]))
+
+
+def _answer(llm: Llama, asked: list[int], answered: list[int], key: str) -> tuple[int, int]:
+    """Where the key's digits are in `answered`, which begins as `asked` does."""
     first = llm.longest_token_prefix(asked, answered)
     while not _text(llm, answered[first : first + 1]).strip():  # a space that is a token of its own is not the answer
         first += 1
     last = first + 1
     while not _text(llm, answered[first:last]).strip().startswith(key):
         last += 1
-    text_end = llm.longest_token_prefix(begun, answered)
-    return HiddenKey(
-        key, body, tuple(answered[:text_end]), tuple(answered[text_end:first]), tuple(answered[first:last])
-    )
+    return first, last
 
 
 def _text(llm: Llama, tokens: Sequence[int]) -> str:

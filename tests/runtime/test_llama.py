@@ -257,6 +257,15 @@ def test_losses_are_those_of_all_logits(tiny, load):
     np.testing.assert_allclose(losses, -log_probabilities[np.arange(150), TOKENS[50:200]], atol=1e-3)
     again = llm.token_losses(TOKENS[:200], start=50)  # from the cached prefix
     np.testing.assert_allclose(again, losses, atol=1e-5)
+    chosen = [50, 51, 90, 128, 129, 198, 199]
+    for reader in (llm, whole):
+        reader.reset()
+        found = reader.token_losses(TOKENS[:200], targets=chosen)
+        np.testing.assert_allclose(found, losses[np.array(chosen) - 50], atol=1e-5)
+    assert len(llm.token_losses(TOKENS[:200], targets=[7])) == 1
+    for wrong in ([], [0, 3], [5, 5], [9, 8], [200]):
+        with pytest.raises(UserError, match="rising targets"):
+            llm.token_losses(TOKENS[:200], targets=wrong)
 
 
 def test_another_schedule_at_run_time_turns_the_cache(tiny_llama, tmp_path, load):

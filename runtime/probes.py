@@ -1,0 +1,182 @@
+"""What a schedule is judged by: stretches of real text, and the tokens in them whose prediction counts.
+
+A `Probe` is one stretch of a text, as long as the context it is for, with the positions that are scored and how much
+each counts. What counts is an objective: `tail`, the tokens past the original context; `all`; `needle`, the digits of a
+pass key hidden in the text and asked for at its end, whose prediction needs what stands far back (after LongRoPE2,
+arXiv 2502.20082, section 3.2); or several of them, weighted: ``tail+0.5*needle``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import UserError
+from .passkey import plant_key
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+OBJECTIVES = ("tail", "all", "needle")
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where keys are hidden, as a share of the text before them; one a probe, in turn."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to cut probes from, and its name for messages."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One stretch of text and what is scored in it.
+
+    `targets` are rising positions in `tokens`, at least 1; `weights`, one each, add up to 1.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def last(self, window: int) -> Probe:
+        """The same text, scored within its last `window` tokens only; each weight counts as much more.
+
+        Raises:
+            UserError: nothing is scored there.
+        """
+        first = len(self.tokens) - window
+        kept = [(at, weight) for at, weight in zip(self.targets, self.weights, strict=True) if at >= first]
+        if not kept:
+            raise UserError(f"{self.name}: nothing to predict in its last {window} tokens")
+        total = math.fsum(weight for _, weight in kept)
+        return Probe(self.name, self.tokens, tuple(a for a, _ in kept), tuple(w / total for _, w in kept))
+
+
+def parse_objective(name: str) -> dict[str, float]:
+    """Weights by the name of what counts, adding up to 1, from ``tail``, ``tail+0.5*needle``, …
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    weights: dict[str, float] = {}
+    for part in name.split("+"):
+        factor, _, kind = part.strip().rpartition("*")
+        try:
+            weight = float(factor) if factor else 1.0
+        except ValueError:
+            weight = math.nan
+        if kind.strip() not in OBJECTIVES or not 0 < weight < math.inf or kind.strip() in weights:
+            raise UserError(f"objective: {name!r}, expected {', '.join(OBJECTIVES)}, or a mix like tail+0.5*needle")
+        weights[kind.strip()] = weight
+    total = sum(weights.values())
+    return {kind: weight / total for kind, weight in weights.items()}
+
+
+def make_probes(
+    llm: Llama, texts: Sequence[Text], context: int, count: int, objective: str, original_context: int, seed: int = 0
+) -> tuple[Probe, ...]:
+    """Cut `count` stretches of `context` tokens from the texts, each text giving as many, spread evenly over it.
+
+    Args:
+        llm: its vocabulary is used, nothing else (`vocab_only` will do).
+        original_context: `tail` scores tokens from this position on.
+        seed: draws the keys.
+
+    Raises:
+        UserError: texts too short (says how much is missing), or an objective that cannot be scored in that context.
+    """
+    parts = parse_objective(objective)
+    if "tail" in parts and context <= original_context:
+        raise UserError(
+            f"objective tail: a context of {context:,} tokens has none past the original {original_context:,}"
+        )
+    chance = random.Random(seed)
+    probes = []
+    for text, share in zip(texts, _shares(count, len(texts)), strict=True):
+        words = llm.tokenize(text.text.encode(), add_bos=False)
+        for i, stretch in enumerate(_stretches(text.name, words, context - _begins(llm), share)):
+            name = text.name if share == 1 else f"{text.name} ({i + 1} of {share})"
+            key = str(chance.randrange(10_000, 100_000))
+            depth = DEPTHS[len(probes) % len(DEPTHS)]
+            probes.append(_probe(llm, name, stretch, parts, original_context, key, depth))
+    return tuple(probes)
+
+
+def digest(probes: Sequence[Probe]) -> str:
+    """A short name for texts and targets: equal if and only if all of them are."""
+    return hashlib.sha256(repr([(p.tokens, p.targets, p.weights) for p in probes]).encode()).hexdigest()[:16]
+
+
+def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[Text]]:
+    """Texts to search on and texts to judge by that the search never sees: a third, at least one.
+
+    A single text is cut in two at a paragraph near its middle.
+    """
+    if len(texts) == 1:
+        text = texts[0].text
+        cut = text.rfind("\n\n", 0, len(text) // 2)
+        cut = cut if cut > len(text) // 4 else len(text) // 2
+        name = texts[0].name
+        return [Text(f"{name}, first half", text[:cut])], [Text(f"{name}, second half", text[cut:])]
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    held = max(1, len(order) // 3)
+    return order[held:], order[:held]
+
+
+def _begins(llm: Llama) -> int:
+    return len(llm.tokenize(b"", add_bos=True))
+
+
+def _shares(count: int, n: int) -> list[int]:
+    """`count` shared out among `n`, the first ones getting the rest; a text may get none."""
+    return [count // n + (i < count % n) for i in range(n)]
+
+
+def _stretches(name: str, words: list[int], length: int, count: int) -> list[list[int]]:
+    if count and len(words) < length * count:
+        raise UserError(
+            f"{name}: {len(words):,} tokens, {length * count - len(words):,} too few for"
+            f" {count} {'stretch' if count == 1 else 'stretches'} of {length:,}"
+        )
+    gap = (len(words) - length * count) // max(count, 1)
+    return [words[i * (length + gap) : i * (length + gap) + length] for i in range(count)]
+
+
+def _probe(
+    llm: Llama,
+    name: str,
+    stretch: list[int],
+    parts: dict[str, float],
+    original_context: int,
+    key: str,
+    depth: float,
+) -> Probe:
+    begin = llm.tokenize(b"", add_bos=True)
+    scored: dict[str, Sequence[int]] = {}
+    tokens = [*begin, *stretch]
+    end = len(tokens)
+    if "needle" in parts:
+        planted = plant_key(llm, stretch, key, depth)
+        tokens = [*begin, *planted.tokens]
+        end = len(begin) + len(planted.text)
+        scored["needle"] = range(len(tokens) - len(planted.digits), len(tokens))
+    scored["all"] = range(1, end)
+    scored["tail"] = range(original_context, end)
+    weights = np.zeros(len(tokens))
+    for kind, weight in parts.items():
+        if not scored[kind]:
+            raise UserError(f"{name}: {len(tokens):,} tokens leave nothing to score as {kind}")
+        weights[list(scored[kind])] += weight / len(scored[kind])
+    targets = np.flatnonzero(weights)
+    return Probe(name, tuple(tokens), tuple(targets.tolist()), tuple(weights[targets].tolist()))
