@@ -18,6 +18,7 @@ from ..errors import UserError
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .evaluate import evaluate
 from .inspect import inspect
 from .summarize import summarize
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (convert, inspect, chat, summarize, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 
 UsageMistake: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # click's, wherever typer keeps its click
 

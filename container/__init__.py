@@ -9,7 +9,7 @@ from .architectures import (
 from .facts import freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
 from .reader import read_header
-from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values
+from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values, trained_schedule
 from .stock import what_stock_does
 from .values import Value
 
@@ -32,5 +32,6 @@ __all__ = [
     "schedule_of",
     "schedule_values",
     "takes_native_factors",
+    "trained_schedule",
     "what_stock_does",
 ]

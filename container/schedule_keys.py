@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..factors import FORMAT_VERSION, Schedule, ScheduleError, check_matches, schedule_from_dict
+from ..factors import FORMAT_VERSION, Schedule, ScheduleError, check_matches, native_band, schedule_from_dict
 from .facts import native_schedule
 from .header import Header
 from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
@@ -113,3 +113,15 @@ def schedule_of(header: Header) -> Schedule:
         return native
     check_matches(embedded, native.facts, str(header.path))
     return embedded
+
+
+def trained_schedule(header: Header) -> Schedule:
+    """What a model was trained with: as `schedule_of`, without what was embedded in the file later.
+
+    Raises:
+        UserError: as `schedule_of`.
+    """
+    schedule = schedule_of(header)
+    if embedded_schedule(header) is None:
+        return schedule
+    return schedule.model_copy(update={"bands": (native_band(schedule.facts),)})

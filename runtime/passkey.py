@@ -98,7 +98,7 @@ def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> Hidde
     """
 
     def tokens(text: str) -> list[int]:
-        return llm.tokenize(text.encode(), add_bos=False)
+        return list(llm.tokenize(text.encode(), add_bos=False))
 
     hidden = tokens(f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n")
     answered = tokens(f"\n\n{OPENING} {key}.")

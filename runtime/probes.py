@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,14 +101,11 @@ def make_probes(
             f"objective tail: a context of {context:,} tokens has none past the original {original_context:,}"
         )
     chance = random.Random(seed)
-    probes = []
-    for text, share in zip(texts, _shares(count, len(texts)), strict=True):
-        words = llm.tokenize(text.text.encode(), add_bos=False)
-        for i, stretch in enumerate(_stretches(text.name, words, context - _begins(llm), share)):
-            name = text.name if share == 1 else f"{text.name} ({i + 1} of {share})"
-            key = str(chance.randrange(10_000, 100_000))
-            depth = DEPTHS[len(probes) % len(DEPTHS)]
-            probes.append(_probe(llm, name, stretch, parts, original_context, key, depth))
+    probes: list[Probe] = []
+    begin = llm.tokenize(b"", add_bos=True)
+    for name, words in cut(llm, texts, context - len(begin), count):
+        key, depth = str(chance.randrange(10_000, 100_000)), DEPTHS[len(probes) % len(DEPTHS)]
+        probes.append(_probe(llm, name, words, parts, original_context, key, depth))
     return tuple(probes)
 
 
@@ -134,23 +131,24 @@ def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[
     return order[held:], order[:held]
 
 
-def _begins(llm: Llama) -> int:
-    return len(llm.tokenize(b"", add_bos=True))
+def cut(llm: Llama, texts: Sequence[Text], length: int, count: int) -> Iterator[tuple[str, list[int]]]:
+    """`count` stretches of `length` tokens with their names, shared out among the texts, spread evenly over each.
 
-
-def _shares(count: int, n: int) -> list[int]:
-    """`count` shared out among `n`, the first ones getting the rest; a text may get none."""
-    return [count // n + (i < count % n) for i in range(n)]
-
-
-def _stretches(name: str, words: list[int], length: int, count: int) -> list[list[int]]:
-    if count and len(words) < length * count:
-        raise UserError(
-            f"{name}: {len(words):,} tokens, {length * count - len(words):,} too few for"
-            f" {count} {'stretch' if count == 1 else 'stretches'} of {length:,}"
-        )
-    gap = (len(words) - length * count) // max(count, 1)
-    return [words[i * (length + gap) : i * (length + gap) + length] for i in range(count)]
+    Raises:
+        UserError: a text is too short for its share; says how much is missing.
+    """
+    for i, text in enumerate(texts):
+        share = count // len(texts) + (i < count % len(texts))
+        words = llm.tokenize(text.text.encode(), add_bos=False) if share else []
+        if len(words) < length * share:
+            raise UserError(
+                f"{text.name}: {len(words):,} tokens, {length * share - len(words):,} too few for"
+                f" {share} {'stretch' if share == 1 else 'stretches'} of {length:,}"
+            )
+        gap = (len(words) - length * share) // max(share, 1)
+        for j in range(share):
+            name = text.name if share == 1 else f"{text.name} ({j + 1} of {share})"
+            yield name, words[j * (length + gap) : j * (length + gap) + length]
 
 
 def _probe(

@@ -1,0 +1,238 @@
+"""`ropewalk eval`: how well a model reads long texts, by method: perplexity by position, and hidden keys found."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .terminal import Advance, out, progress
+
+if TYPE_CHECKING:
+    from ..factors import Band, Schedule
+    from ..runtime.evaluation import Page, Reading
+    from ..runtime.probes import Text
+
+METHODS = "none,pi,ntk,yarn,schedule"
+QUARTERS = 4
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[PATHS]...", hidden=True)] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="PATHS...",
+            help="Texts to read: files, folders, quoted patterns.  [default: Python's documentation]",
+        ),
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(metavar="4096,8192,…", help="Contexts to read in.  [default: half the original, doubled]"),
+    ] = None,
+    methods: Annotated[str, typer.Option(metavar=METHODS, help="Whose factors to read by.")] = METHODS,
+    schedule: Annotated[
+        Path | None, typer.Option(metavar="S.json", help="What `schedule` means, in place of the model's own.")
+    ] = None,
+    pages: Annotated[
+        int, typer.Option(min=1, help="Stretches of text a context, each with a key at another depth.")
+    ] = 5,
+    kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the keys.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="R.jsonl", help="Keep each reading; go on from what it holds."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw perplexity against position, and the keys' losses.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The table as one JSON object.")] = False,
+) -> None:
+    """Measure how well a model reads beyond what it was trained for, method by method.
+
+    Every page is read under each method: perplexity by position, and a pass key that is hidden in it and asked for.
+    With -o, a run that was stopped goes on where it was.
+    """
+    from ..container import read_header, schedule_of, trained_schedule
+    from ..factors import read_schedule
+    from .model import model_path
+
+    path = model_path(model)
+    header = read_header(path)
+    native, own = trained_schedule(header), read_schedule(schedule) if schedule else schedule_of(header)
+    plan = _Plan(native, own, _numbers(contexts, native, own), _names(methods), pages, seed)
+    plan.check()
+    found = _read_all(path, plan, _texts(text, more), kv, threads, output)
+    if plot is not None:
+        from .picture import save_figure
+        from .picture_evaluation import draw_evaluation
+
+        save_figure(draw_evaluation(found, native.context, f"{path.name}: perplexity and hidden keys"), plot)
+    if as_json:
+        print(json.dumps(_facts(found, plan, path), ensure_ascii=False, indent=1))
+    else:
+        _show(found, native.context)
+        if plot is not None:
+            out.print(f"drawn in {plot}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be read: bands by context and method."""
+
+    native: Schedule
+    own: Schedule
+    contexts: tuple[int, ...]
+    methods: tuple[str, ...]
+    pages: int
+    seed: int
+
+    def band(self, context: int, method: str) -> Band:
+        from ..runtime.evaluation import band_by_method
+
+        return band_by_method(method, context, self.native, self.own)
+
+    def check(self) -> None:
+        for context in self.contexts:
+            for method in self.methods:
+                self.band(context, method)
+
+
+Found = dict[tuple[int, str], list[tuple["Page", "Reading"]]]
+"""Readings by context and method."""
+
+
+def _numbers(contexts: str | None, native: Schedule, own: Schedule) -> tuple[int, ...]:
+    if contexts is None:
+        at, all_ = native.context // 2, []
+        while at <= max(own.context, 2 * native.context):
+            all_.append(at)
+            at *= 2
+        return tuple(all_)
+    try:
+        numbers = tuple(sorted({int(part) for part in contexts.split(",")}))
+    except ValueError:
+        numbers = ()
+    if not numbers or numbers[0] < 1:
+        raise UserError(f"--contexts: {contexts!r}, expected numbers of tokens like 4096,8192")
+    return numbers
+
+
+def _names(methods: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in methods.split(",")))
+
+
+def _texts(named: list[str] | None, more: list[str] | None) -> list[Text]:
+    from ..runtime.probes import Text
+    from .documents import find_files, read_document
+
+    if not named and more:
+        raise UserError(f"{more[0]}: expected --text before the texts")
+    if not named:
+        import pydoc_data.topics
+
+        return [Text("Python's documentation", "\n\n".join(pydoc_data.topics.topics.values()))]
+    texts = []
+    for file in find_files([*named, *(more or [])], records=False):
+        try:
+            texts.append(Text(file.name, read_document(file)))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    return texts
+
+
+def _read_all(path: Path, plan: _Plan, texts: list[Text], kv: str, threads: int | None, output: Path | None) -> Found:
+    """Every page under every method, shortest contexts first; what `output` holds already is not read again."""
+    from ..runtime.evaluation import Readings, pages, read_page, reader, reading_key
+    from ..runtime.results import model_digest
+
+    found: Found = {}
+    digest = model_digest(path)
+    total, done = sum(plan.contexts) * len(plan.methods) * plan.pages, 0
+    with closing(Readings(output)) as kept, closing(reader(path, max(plan.contexts), kv, threads)) as llm:
+        work = [(n, page) for n in plan.contexts for page in pages(llm, texts, n, plan.pages, plan.seed)]
+        with progress("Reading") as advance:
+            for context, page in work:
+                for method in plan.methods:
+                    llm.on_progress = _share(advance, done, total)
+                    band = plan.band(context, method)
+                    key = reading_key(digest, llm.kv_type, band, page)
+                    reading = kept.find(key) or kept.add(key, _about(context, method, page), read_page(llm, page, band))
+                    found.setdefault((context, method), []).append((page, reading))
+                    done += context
+                    advance(done, total)
+    return found
+
+
+def _share(advance: Advance, done: int, total: int) -> Advance:
+    return lambda read, of: advance(done + read, total)
+
+
+def _about(context: int, method: str, page: Page) -> dict[str, Any]:
+    return {"context": context, "method": method, "page": page.name, "depth": page.depth}
+
+
+def _facts(found: Found, plan: _Plan, path: Path) -> dict[str, Any]:
+    original = plan.native.context
+    return {
+        "model": str(path),
+        "original_context": original,
+        "pages": plan.pages,
+        "rows": [
+            {
+                "context": context,
+                "method": method,
+                "perplexity": _perplexity(readings),
+                "by_quarter": [_perplexity(readings, *part) for part in _quarters(context)],
+                "past_original": _perplexity(readings, original) if context > original else None,
+                "keys": [
+                    {"depth": page.depth, "found": r.key_found, "loss": r.key_loss, "said": r.said}
+                    for page, r in readings
+                ],
+                "seconds": sum(reading.seconds for _, reading in readings),
+            }
+            for (context, method), readings in found.items()
+        ],
+    }
+
+
+def _quarters(context: int) -> list[tuple[int, int]]:
+    return [(context * i // QUARTERS, context * (i + 1) // QUARTERS) for i in range(QUARTERS)]
+
+
+def _perplexity(readings: list[tuple[Page, Reading]], start: int = 0, stop: int | None = None) -> float:
+    """Of all pages' tokens in that range, each page counting the same."""
+    return math.exp(math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings))
+
+
+def _show(found: Found, original: int) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("context", "method", "perplexity", "by quarter", f"past {original:,}", "keys found", "loss on digits"):
+        table.add_column(name, justify="left" if name in ("method", "by quarter") else "right")
+    last = None
+    for (context, method), readings in found.items():
+        hits = sum(reading.key_found for _, reading in readings)
+        table.add_row(
+            f"{context:,}" if context != last else "",
+            method,
+            f"{_perplexity(readings):.2f}",
+            " / ".join(f"{_perplexity(readings, *part):.1f}" for part in _quarters(context)),
+            f"{_perplexity(readings, original):.2f}" if context > original else "",
+            f"{hits} of {len(readings)}",
+            f"{math.fsum(reading.key_loss for _, reading in readings) / len(readings):.2f}",
+        )
+        last = context
+    out.print(table)
