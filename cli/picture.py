@@ -75,6 +75,27 @@ def draw_losses(curves: dict[str, npt.NDArray[np.float64]], start: int, title: s
     return figure
 
 
+def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, float]]], title: str) -> Figure:
+    """A figure of the lowest loss against evaluations, by context, with the closed forms' losses across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2 * len(curves)), layout="constrained")
+    for axes, (context, (curve, baselines)) in zip(
+        figure.subplots(len(curves), squeeze=False)[:, 0], curves.items(), strict=True
+    ):
+        axes.step(*zip(*curve, strict=True), where="post", linewidth=1.6, marker=".", label="searched")
+        worst = max(loss for _, loss in curve)
+        for (method, loss), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+            if loss - worst < 0.2:  # one that is far worse would leave no room for what is looked at
+                axes.axhline(loss, linestyle=style, linewidth=1, color="grey", label=method)
+        axes.set_xlabel("evaluations (one = all texts, read in full)")
+        axes.set_ylabel(f"loss at {context:,} (nats/token)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all.
 

@@ -49,13 +49,13 @@ class Probe:
     weights: tuple[float, ...]
 
     def last(self, window: int) -> Probe:
-        """The same text, scored within its last `window` tokens only; each weight counts as much more.
+        """The same text, scored within its last `window` tokens but the first; each weight counts as much more.
 
         Raises:
             UserError: nothing is scored there.
         """
         first = len(self.tokens) - window
-        kept = [(at, weight) for at, weight in zip(self.targets, self.weights, strict=True) if at >= first]
+        kept = [(at, weight) for at, weight in zip(self.targets, self.weights, strict=True) if at > first]
         if not kept:
             raise UserError(f"{self.name}: nothing to predict in its last {window} tokens")
         total = math.fsum(weight for _, weight in kept)

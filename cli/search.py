@@ -1,0 +1,210 @@
+"""`ropewalk search`: λ and n̂ found for the very file that will run, and judged on texts that the search never saw."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .terminal import out
+
+if TYPE_CHECKING:
+    from ..factors import Schedule
+    from ..factors.search import Budget
+    from ..runtime.searching import FoundBand, SearchPlan
+
+BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
+UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def search(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[PATHS]...", hidden=True)] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="The longest context.  [default: four times the model's]")
+    ] = None,
+    bands: Annotated[
+        str | None, typer.Option(metavar="16384,32768", help="Contexts to search bands for.  [default: doubling]")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="PATHS...", help="Long texts: files, folders, patterns; a third judges."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="S.json", help="Where the schedule goes.")
+    ] = None,
+    algorithm: Annotated[str, typer.Option(metavar="cma|gradient|evolution", help="How to search.")] = "cma",
+    objective: Annotated[
+        str, typer.Option(metavar="tail|all|needle", help="What counts, or a mix like tail+0.5*needle.")
+    ] = "tail",
+    budget: Annotated[str, typer.Option(help="How long to search: 45m, 2h, or a number of evaluations.")] = "45m",
+    documents: Annotated[int, typer.Option(min=1, help="Stretches of text to search on, for each band.")] = 3,
+    held_out: Annotated[int, typer.Option(min=1, help="Stretches to judge by, of texts never searched on.")] = 2,
+    window: Annotated[int, typer.Option(min=64, help="Tokens at a stretch's end that screening reads.")] = 1024,
+    readjust: Annotated[bool, typer.Option(help="Search the model's own band, too (fine-tuned models).")] = False,
+    evaluator: Annotated[str, typer.Option(metavar="auto|llama|torch", help="What reads; auto = the faster.")] = "auto",
+    kv: Annotated[str, typer.Option(help="Cache type that llama.cpp reads with.")] = "f16",
+    engine: Annotated[str, typer.Option(metavar="local|ray", help="Where candidates are evaluated.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray actors, that hold the model.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster.  [default: one on this machine]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.  [default: its share]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed finds the same schedule.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against evaluations.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What was found as one JSON object.")] = False,
+) -> None:
+    """Search the rescale factors for a longer context, on your texts, for the very file that will run.
+
+    A run that was stopped goes on where it was, with the same result. Then: ropewalk convert MODEL OUT.gguf
+    --schedule S.json
+    """
+    from ..runtime.searching import SearchPlan, default_contexts, search_schedule
+    from .evaluate import numbers_of, texts_of
+    from .model import searched_model
+
+    if output is None:
+        raise UserError("-o: missing, expected where the schedule goes")
+    _check_choice("--evaluator", evaluator, ("auto", "llama", "torch"))
+    _check_choice("--engine", engine, ("local", "ray"))
+    if ray_address is not None and engine != "ray":
+        raise UserError("--ray-address: has no meaning without --engine ray")
+    path = searched_model(model)
+    contexts = numbers_of("--bands", bands) if bands else default_contexts(path, context or 4 * _context_of(path))
+    plan = SearchPlan(
+        model=path,
+        texts=tuple(texts_of(text, more)),
+        contexts=contexts,
+        folder=output.with_name(f"{output.name}.search"),
+        settings=_settings(algorithm, seed, budget),
+        objective=objective,
+        documents=documents,
+        held_documents=held_out,
+        window=window,
+        kv=kv,
+        evaluator=evaluator,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+        workers=workers,
+        threads=threads,
+        ray_address=ray_address,
+        readjust=readjust,
+    )
+    _run(plan, search_schedule, output, plot, as_json)
+
+
+def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None, as_json: bool) -> None:
+    from ..factors import write_schedule
+    from .search_table import SearchTable
+
+    with SearchTable() as table:
+        try:
+            schedule, found = search_schedule(plan, table.take)
+        except KeyboardInterrupt:
+            raise UserError(f"stopped; the same command goes on from {plan.folder}") from None
+    write_schedule(schedule, output)
+    if plot is not None:
+        from .picture import draw_search, save_figure
+
+        save_figure(draw_search(table.curves, f"{plan.model.name}: the best so far"), plot)
+    if as_json:
+        print(json.dumps(_facts(schedule, found, plan, output), ensure_ascii=False, indent=1))
+    else:
+        _show(found, output, plot)
+
+
+def _settings(algorithm: str, seed: int, budget: str) -> Any:
+    from ..factors.search import ALGORITHMS, Settings
+
+    _check_choice("--algorithm", algorithm, tuple(ALGORITHMS))
+    return Settings(algorithm=algorithm, seed=seed, budget=parse_budget(budget))
+
+
+def parse_budget(text: str) -> Budget:
+    """`45m`, `2h`, `90s`: a time; a bare number: evaluations.
+
+    Raises:
+        UserError: neither.
+    """
+    from ..factors.search import Budget
+
+    match = BUDGET.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise UserError(f"--budget: {text!r}, expected a time like 45m or 2h, or a number of evaluations")
+    amount, unit = float(match[1]), match[2]
+    return Budget(seconds=amount * UNITS[unit]) if unit else Budget(evaluations=amount)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}: {value!r}, expected one of {', '.join(choices)}")
+
+
+def _context_of(path: Path) -> int:
+    from ..container import read_header, schedule_of
+
+    return schedule_of(read_header(path)).context
+
+
+def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, output: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "schedule": str(output),
+        "model": str(plan.model),
+        "objective": plan.objective,
+        "bands": [
+            {
+                **one.outcome.band.model_dump(),
+                "beats_yarn": one.outcome.beats_yarn,
+                "searched_loss": one.outcome.loss,
+                "searched_loss_yarn": one.outcome.yarn,
+                "baselines": one.outcome.baselines,
+                "fidelity": one.outcome.fidelity,
+                "rank_correlation": one.outcome.correlation,
+                "evaluations": one.outcome.evaluations,
+                "seconds": one.outcome.seconds,
+                "history": one.outcome.history,
+                "held_out": {**asdict(one.verdict), "is_better": one.verdict.is_better},
+            }
+            for one in found
+        ],
+    }
+
+
+def _show(found: tuple[FoundBand, ...], output: Path, plot: Path | None) -> None:
+    def say(line: str) -> None:
+        out.print(line, markup=False, soft_wrap=True)
+
+    for one in found:
+        outcome, band = one.outcome, one.outcome.band
+        n = f", n̂ {band.start_tokens}" if band.start_tokens else ""
+        factors = f"λ {min(band.rescale_factors):.3g} to {max(band.rescale_factors):.3g}"
+        say(
+            f"up to {band.context:,} tokens: {factors}{n}, attention × {band.attention_factor:.3f}"
+            f" ({band.found.method}); {outcome.evaluations:.1f} evaluations in {_time(outcome.seconds)}"
+        )
+        if not outcome.beats_yarn:
+            say("  nothing was better than YaRN on the search's own texts: the band is YaRN's")
+            continue
+        say(f"  texts searched on: perplexity {_change(outcome.loss - outcome.yarn)} against YaRN")
+        verdict = one.verdict
+        sure = "better" if verdict.is_better else "NOT surely better than YaRN"
+        say(
+            f"  texts held out: {_change(verdict.difference)} against YaRN (95 %: {_change(verdict.low)} to"
+            f" {_change(verdict.high)}): {sure}"
+        )
+    say(f"{output}" + (f"; drawn in {plot}" if plot else ""))
+
+
+def _change(difference: float) -> str:
+    return f"{math.expm1(difference):+.2%}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,91 @@
+"""What a search shows while it runs: one line a band, on a terminal; nothing when piped."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.live import Live
+from rich.table import Table
+
+from .terminal import err
+
+if TYPE_CHECKING:
+    from ..runtime.searching import SearchEvent
+
+
+class SearchTable:
+    """A live table of the bands searched so far.
+
+    Attributes:
+        curves: by context, (evaluations, lowest loss) as it fell, and the baselines' losses.
+    """
+
+    def __init__(self) -> None:
+        self.curves: dict[int, tuple[list[tuple[float, float]], dict[str, float]]] = {}
+        self._rows: list[list[str]] = []
+        self._context = 0
+        self._live = Live(console=err, refresh_per_second=2, transient=True, get_renderable=self._table)
+
+    def __enter__(self) -> SearchTable:
+        if err.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if err.is_terminal:
+            self._live.stop()
+
+    def take(self, event: SearchEvent) -> None:
+        """Show one event."""
+        from ..factors.search import Note, Progress
+        from ..runtime.searching import Judging, Searching
+
+        if isinstance(event, Searching):
+            self._context = event.context
+            self._rows.append([f"{event.context:,}", "baselines", "", "", "", "", ""])
+            self.curves[event.context] = ([], {})
+            speeds = ", ".join(f"{kind} {speed:.0f}" for kind, speed in event.speeds.items())
+            self._note(f"{event.context:,}: {event.evaluator} reads" + (f" (tokens/s: {speeds})" if speeds else ""))
+        elif isinstance(event, Progress):
+            self._progress(event)
+        elif isinstance(event, Note):
+            self._note(event.text)
+        elif isinstance(event, Judging):
+            self._rows[-1][1] = f"held-out texts: {event.done} of {event.total} read"
+            self._rows[-1][3] = ""
+
+    def _progress(self, event: Any) -> None:
+        curve, baselines = self.curves[self._context]
+        if math.isfinite(event.best) and (not curve or event.best < curve[-1][1]):
+            curve.append((event.evaluations, event.best))
+        baselines.update(event.baselines)
+        spent = f"{event.evaluations:.1f}" + (f" of {event.of:g}" if event.of else "")
+        self._rows[-1][1:4] = [event.step, spent, _left(event)]
+        for i, method in enumerate(("yarn", "ntk", "pi"), 4):
+            if method in event.baselines and math.isfinite(event.best):
+                self._rows[-1][i] = f"{math.expm1(event.best - event.baselines[method]):+.2%}"
+
+    def _note(self, text: str) -> None:
+        if err.is_terminal:
+            self._live.console.print(text, style="dim", markup=False, highlight=False)
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("context", "step", "evaluations", "time left", "best/YaRN", "best/NTK", "best/PI"):
+            table.add_column(name, justify="left" if name == "step" else "right")
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+
+def _left(event: Any) -> str:
+    """What is left of the budget in time, by the speed so far."""
+    if event.of_seconds is not None:
+        left = event.of_seconds - event.seconds
+    elif event.of and event.evaluations:
+        left = (event.of - event.evaluations) * event.seconds / event.evaluations
+    else:
+        return ""
+    return time.strftime("%H:%M:%S", time.gmtime(max(left, 0)))

@@ -1,0 +1,36 @@
+"""The search for λ and n̂: pure, seeded, and ignorant of what evaluates a band. No model here."""
+
+from .journal import Journal
+from .local import InProcess, Processes
+from .protocol import Engine, Evaluator, Fidelity, Result, Task
+from .run import ALGORITHMS, Event, Note, Outcome, Progress, carried, search
+from .settings import Budget, Covariance, Descent, Evolution, Racing, Screening, Settings
+from .space import Genes, Space, band_key
+
+__all__ = [
+    "ALGORITHMS",
+    "Budget",
+    "Covariance",
+    "Descent",
+    "Engine",
+    "Evaluator",
+    "Event",
+    "Evolution",
+    "Fidelity",
+    "Genes",
+    "InProcess",
+    "Journal",
+    "Note",
+    "Outcome",
+    "Processes",
+    "Progress",
+    "Racing",
+    "Result",
+    "Screening",
+    "Settings",
+    "Space",
+    "Task",
+    "band_key",
+    "carried",
+    "search",
+]

@@ -1,0 +1,114 @@
+"""`cma`: the whole curve of λ first, by a few numbers, then a pair at a time.
+
+The curve departs from the start's (YaRN's, or what the caller brought if that is better) by a line through a few knots,
+spread over the pairs that are searched; knots and attention factor are what CMA-ES (Hansen, arXiv 1604.00772; the
+package `cma`) moves. n̂ is no number to take means of: it is chosen by trying, once the curve stands. What the curve
+is too stiff for is found afterwards by stepping one pair at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import cma
+import numpy as np
+
+from ..methods import Array
+from .algorithm import Algorithm, Answer, Ask, Score, Search, Start, best_of, walk_start_tokens
+from .settings import Covariance, Settings
+from .space import Genes, Space
+
+START_TOKENS_SHARE = 0.15
+"""Of the budget, at most, to choose n̂."""
+
+Stage = Generator[Ask, Answer, tuple[Score, float]]
+"""Ends with the best score, and the evaluations that are left."""
+
+
+def search(start: Start) -> Search:
+    """CMA-ES on the curve, then n̂, then pairs."""
+    settings = start.settings.covariance
+    best, left = yield from _curve(start, settings)
+    best, left = yield from walk_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
+    yield from _pairs(start.space, settings, best, left)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Departures from `start` as few numbers: knots of ln λ, then ln attention factor, in units of their steps."""
+
+    space: Space
+    start: Genes
+    settings: Covariance
+
+    @property
+    def n_knots(self) -> int:
+        return min(self.settings.knots, self.space.n_pairs - self.space.n_fixed)
+
+    def genes(self, x: Array) -> Genes:
+        at, n = np.linspace(0, 1, self.space.n_pairs - self.space.n_fixed), self.n_knots
+        moved = np.interp(at, np.linspace(0, 1, n), x[:n]) * self.settings.step
+        return self.space.moved(self.start, moved, float(x[n]) * self.settings.attention_step)
+
+
+def _curve(start: Start, settings: Covariance) -> Stage:
+    """CMA-ES until its share of the budget is spent or its steps are too small to matter."""
+    best, left = start.best, start.left
+    floor = (1 - settings.share) * left
+    curve = _Curve(start.space, best.genes, settings)
+    options = {
+        "seed": int(start.random().integers(1, 2**31)),
+        "popsize": _population(settings, curve.n_knots + 1, left),
+        "tolx": settings.smallest_step / settings.step,
+        "verbose": -9,
+    }
+    strategy = cma.CMAEvolutionStrategy(np.zeros(curve.n_knots + 1), 1.0, options)
+    while not strategy.stop() and left - floor >= strategy.popsize:
+        points = strategy.ask()
+        asked = tuple(curve.genes(np.asarray(point)) for point in points)
+        answer = yield Ask(f"curve {strategy.countiter + 1}", asked, (best.genes,), places=strategy.popsize // 2)
+        # Only the order counts for CMA-ES, so that one that was dropped half-way need have no loss.
+        order = sorted(range(len(points)), key=lambda i: answer.scores[i].rank)
+        strategy.tell(points, np.argsort(order).astype(float).tolist())
+        best, left = best_of(answer.scores, best), answer.left
+    if strategy.countiter and left >= 1:
+        answer = yield Ask("curve's mean", (curve.genes(np.asarray(strategy.mean)),), (best.genes,))
+        best, left = best_of(answer.scores, best), answer.left
+    return best, left
+
+
+def _population(settings: Covariance, n: int, left: float) -> int:
+    """Candidates a generation: the usual 4 + 3 ln n, fewer where the budget would not give four generations."""
+    usual = settings.population or 4 + int(3 * np.log(n))
+    return max(4, min(usual, int(settings.share * left / 4)))
+
+
+def _pairs(space: Space, settings: Covariance, best: Score, left: float) -> Stage:
+    """One pair up or down, and whatever is better is kept; smaller steps when no pair gains any more."""
+    step, signs = settings.pair_step, np.ones(space.n_pairs - space.n_fixed)
+    while step >= settings.smallest_step and left >= 1:
+        before = best
+        for i in range(len(signs)):
+            for _ in range(2):
+                move = np.zeros(len(signs))
+                move[i] = signs[i] * step
+                candidate = space.moved(best.genes, move)
+                if candidate != best.genes:
+                    if left < 1:
+                        return best, left
+                    answer = yield Ask(f"pair {space.n_fixed + i}, {step:.1%}", (candidate,), (best.genes,))
+                    left = answer.left
+                    if best_of(answer.scores, best) is not best:
+                        best = answer.scores[0]
+                        break
+                signs[i] = -signs[i]
+        step = step if best.loss < before.loss else step / 2
+    return best, left
+
+
+def _first(settings: Settings, space: Space) -> float:
+    return 4
+
+
+CMA = Algorithm(search, _first)

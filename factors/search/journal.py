@@ -1,0 +1,178 @@
+"""Every evaluation of a search, on the disk as soon as it is known: the cache, and what a killed run resumes from.
+
+A search is deterministic given its losses; so a run that finds them in the journal goes the same way as the one that
+wrote them, and evaluates only what that one had not. JSON Lines: a header with the digest of what the run depends on,
+then one line an evaluation. A line that a crash tore is mended; the journal of another search is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from ...append_log import append_line, open_locked
+from ...errors import UserError
+from .protocol import Fidelity, Result, Task
+from .space import band_key
+
+HEADER = "ropewalk_search"
+VERSION = 1
+
+
+class Entry(NamedTuple):
+    """What a task is known by: two of the same name have the same result."""
+
+    band: str
+    document: int
+    fidelity: Fidelity
+    gradient: bool
+
+
+class Line(NamedTuple):
+    """One evaluation: what came of it, and when, in seconds since the search began (time between runs not counted)."""
+
+    result: Result
+    at: float
+
+
+def entry_of(task: Task) -> Entry:
+    return Entry(band_key(task.band), task.document, task.fidelity, task.gradient)
+
+
+class Journal:
+    """The evaluations of one search, in memory and (with a path) in a file that no other process writes meanwhile.
+
+    Args:
+        path: the file, made if it is missing; None keeps all in memory.
+        digest: of all that the run depends on; see `digest_of`.
+
+    Attributes:
+        lines: what is known.
+        found: how many of them were there when the journal was opened.
+
+    Raises:
+        UserError: cannot be written, in use, no journal, or another search's.
+    """
+
+    def __init__(self, path: Path | None, digest: str) -> None:
+        self.path = path
+        self.lines: dict[Entry, Line] = {}
+        self._fd = -1
+        if path is not None:
+            self._fd = open_locked(path)
+            try:
+                self._read(path, digest)
+            except BaseException:
+                self.close()
+                raise
+        self.found = len(self.lines)
+        self._began = time.monotonic() - max((line.at for line in self.lines.values()), default=0.0)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, and of the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def add(self, task: Task, result: Result) -> None:
+        """Put one evaluation on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        entry, at = entry_of(task), time.monotonic() - self._began
+        if entry in self.lines:
+            return
+        if self.path is not None:
+            append_line(self._fd, self.path, _line_of(entry, Line(result, at)))
+        self.lines[entry] = Line(result, at)
+
+    def _read(self, path: Path, digest: str) -> None:
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            data = file.read()
+        header = _record(HEADER=VERSION, digest=digest)
+        end = data.find(b"\n") + 1
+        if not end and (not data.strip(b"\0") or header.startswith(data.rstrip(b"\0"))):
+            os.ftruncate(self._fd, 0)  # empty, or torn in its first line
+            append_line(self._fd, path, header)
+            return
+        _check_header(path, data[:end] or data, digest)
+        for number, line in enumerate(data[end:].splitlines(keepends=True), 2):
+            known = _parse(line)
+            if known is None:
+                if not line.endswith(b"\n") and (_is_torn(line) or not line.strip(b"\0")):
+                    os.ftruncate(self._fd, end)
+                    return
+                raise UserError(f"{path}: line {number} is no evaluation of ropewalk search; name another journal")
+            self.lines.setdefault(*known)
+            end += len(line)
+        if not data.endswith(b"\n"):
+            append_line(self._fd, path, b"\n")
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """A short name for what a run depends on: equal if and only if all of it is."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _record(**values: Any) -> bytes:
+    return json.dumps({key if key != "HEADER" else HEADER: value for key, value in values.items()}).encode() + b"\n"
+
+
+def _check_header(path: Path, line: bytes, digest: str) -> None:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or HEADER not in header:
+        raise UserError(f"{path}: is no journal of ropewalk search; name another file")
+    if header[HEADER] != VERSION:
+        raise UserError(f"{path}: journal version {header[HEADER]}, expected {VERSION}; name another file")
+    if header.get("digest") != digest:
+        raise UserError(
+            f"{path}: the journal of another search (model, documents, context, settings or seed differ);"
+            " name another file, or remove this one"
+        )
+
+
+def _line_of(entry: Entry, line: Line) -> bytes:
+    result = line.result
+    values: dict[str, Any] = entry._asdict() | {"loss": result.loss, "seconds": result.seconds, "at": line.at}
+    if entry.gradient:
+        values |= {"by_log_factors": result.by_log_factors, "by_log_attention": result.by_log_attention}
+    return json.dumps(values).encode() + b"\n"
+
+
+BEGINNING = b'{"band": "'
+
+
+def _is_torn(line: bytes) -> bool:
+    return line.startswith(BEGINNING) or BEGINNING.startswith(line)
+
+
+def _parse(line: bytes) -> tuple[Entry, Line] | None:
+    try:
+        values = json.loads(line)
+        entry = Entry(str(values["band"]), int(values["document"]), values["fidelity"], bool(values["gradient"]))
+        result = Result(
+            loss=float(values["loss"]),
+            seconds=float(values["seconds"]),
+            by_log_factors=tuple(map(float, values.get("by_log_factors", ()))),
+            by_log_attention=float(values.get("by_log_attention", 0.0)),
+        )
+        return entry, Line(result, float(values["at"]))
+    except (ValueError, KeyError, TypeError):
+        return None

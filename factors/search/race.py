@@ -1,0 +1,81 @@
+"""Racing over documents: a candidate is read on more documents only while it may still win.
+
+All candidates of a race read the same documents in the same order, and who is dropped is decided only when all of a
+rung are in; so the outcome does not depend on the order in which workers answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..methods import Array
+from .settings import Racing
+
+Indices = npt.NDArray[np.intp]
+Measure = Callable[[Indices, Indices], Array]
+"""(candidates, documents) → losses, shape ``(candidates, documents)``."""
+
+
+def race(
+    measure: Measure,
+    n_candidates: int,
+    rivals: Array,
+    weights: Array,
+    order: Indices,
+    places: int,
+    racing: Racing,
+) -> Array:
+    """The losses of candidates, shape ``(n_candidates, documents)``; nan where one was dropped before.
+
+    Args:
+        rivals: losses of those that have run before and hold the places, shape ``(rivals, documents)``.
+        weights: how much each document counts.
+        order: the documents in the order to read them; the rungs end after 1, 2, 4, 8, … of them.
+        places: how many of candidates and rivals count in the end; the last of these is what others must not be behind.
+    """
+    losses = np.full((n_candidates, len(order)), np.nan)
+    live: Indices = np.arange(n_candidates, dtype=np.intp)
+    for start, end in _rungs(len(order)) if racing.on else [(0, len(order))]:
+        losses[np.ix_(live, order[start:end])] = measure(live, order[start:end])
+        seen = order[:end]
+        if end < len(order):
+            live = live[~_behind(losses[np.ix_(live, seen)], rivals[:, seen], weights[seen], places, racing)]
+        if not len(live):
+            break
+    return losses
+
+
+def _rungs(n_documents: int) -> Iterator[tuple[int, int]]:
+    start, end = 0, 1
+    while start < n_documents:
+        yield start, min(end, n_documents)
+        start, end = end, end * 2
+
+
+def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: Racing) -> npt.NDArray[np.bool_]:
+    """Which candidates are unlikely to be among the first `places`, by the documents seen so far."""
+    pool = np.concatenate([losses, rivals])
+    if len(pool) <= places:
+        return np.zeros(len(losses), dtype=bool)
+    weights = weights / weights.sum()
+    means = pool @ weights
+    ranking = np.argsort(means, kind="stable")
+    best, last = means[ranking[0]], means[ranking[places - 1]]
+    if not np.isfinite(last):
+        return np.zeros(len(losses), dtype=bool)
+    n_seen = len(weights)
+    with np.errstate(invalid="ignore"):
+        differences = losses - pool[ranking[places - 1]]
+        mean = differences @ weights
+    if n_seen == 1:
+        late = mean > racing.clear * (last - best)
+        return np.asarray(late & (mean > 0) & (last > best) | ~np.isfinite(mean))
+    # A few documents tell little of the spread of a candidate's own differences: its variance counts as much as that
+    # of two documents with the middle one of all.
+    own = np.nan_to_num(np.var(differences, axis=1, ddof=1), nan=0.0, posinf=0.0)
+    variance = (own * (n_seen - 1) + 2 * np.median(own)) / (n_seen + 1)
+    error = np.sqrt(variance * np.sum(weights**2))
+    return np.asarray((mean > racing.z * error) & (mean > 0) | ~np.isfinite(mean))

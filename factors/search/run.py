@@ -1,0 +1,376 @@
+"""A whole search: baselines, whether screening can be trusted, the algorithm, and the best read again in full.
+
+All that an algorithm asks goes through here: what the journal knows is not evaluated again, documents are raced over,
+the budget is kept. Decisions depend on losses, on declared costs, and on the journal's own times: a search that is
+killed and resumed goes the way it would have gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import UserError
+from ..schedule import Band, Provenance
+from .algorithm import Algorithm, Answer, Ask, Score, Start
+from .covariance import CMA
+from .descent import GRADIENT
+from .evolution import EVOLUTION
+from .journal import Entry, Journal, digest_of, entry_of
+from .protocol import Array, Engine, Fidelity, Result, Task
+from .race import Indices, race
+from .settings import Settings
+from .space import Genes, Space
+
+ALGORITHMS: dict[str, Algorithm] = {"cma": CMA, "evolution": EVOLUTION, "gradient": GRADIENT}
+
+BASELINES = ("yarn", "ntk", "pi")
+
+NEAR = 0.08
+"""How far bands near YaRN are from it, in ln λ, when screening is compared with full fidelity on them."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is. Losses are of the fidelity searched by, nats a token.
+
+    Attributes:
+        step: what has just been done, in a few words.
+        evaluations, of: spent, and the budget (None where that is a time).
+        seconds, of_seconds: likewise.
+        best: the lowest loss so far, by a candidate read on all documents.
+        baselines: losses by method, as far as they are known.
+        dropped: candidates that racing dropped.
+    """
+
+    step: str
+    evaluations: float
+    of: float | None
+    seconds: float
+    of_seconds: float | None
+    best: float
+    baselines: dict[str, float]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to tell in words."""
+
+    text: str
+
+
+Event = Progress | Note
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search has found.
+
+    Attributes:
+        band: the best at full fidelity on the search's documents: YaRN's if nothing is better.
+        loss, yarn: full losses of that band and of YaRN's.
+        baselines: losses by method at the fidelity searched by.
+        correlation: of screening with full fidelity (Spearman), None if it was not measured.
+        history: (evaluations, lowest loss), each time that it fell.
+    """
+
+    band: Band
+    loss: float
+    yarn: float
+    baselines: dict[str, float]
+    fidelity: Fidelity
+    correlation: float | None
+    evaluations: float
+    seconds: float
+    dropped: int
+    history: tuple[tuple[float, float], ...]
+
+    @property
+    def beats_yarn(self) -> bool:
+        return self.loss < self.yarn
+
+
+def search(
+    engine: Engine,
+    space: Space,
+    settings: Settings,
+    journal: Path | None = None,
+    seeds: Sequence[Genes] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """Search `space` for the band with the lowest loss, starting from YaRN's and `seeds`.
+
+    Args:
+        journal: where every evaluation is kept; a search of the same name there is gone on with.
+
+    Raises:
+        UserError: an unknown algorithm, a budget too small to begin with, another search's journal; and what the
+            engine raises.
+    """
+    algorithm = ALGORITHMS.get(settings.algorithm)
+    if algorithm is None:
+        raise UserError(f"algorithm: {settings.algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+    identity = {"engine": engine.key, "space": repr(space), "seeds": repr(tuple(seeds)), **settings.identity()}
+    with Journal(journal, digest_of(identity)) as kept:
+        return _Run(engine, space, settings, kept, on_event).whole(algorithm, [space.project(seed) for seed in seeds])
+
+
+def carried(previous: Space, band: Band, space: Space) -> Genes:
+    """A band found in one space as a start in that of another context: its ln λ stretched as ln of the scale is."""
+    genes = previous.genes(band)
+    ratio = math.log(space.scale) / math.log(previous.scale) if previous.scale > 1 else 1.0
+    factors = tuple(ratio * value for value in genes.log_factors)
+    attention = math.exp(ratio * math.log(genes.attention_factor))
+    return space.project(replace(genes, log_factors=factors, attention_factor=attention))
+
+
+class _Run:
+    """One search while it goes on."""
+
+    def __init__(
+        self, engine: Engine, space: Space, settings: Settings, journal: Journal, tell: Callable[[Event], None]
+    ) -> None:
+        self.engine, self.space, self.settings, self.journal, self.tell = engine, space, settings, journal, tell
+        self.weights = np.array(engine.weights, dtype=float)
+        self.weights /= self.weights.sum()
+        self.fidelity: Fidelity = "full"
+        self.counted: set[Entry] = set()
+        self.spent = self.seconds = self.reserve = 0.0
+        self.whole_losses: dict[Genes, float] = {}
+        self.losses: dict[Genes, Array] = {}
+        self.baselines: dict[str, float] = {}
+        self.history: list[tuple[float, float]] = []
+        self.correlation: float | None = None
+        self.dropped = 0
+
+    # --- the stages
+
+    def whole(self, algorithm: Algorithm, seeds: list[Genes]) -> Outcome:
+        self._check_budget(algorithm)
+        yarn = self.space.seed("yarn")
+        full_yarn = self._mean(self._measure([yarn], self._all(), "full")[0])
+        self._choose_fidelity(yarn)
+        if self.fidelity == "screen":
+            self.reserve = float(self.settings.finalists)
+        self._baselines(yarn)
+        scores = [self._score(genes, self._losses_of(genes)) for genes in dict.fromkeys([yarn, *seeds])]
+        self._say("start")
+        self._drive(algorithm, tuple(scores))
+        return self._outcome(yarn, full_yarn)
+
+    def _check_budget(self, algorithm: Algorithm) -> None:
+        """Refuse what is not even enough for the baselines and a first generation."""
+        limit, settings = self.settings.budget.evaluations, self.settings
+        cost = settings.screen_cost if settings.screening.allowed else 1.0
+        needed = 1 + len(BASELINES) * cost + algorithm.first(settings, self.space) * cost
+        if limit is not None and limit < needed:
+            raise UserError(
+                f"budget: {limit:g} evaluations, expected at least {math.ceil(needed)} for the baselines and the first"
+                f" generation of {settings.algorithm}"
+            )
+
+    def _choose_fidelity(self, yarn: Genes) -> None:
+        """Compare screening with full fidelity on the first document; use it if they rank bands alike."""
+        screening = self.settings.screening
+        if not screening.allowed:
+            return
+        n = min(screening.candidates, int(screening.share * self._left() * len(self.weights)))
+        if n < 3:
+            self.tell(Note("too small a budget to compare screening with full readings: all are read in full"))
+            return
+        chance = np.random.default_rng([self.settings.seed, 2])
+        near = [self.space.moved(yarn, _smooth(chance, self.space), chance.normal() * NEAR / 4) for _ in range(n)]
+        compared, first = [yarn, self.space.seed("ntk"), *near], np.array([0])
+        full = self._measure(compared, first, "full")[:, 0]
+        screened = self._measure(compared, first, "screen")[:, 0]
+        self.correlation = spearman(full, screened)
+        trusted = self.correlation >= screening.threshold
+        self.fidelity = "screen" if trusted else "full"
+        self.tell(
+            Note(
+                f"screening ranks {len(compared)} bands as full readings do with a correlation of"
+                f" {self.correlation:.2f}: {'it is used' if trusted else 'too little, all are read in full'}"
+            )
+        )
+
+    def _baselines(self, yarn: Genes) -> None:
+        for method in BASELINES:
+            genes = yarn if method == "yarn" else self.space.closed_form(method)
+            self.baselines[method] = self._mean(self._measure([genes], self._all(), self.fidelity)[0])
+
+    def _drive(self, algorithm: Algorithm, seeds: tuple[Score, ...]) -> None:
+        generator = algorithm.search(Start(self.space, self.settings, seeds, self._left()))
+        answer: Answer | None = None
+        while True:
+            try:
+                ask = next(generator) if answer is None else generator.send(answer)
+            except StopIteration:
+                return
+            scores = self._gradients(ask) if ask.gradient else self._race(ask)
+            answer = Answer(tuple(scores), self._left())
+            self._say(ask.step)
+            if self._left() < self._cost(self.fidelity, ask.gradient):
+                return
+
+    def _outcome(self, yarn: Genes, full_yarn: float) -> Outcome:
+        """The best few, and YaRN, at full fidelity."""
+        ranked = sorted(self.whole_losses, key=lambda genes: (self.whole_losses[genes], genes.start_tokens))
+        finalists = ranked[: self.settings.finalists]
+        full = {yarn: full_yarn}
+        for genes in finalists:
+            full[genes] = self._mean(self._measure([genes], self._all(), "full")[0])
+            self._say("finals")
+        best = min(full, key=lambda genes: full[genes])
+        settings, is_yarn = self.settings, full[best] >= full_yarn
+        found = Provenance(
+            method="yarn" if is_yarn else settings.algorithm,
+            onto=self.space.onto_method,
+            objective=settings.objective,
+            data_digest=settings.data_digest or self.engine.key,
+            seed=settings.seed,
+            losses=(full[best], full_yarn),
+        )
+        return Outcome(
+            band=self.space.band(yarn if is_yarn else best, found),
+            loss=full_yarn if is_yarn else full[best],
+            yarn=full_yarn,
+            baselines=dict(self.baselines),
+            fidelity=self.fidelity,
+            correlation=self.correlation,
+            evaluations=self.spent,
+            seconds=self.seconds,
+            dropped=self.dropped,
+            history=tuple(self.history),
+        )
+
+    # --- what the algorithm asks
+
+    def _race(self, ask: Ask) -> list[Score]:
+        """Scores of the candidates that the budget reaches, the others' without a document."""
+        reach = max(0, int(self._left() / self._cost(self.fidelity) + 1e-9))
+        within = list(ask.candidates[:reach])
+        known = [self.losses[genes] for genes in ask.rivals if genes in self.losses]
+        rivals = np.array(known).reshape(len(known), len(self.weights))
+        losses = race(
+            lambda candidates, documents: self._measure([within[i] for i in candidates], documents, self.fidelity),
+            len(within),
+            rivals,
+            self.weights,
+            self._all(),
+            ask.places,
+            self.settings.racing,
+        )
+        scores = [self._score(genes, row) for genes, row in zip(within, losses, strict=True)]
+        self.dropped += sum(not score.whole for score in scores)
+        return scores + [Score(genes, math.inf, 0, False) for genes in ask.candidates[reach:]]
+
+    def _gradients(self, ask: Ask) -> list[Score]:
+        if self._left() < self._cost(self.fidelity, True) * len(ask.candidates):
+            return [Score(genes, math.inf, 0, False) for genes in ask.candidates]
+        scores = []
+        for genes in ask.candidates:
+            results = self._results([genes], self._all(), self.fidelity, gradient=True)[0]
+            score = self._score(genes, np.array([result.loss for result in results]))
+            by_factors = self.weights @ np.array([result.by_log_factors for result in results])
+            by_attention = float(self.weights @ np.array([result.by_log_attention for result in results]))
+            scores.append(replace(score, by_log_factors=tuple(by_factors.tolist()), by_log_attention=by_attention))
+        return scores
+
+    def _score(self, genes: Genes, losses: Array) -> Score:
+        seen = ~np.isnan(losses)
+        if not seen.any():
+            return Score(genes, math.inf, 0, False)
+        loss = float(losses[seen] @ self.weights[seen] / self.weights[seen].sum())
+        loss = loss if math.isfinite(loss) else math.inf
+        if seen.all():
+            if loss < min(self.whole_losses.values(), default=math.inf):
+                self.history.append((self.spent, loss))
+            self.whole_losses[genes], self.losses[genes] = loss, losses
+        return Score(genes, loss, int(seen.sum()), bool(seen.all()))
+
+    # --- evaluations
+
+    def _all(self) -> Indices:
+        return np.arange(len(self.weights), dtype=np.intp)
+
+    def _mean(self, losses: Array) -> float:
+        return float(losses @ self.weights)
+
+    def _losses_of(self, genes: Genes) -> Array:
+        return self._measure([genes], self._all(), self.fidelity)[0]
+
+    def _measure(self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity) -> Array:
+        """Losses, shape ``(candidates, documents)``; what is no number counts as infinite."""
+        found = self._results(candidates, documents, fidelity)
+        losses = np.array([[result.loss for result in row] for row in found]).reshape(len(candidates), len(documents))
+        return np.where(np.isnan(losses), np.inf, losses)
+
+    def _results(
+        self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity, gradient: bool = False
+    ) -> list[list[Result]]:
+        bands = [self.space.band(genes) for genes in candidates]
+        tasks = [[Task(band, int(document), fidelity, gradient) for document in documents] for band in bands]
+        names = [[entry_of(task) for task in row] for row in tasks]
+        new = {
+            name: task
+            for row, named in zip(tasks, names, strict=True)
+            for task, name in zip(row, named, strict=True)
+            if name not in self.journal.lines
+        }
+        if new:
+            for task, result in self.engine.run(list(new.values())):
+                self.journal.add(task, result)
+        for name in (name for named in names for name in named):
+            if name not in self.counted:
+                self.counted.add(name)
+                self.spent += self._cost(fidelity, gradient) / len(self.weights)
+                self.seconds = max(self.seconds, self.journal.lines[name].at)
+        return [[self.journal.lines[name].result for name in named] for named in names]
+
+    def _cost(self, fidelity: Fidelity, gradient: bool = False) -> float:
+        """Of all documents, in evaluations."""
+        cost = self.settings.screen_cost if fidelity == "screen" else 1.0
+        return cost * (self.settings.gradient_cost if gradient else 1.0)
+
+    def _left(self) -> float:
+        """Evaluations that may be spent, less what the finals will take."""
+        budget = self.settings.budget
+        left = math.inf if budget.evaluations is None else budget.evaluations - self.spent
+        if budget.seconds is not None and self.spent:
+            left = min(left, (budget.seconds - self.seconds) * self.spent / max(self.seconds, 1e-9))
+        return max(left - self.reserve, 0.0)
+
+    def _say(self, step: str) -> None:
+        budget = self.settings.budget
+        best = min(self.whole_losses.values(), default=math.inf)
+        self.tell(
+            Progress(
+                step,
+                self.spent,
+                budget.evaluations,
+                self.seconds,
+                budget.seconds,
+                best,
+                dict(self.baselines),
+                self.dropped,
+            )
+        )
+
+
+def spearman(a: Array, b: Array) -> float:
+    """The rank correlation of two sequences, from -1 to 1; 0 where one of them is all alike."""
+    ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable").astype(float) for x in (a, b)]
+    if any(len(np.unique(x)) < 2 for x in (a, b)):
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _smooth(chance: np.random.Generator, space: Space) -> Array:
+    """A random smooth change of the searched pairs' ln λ."""
+    n = space.n_pairs - space.n_fixed
+    return np.asarray(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, 4), chance.normal(size=4) * NEAR))

@@ -1,0 +1,173 @@
+"""How a search goes about it: every choice, as frozen data with the defaults that were found to work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search may spend; with both given, whichever ends first.
+
+    Attributes:
+        evaluations: one is one band on all documents at full fidelity; a screening or gradient counts by its declared
+            cost (`Settings.screen_cost`, `Settings.gradient_cost`), so that what fits does not depend on the clock.
+        seconds: by the clock, over all runs that wrote the journal.
+    """
+
+    evaluations: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluations is None and self.seconds is None:
+            raise UserError("budget: none, expected a number of evaluations or of seconds")
+        for name, value in (("evaluations", self.evaluations), ("seconds", self.seconds)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"budget: {value:g} {name}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """LongRoPE's settings (arXiv 2402.13753, section 3.3 and appendix A)."""
+
+    population: int = 64
+    parents: int = 32
+    mutations: int = 16
+    crossovers: int = 16
+    generations: int = 40
+    probability: float = 0.3
+    grid: float = 0.01
+    tries: int = 100
+    search_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Of `cma`: a curve by a few knots first, then a pair at a time.
+
+    Attributes:
+        knots: points of the curve of ln λ, spread evenly over the free pairs.
+        step: standard deviation of the first candidates from the start, in ln λ.
+        attention_step: likewise, in ln attention factor.
+        population: candidates a generation; by default by the budget and the number of knots.
+        share: of the budget, for the curve; the rest is for the pairs.
+        pair_step: first step of a single pair, in ln λ.
+        smallest_step: steps smaller than this end the search.
+    """
+
+    knots: int = 5
+    step: float = 0.06
+    attention_step: float = 0.02
+    population: int | None = None
+    share: float = 0.7
+    pair_step: float = 0.04
+    smallest_step: float = 0.002
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Of `gradient`: Adam on ln λ and ln attention factor.
+
+    Attributes:
+        steps: gradients, at most.
+        rate: Adam's learning rate, in ln λ.
+        largest_step: no ln λ moves more than this at once.
+        patience: steps without a new best before the rate is halved and the best taken up again.
+    """
+
+    steps: int = 30
+    rate: float = 0.02
+    largest_step: float = 0.04
+    patience: int = 3
+
+
+@dataclass(frozen=True)
+class Racing:
+    """When a candidate is dropped before it has seen all documents.
+
+    Attributes:
+        on: whether any is.
+        z: standard errors that it must be behind the last place that counts.
+        clear: after one document, where there is no standard error: how many times further behind that place
+            than that place is behind the first.
+    """
+
+    on: bool = True
+    z: float = 2.0
+    clear: float = 3.0
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Whether the cheaper fidelity may stand in during the search.
+
+    Attributes:
+        allowed: whether to try.
+        threshold: the rank correlation (Spearman) with full fidelity from which it is trusted.
+        candidates: bands near YaRN to measure the correlation on, beside YaRN and NTK-aware.
+        share: of the budget that the measurement may cost; it is skipped if it would cost more.
+    """
+
+    allowed: bool = False
+    threshold: float = 0.8
+    candidates: int = 6
+    share: float = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole search.
+
+    Attributes:
+        algorithm: a name in `ALGORITHMS`.
+        seed: the same seed finds the same band.
+        finalists: how many of the best are read again at full fidelity.
+        screen_cost: what one screening of all documents counts, in evaluations.
+        gradient_cost: what one gradient on all documents counts.
+        objective: for the provenance: what the loss is.
+        data_digest: for the provenance: what the documents are; by default the evaluator's key.
+    """
+
+    algorithm: str = "cma"
+    seed: int = 0
+    budget: Budget = field(default_factory=lambda: Budget(evaluations=100))
+    racing: Racing = Racing()
+    screening: Screening = Screening()
+    evolution: Evolution = Evolution()
+    covariance: Covariance = Covariance()
+    descent: Descent = Descent()
+    finalists: int = 3
+    screen_cost: float = 0.25
+    gradient_cost: float = 4.0
+    objective: str | None = None
+    data_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            "finalists": self.finalists,
+            "population": self.evolution.population,
+            "parents": self.evolution.parents,
+            "knots": self.covariance.knots,
+            "steps": self.descent.steps,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"{name}: {value}, expected at least 1")
+        if self.covariance.population is not None and self.covariance.population < 3:
+            raise UserError(f"population: {self.covariance.population}, expected at least 3")
+        for name, cost in (("screen_cost", self.screen_cost), ("gradient_cost", self.gradient_cost)):
+            if not (math.isfinite(cost) and cost > 0):
+                raise UserError(f"{name}: {cost:g}, expected a positive number")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: {self.seed}, expected a number from 0 to 2^63 - 1")
+
+    def identity(self) -> dict[str, Any]:
+        """All that the way of a search depends on. The budget is left out, so that a search can be prolonged."""
+        data = asdict(self)
+        for name in ("budget", "objective", "data_digest"):
+            del data[name]
+        return data

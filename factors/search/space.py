@@ -1,0 +1,188 @@
+"""Where a search looks: genes, their bounds and the curve they must keep to, and how they become a band.
+
+All is relative to the band that the new one goes beyond (`onto`): λ compose by multiplying, so a gene of 1 leaves a
+pair as the model has it, whatever interpolation it carries already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..methods import METHODS, Array, yarn_attention_factor
+from ..schedule import START_TOKENS, Band, Provenance, RopeFacts, ScheduleError
+
+FAST_TURNS = 40
+"""Pairs that turn more often than this within the original context are left alone: there the loss is ragged, since
+at a far position a thousandth of λ is many radians."""
+
+KEY_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Genes:
+    """One candidate.
+
+    Attributes:
+        log_factors: ln λ relative to the band extended, shape ``(n_rot/2,)``.
+        start_tokens: n̂.
+        attention_factor: relative to that of the band extended.
+    """
+
+    log_factors: tuple[float, ...]
+    start_tokens: int = 0
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """The bands that a search may propose.
+
+    Args:
+        facts: the model's.
+        onto: the band that the new one goes beyond: the model's last.
+        context: tokens that the new band serves.
+        fixed_pairs: how many of the fastest pairs keep YaRN's λ (usually 1); by default those that turn more than
+            `FAST_TURNS` times within the original context.
+        headroom: the largest relative λ, as a multiple of the scale (LongRoPE, arXiv 2402.13753, table 4: 1.25).
+        start_tokens: the n̂ to choose among; `onto`'s own is always one.
+        attention_range: bounds of the relative attention factor; by default from 1 to as far beyond YaRN's.
+
+    Raises:
+        ScheduleError: a value out of range; names it.
+    """
+
+    facts: RopeFacts
+    onto: Band
+    context: int
+    fixed_pairs: int | None = None
+    headroom: float = 1.25
+    start_tokens: tuple[int, ...] = START_TOKENS
+    attention_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.onto.rescale_factors) != self.n_pairs:
+            found = len(self.onto.rescale_factors)
+            raise ScheduleError(f"rescale_factors: {found} numbers, expected n_rot/2 = {self.n_pairs}")
+        if self.context < self.onto.context:
+            raise ScheduleError(f"context: {self.context}, expected at least {self.onto.context}, the model's own")
+        if self.fixed_pairs is not None and not 0 <= self.fixed_pairs < self.n_pairs:
+            raise ScheduleError(f"fixed pairs: {self.fixed_pairs}, expected 0 to {self.n_pairs - 1}")
+        if not (math.isfinite(self.headroom) and self.headroom >= 1):
+            raise ScheduleError(f"headroom: {self.headroom:g}, expected a number of at least 1")
+        low, high = self.attention_bounds
+        if not 0 < low <= high < math.inf:
+            raise ScheduleError(f"attention range: {low:g} to {high:g}, expected positive, increasing numbers")
+        unknown = [n for n in self.start_tokens if n not in START_TOKENS]
+        if unknown:
+            raise ScheduleError(f"start tokens: {unknown[0]}, expected some of {', '.join(map(str, START_TOKENS))}")
+
+    @property
+    def n_pairs(self) -> int:
+        return self.facts.n_rot // 2
+
+    @property
+    def scale(self) -> float:
+        """s: the new context over that of the band extended."""
+        return self.context / self.onto.context
+
+    @property
+    def n_fixed(self) -> int:
+        """How many of the fastest pairs are not searched; at least the slowest pair is."""
+        if self.fixed_pairs is not None:
+            return self.fixed_pairs
+        wavelengths = 2 * np.pi * self.facts.freq_base ** (2 * np.arange(self.n_pairs) / self.facts.n_rot)
+        return min(int(np.sum(wavelengths < self.facts.original_context / FAST_TURNS)), self.n_pairs - 1)
+
+    @property
+    def largest_log_factor(self) -> float:
+        return math.log(self.headroom * self.scale)
+
+    @property
+    def attention_bounds(self) -> tuple[float, float]:
+        return self.attention_range or (1.0, 2 * yarn_attention_factor(self.scale) - 1)
+
+    @property
+    def start_token_choices(self) -> tuple[int, ...]:
+        return tuple(sorted(n for n in {*self.start_tokens, self.onto.start_tokens} if n <= self.context))
+
+    def closed_form(self, method: str) -> Genes:
+        """A closed form as it is, every pair: what a search is compared with."""
+        factors, attention = METHODS[method](self.facts.n_rot, self.scale, self.facts.freq_base, self.onto.context)
+        return Genes(tuple(np.log(factors).tolist()), self.onto.start_tokens, attention)
+
+    def seed(self, method: str) -> Genes:
+        """A closed form within this space: where a search starts."""
+        return self.project(self.closed_form(method))
+
+    def project(self, genes: Genes) -> Genes:
+        """The nearest genes that keep to the space: fixed pairs, λ that do not decrease with the dimension, bounds.
+
+        Pools adjacent violators, which is the least-squares projection in ln λ: it moves both sides of a violation,
+        where a running maximum would only ever raise. Clipping its result projects onto the bounds as well.
+        """
+        n, fixed = self.n_fixed, self.closed_form("yarn").log_factors
+        free = np.array(genes.log_factors[n:])
+        floor = max(fixed[n - 1], 0.0) if n else 0.0
+        free = np.clip(non_decreasing(free), floor, max(self.largest_log_factor, floor))
+        choices = self.start_token_choices
+        return Genes(
+            (*fixed[:n], *free.tolist()),
+            min(choices, key=lambda choice: abs(choice - genes.start_tokens)),
+            float(np.clip(genes.attention_factor, *self.attention_bounds)),
+        )
+
+    def moved(self, genes: Genes, log_factors: Array, log_attention: float = 0.0) -> Genes:
+        """`genes` with the free pairs' ln λ and ln attention factor changed by so much, projected."""
+        moved = np.array(genes.log_factors)
+        moved[self.n_fixed :] += log_factors
+        attention = genes.attention_factor * math.exp(log_attention)
+        return self.project(replace(genes, log_factors=tuple(moved.tolist()), attention_factor=attention))
+
+    def band(self, genes: Genes, found: Provenance | None = None) -> Band:
+        """The band that `genes` stand for; λ rounded to 9 decimals, so that a grid's numbers stay what they are."""
+        factors = np.exp(genes.log_factors).round(9) * np.array(self.onto.rescale_factors)
+        return Band(
+            context=self.context,
+            rescale_factors=tuple(factors.tolist()),
+            start_tokens=genes.start_tokens,
+            force_start_tokens=genes.start_tokens not in START_TOKENS,
+            attention_factor=genes.attention_factor * self.onto.attention_factor,
+            found=found or Provenance(),
+        )
+
+    def genes(self, band: Band) -> Genes:
+        """What `band` is, relative to `onto`; not projected."""
+        ratio = np.array(band.rescale_factors) / np.array(self.onto.rescale_factors)
+        attention = band.attention_factor / self.onto.attention_factor
+        return Genes(tuple(np.log(ratio).tolist()), band.start_tokens, attention)
+
+    @property
+    def onto_method(self) -> str | None:
+        """For the provenance: the method whose factors the new ones are multiplied onto; None for all ones."""
+        return None if all(factor == 1.0 for factor in self.onto.rescale_factors) else self.onto.found.method
+
+
+def non_decreasing(values: Array) -> Array:
+    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
+    sums: list[float] = []
+    counts: list[int] = []
+    for value in values.tolist():
+        sums.append(value)
+        counts.append(1)
+        while len(sums) > 1 and sums[-2] * counts[-1] > sums[-1] * counts[-2]:
+            total, count = sums.pop(), counts.pop()
+            sums[-1] += total
+            counts[-1] += count
+    return np.repeat(np.array(sums) / np.array(counts), counts)
+
+
+def band_key(band: Band) -> str:
+    """A short name for all of a band that a loss can depend on; equal for bands that differ by less than 1e-6."""
+    factors = [round(factor, KEY_DECIMALS) for factor in band.rescale_factors]
+    values = [band.context, factors, band.start_tokens, round(band.attention_factor, KEY_DECIMALS)]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]

@@ -1,0 +1,339 @@
+"""A model's schedule found by search: band after band, each judged on texts that the search never saw.
+
+Everything that is found out on the way lies in one folder (`SearchPlan.folder`): a journal of evaluations for each
+band, and the held-out readings. A search that was killed goes on from there and ends with the same schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from ..container import read_header, schedule_of
+from ..errors import UserError
+from ..factors import Band, Schedule, doubling_contexts
+from ..factors.search import (
+    Budget,
+    Engine,
+    Event,
+    InProcess,
+    Note,
+    Outcome,
+    Processes,
+    Screening,
+    Settings,
+    Space,
+    band_key,
+    carried,
+    search,
+)
+from .evaluators import EvaluatorSpec, Kind, LlamaEvaluator, faster
+from .held_out import Verdict, verdict
+from .llama import Llama
+from .losses import Losses
+from .probes import Probe, Text, digest, make_probes, split_texts
+
+LATER = 1.3
+"""How much more a token at a probe's end costs to read than one on average: it sees more."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is to be searched, and with what.
+
+    Attributes:
+        model: a GGUF file; bands go beyond the last one that it carries.
+        texts: some to search on, others to judge by (`split_texts`).
+        contexts: of the bands, rising.
+        documents, held_documents: stretches of text to search on and to judge by, for each band.
+        budget: for all bands together.
+        evaluator: llama, torch, or auto = the faster one here.
+        engine: local = this process, or several if `workers` says so; ray = a cluster.
+        readjust: search the model's own band as well, at its own context, as for a model that was fine-tuned.
+        folder: where what is found out is kept.
+    """
+
+    model: Path
+    texts: tuple[Text, ...]
+    contexts: tuple[int, ...]
+    folder: Path
+    settings: Settings = field(default_factory=Settings)
+    objective: str = "tail"
+    documents: int = 3
+    held_documents: int = 2
+    window: int = 1024
+    kv: str = "f16"
+    evaluator: Literal["auto", "llama", "torch"] = "auto"
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 1
+    threads: int | None = None
+    ray_address: str | None = None
+    readjust: bool = False
+
+
+@dataclass(frozen=True)
+class FoundBand:
+    """One band of the result."""
+
+    outcome: Outcome
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Judging:
+    """An event: held-out readings, `done` of `total`."""
+
+    context: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Searching:
+    """An event: a search begins, of the band for `context`."""
+
+    context: int
+    evaluator: Kind
+    speeds: dict[Kind, float]
+
+
+SearchEvent = Event | Judging | Searching
+
+
+def search_schedule(
+    plan: SearchPlan, on_event: Callable[[SearchEvent], None] = lambda event: None
+) -> tuple[Schedule, tuple[FoundBand, ...]]:
+    """Search each band in turn, each started from the one before; the whole schedule, and how each was found.
+
+    Raises:
+        UserError: texts too short, a model without RoPE, a journal of another search, a budget too small, …; what was
+            found out so far is kept.
+    """
+    base = schedule_of(read_header(plan.model))
+    _check(plan, base)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    words = Llama(plan.model, vocab_only=True, verbose=False)
+    searched, held = split_texts(plan.texts, plan.settings.seed)
+    bands, found = list(base.bands), []
+    start: tuple[Space, Band] | None = None
+    contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
+    for context in contexts:
+        space = Space(base.facts, base.bands[-1], context)
+        budget = _share(plan.settings.budget, context, contexts)
+        make = _Probes(words, plan, base.facts.original_context, context)
+        outcome = _search_band(plan, space, budget, make(searched, plan.documents), start, on_event)
+        verdict_ = _judge(plan, space, outcome.band, make(held, plan.held_documents), on_event)
+        found.append(FoundBand(outcome, verdict_))
+        if context == base.context:
+            bands[-1] = outcome.band
+        else:
+            bands.append(outcome.band)
+            start = (space, outcome.band)
+    words.close()
+    return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
+
+
+def default_contexts(model: Path, context: int) -> tuple[int, ...]:
+    """Bands up to `context`: each for twice as much as the one before.
+
+    Raises:
+        UserError: the model holds as much already, or has no RoPE.
+    """
+    base = schedule_of(read_header(model))
+    if context <= base.context:
+        raise UserError(f"context: {context:,}, expected more than the {base.context:,} that the model holds already")
+    return tuple(doubling_contexts(base.context, context))
+
+
+def _check(plan: SearchPlan, base: Schedule) -> None:
+    rising = all(a < b for a, b in zip(plan.contexts, plan.contexts[1:], strict=False))
+    if not plan.contexts or not rising or plan.contexts[0] <= base.context:
+        named = ", ".join(map(str, plan.contexts)) or "none"
+        raise UserError(f"contexts: {named}, expected rising numbers above the {base.context:,} that the model holds")
+    if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
+        raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
+
+
+def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
+    """A band's part of the budget: evaluations evenly, time by what a reading costs."""
+    total = sum(n**1.5 for n in contexts)
+    return Budget(
+        evaluations=None if budget.evaluations is None else budget.evaluations / len(contexts),
+        seconds=None if budget.seconds is None else budget.seconds * context**1.5 / total,
+    )
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """Makes the probes of one band."""
+
+    words: Llama
+    plan: SearchPlan
+    original: int
+    context: int
+
+    def __call__(self, texts: Sequence[Text], count: int) -> tuple[Probe, ...]:
+        plan = self.plan
+        objective = plan.objective if self.context > self.original else "all"
+        return make_probes(self.words, texts, self.context, count, objective, self.original, plan.settings.seed)
+
+
+def _search_band(
+    plan: SearchPlan,
+    space: Space,
+    budget: Budget,
+    probes: tuple[Probe, ...],
+    start: tuple[Space, Band] | None,
+    on_event: Callable[[SearchEvent], None],
+) -> Outcome:
+    spec = EvaluatorSpec(
+        model=str(plan.model),
+        probes=probes,
+        base=space.band(space.seed("yarn")),
+        window=_window(plan, space),
+        kv=plan.kv,
+        threads=plan.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // plan.workers),
+    )
+    kind, speeds = _choose(plan, spec)
+    on_event(Searching(space.context, kind, speeds))
+    spec = replace(spec, kind=kind)
+    settings = replace(
+        plan.settings,
+        budget=budget,
+        screening=plan.settings.screening if plan.settings.screening.allowed else Screening(allowed=True),
+        screen_cost=round(LATER * spec.window / len(probes[0].tokens), 3),
+        objective=plan.objective,
+        data_digest=digest(probes),
+    )
+    seeds = [carried(start[0], start[1], space)] if start else []
+    journal = plan.folder / f"{space.context}.journal"
+    with _engine(plan, spec) as engine:
+        return search(engine, space, settings, journal, seeds, on_event)
+
+
+def _window(plan: SearchPlan, space: Space) -> int:
+    """Screening reads at most a quarter of what lies beyond the band before (of all, where that is the band)."""
+    beyond = space.context - space.onto.context or space.context
+    return max(64, min(plan.window, beyond // 4))
+
+
+def _choose(plan: SearchPlan, spec: EvaluatorSpec) -> tuple[Kind, dict[Kind, float]]:
+    """The evaluator to use; what `auto` has measured once holds for the whole search, killed and resumed or not."""
+    if plan.settings.algorithm == "gradient":
+        return "torch", {}
+    if plan.evaluator != "auto":
+        return plan.evaluator, {}
+    kept = plan.folder / "evaluator"
+    if kept.exists() and kept.read_text() in ("llama", "torch"):
+        return ("torch" if kept.read_text() == "torch" else "llama"), {}
+    kind, speeds = faster(spec)
+    part = kept.with_suffix(".part")
+    part.write_text(kind)
+    part.replace(kept)
+    return kind, speeds
+
+
+@contextmanager
+def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
+    if plan.engine == "ray":
+        from ..factors.search.on_ray import Ray
+
+        with Ray(spec, plan.workers, plan.ray_address) as cluster:
+            yield cluster
+    elif plan.workers > 1:
+        with Processes(spec, plan.workers) as processes:
+            yield processes
+    else:
+        evaluator = spec()
+        try:
+            yield InProcess(evaluator)
+        finally:
+            evaluator.close()
+
+
+def _judge(
+    plan: SearchPlan,
+    space: Space,
+    band: Band,
+    probes: tuple[Probe, ...],
+    on_event: Callable[[SearchEvent], None],
+) -> Verdict:
+    """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder."""
+    yarn = space.band(space.seed("yarn"))
+    spec = EvaluatorSpec(str(plan.model), probes, yarn, window=64, kv=plan.kv, threads=plan.threads)
+    kept = _Kept(plan.folder, spec)
+    losses: list[tuple[Losses, Losses]] = []
+    for i in range(len(probes)):
+        ours = kept.losses(band, i)
+        on_event(Judging(space.context, 2 * i + 1, 2 * len(probes)))
+        theirs = ours if band_key(band) == band_key(yarn) else kept.losses(yarn, i)
+        on_event(Judging(space.context, 2 * i + 2, 2 * len(probes)))
+        losses.append((ours, theirs))
+    kept.close()
+    return verdict(losses, probes, plan.settings.seed)
+
+
+class _Kept:
+    """An evaluator that is made when it is needed, and whose readings are kept in a folder."""
+
+    def __init__(self, folder: Path, spec: EvaluatorSpec) -> None:
+        self._folder, self._spec, self._key = folder, spec, spec.key
+        self._evaluator: LlamaEvaluator | None = None
+
+    def losses(self, band: Band, document: int) -> Losses:
+        name = hashlib.sha256(repr((self._key, band_key(band), document)).encode()).hexdigest()[:16]
+        path = self._folder / f"held-out-{name}.npy"
+        known = _load(path, len(self._spec.probes[document].targets))
+        if known is not None:
+            return known
+        if self._evaluator is None:
+            self._evaluator = LlamaEvaluator(self._spec)
+        losses = self._evaluator.losses(band, document)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, losses)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        return losses
+
+    def close(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator.close()
+
+
+def _load(path: Path, n: int) -> Losses | None:
+    """A reading that was kept; None if there is none, or no whole one."""
+    try:
+        losses = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    good = losses.shape == (n,) and losses.dtype == np.float64 and bool(np.isfinite(losses).all())
+    return losses if good else None
+
+
+def perplexity_change(difference: float) -> float:
+    """A difference of losses (nats) as a share of perplexity."""
+    return math.expm1(difference)
+
+
+__all__ = [
+    "FoundBand",
+    "Judging",
+    "Note",
+    "SearchEvent",
+    "SearchPlan",
+    "Searching",
+    "default_contexts",
+    "perplexity_change",
+    "search_schedule",
+]

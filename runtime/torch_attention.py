@@ -1,0 +1,112 @@
+"""Causal attention in torch, forward and backward, without a matrix of scores and without repeated keys.
+
+Query rows are the last of the text: row *i* of `rows` sees the first ``keys - rows + i + 1`` keys. On a CPU torch's
+fused kernel is called as such, since it hands out the log-sum-exp: with it, what comes of earlier keys and of the
+rows' own is put together (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1), and a backward pass needs no
+forward one again. Elsewhere torch chooses the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 1024
+"""Query rows at a time where there is no kernel of our choice: a mask of so many rows is made for each."""
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention's result, shape ``(kv heads, group, rows, head size)``, and the log-sum-exp of each row's scores.
+
+    Without a log-sum-exp, a backward pass computes the forward one again.
+    """
+
+    out: torch.Tensor
+    log_sum: torch.Tensor | None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Attended:
+    """Attention of `q` ``(kv heads, group, rows, size)`` over `k` and `v` ``(kv heads, 1, keys, size)``.
+
+    Not differentiable; see `attend_backward`.
+    """
+    with torch.no_grad():
+        if q.device.type != "cpu":
+            return Attended(torch.cat([_plain(*piece, scale) for piece in _pieces(q, k, v)], dim=2), None)
+        k, v = _for_group(q, k, v)
+        first = k.shape[2] - q.shape[2]
+        own, own_sum = _fused(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=scale)
+        if not first:
+            return Attended(own, own_sum)
+        earlier, earlier_sum = _fused(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=scale)
+        total = torch.logaddexp(own_sum, earlier_sum)
+        out = own.mul_((own_sum - total).exp_()[..., None])
+        return Attended(out.addcmul_(earlier, (earlier_sum - total).exp_()[..., None]), total)
+
+
+def attend_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `q`, `k` and `v` (in their shapes) for the gradient `grad` of ``attended.out``."""
+    if attended.log_sum is None:
+        return _plain_backward(grad, q, k, v, scale)
+    with torch.no_grad():
+        k, v = _for_group(q, k, v)
+        first = k.shape[2] - q.shape[2]
+        saved = (attended.out, attended.log_sum, 0.0)
+        # With the result and log-sum-exp over all keys, each part's gradients are exact on their own, and add up.
+        of_q, of_k, of_v = _fused_backward(grad, q, k[:, :, first:], v[:, :, first:], *saved, True, scale=scale)
+        of_k, of_v = of_k.sum(1, keepdim=True), of_v.sum(1, keepdim=True)
+        if first:
+            more_q, more_k, more_v = _fused_backward(
+                grad, q, k[:, :, :first], v[:, :, :first], *saved, False, scale=scale
+            )
+            of_q = of_q + more_q
+            of_k = torch.cat((more_k.sum(1, keepdim=True), of_k), dim=2)
+            of_v = torch.cat((more_v.sum(1, keepdim=True), of_v), dim=2)
+        return of_q, of_k, of_v
+
+
+def _for_group(q: torch.Tensor, *cells: torch.Tensor) -> list[torch.Tensor]:
+    """Keys or values as all heads of a group see them: the same memory with a stride of zero."""
+    return [x.expand(-1, q.shape[1], -1, -1) for x in cells]
+
+
+def _pieces(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    first = k.shape[2] - q.shape[2]
+    for start in range(0, q.shape[2], ROWS):
+        stop = min(start + ROWS, q.shape[2])
+        yield q[:, :, start:stop], k[:, :, : first + stop], v[:, :, : first + stop]
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    rows, keys = q.shape[2], k.shape[2]
+    mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril_(keys - rows)
+    k, v = _for_group(q, k, v)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _plain_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_q, of_k, of_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    start = 0
+    for piece in _pieces(q, k, v):
+        leaves = [x.detach().requires_grad_() for x in piece]
+        stop = start + piece[0].shape[2]
+        with torch.enable_grad():
+            out = _plain(leaves[0], leaves[1], leaves[2], scale)
+        found = torch.autograd.grad(out, leaves, grad[:, :, start:stop])
+        of_q[:, :, start:stop] = found[0]
+        of_k[:, :, : piece[1].shape[2]] += found[1]
+        of_v[:, :, : piece[1].shape[2]] += found[2]
+        start = stop
+    return of_q, of_k, of_v

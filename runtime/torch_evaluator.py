@@ -1,0 +1,67 @@
+"""torch's losses and gradients for the search: Llama-family models, the GGUF's weights made floats, CPU or CUDA.
+
+Screening keeps, for each probe, keys before rotation and values of what lies before the window, read in the base band;
+see `evaluators`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..factors import Band
+from ..factors.search.protocol import Fidelity, Result, Task
+from .losses import Losses
+from .torch_model import PrefixState, load_torch_model
+
+if TYPE_CHECKING:
+    from .evaluators import EvaluatorSpec
+
+
+class TorchEvaluator:
+    """Losses and gradients of bands on probes; see `Evaluator`.
+
+    Raises:
+        UserError: a model that torch's reader does not cover, or too little memory.
+    """
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        self._spec, self.key = spec, spec.key
+        self.weights = [1.0] * len(spec.probes)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = load_torch_model(spec.model, device=device, threads=spec.threads)
+        self._windows = [probe.last(spec.window) for probe in spec.probes]
+        self._states: dict[int, PrefixState] = {}
+
+    def evaluate(self, task: Task) -> Result:
+        """The weighted mean loss of a task's band on its document, and its derivatives if they are asked for."""
+        state = self._state(task.document) if task.fidelity == "screen" else None
+        probe = self._windows[task.document] if state else self._spec.probes[task.document]
+        started = time.perf_counter()
+        if not task.gradient:
+            losses = self.losses(task.band, task.document, task.fidelity)
+            return Result(float(losses @ np.array(probe.weights)), time.perf_counter() - started)
+        model, what = self._model, (probe.tokens, task.band, probe.targets, probe.weights)
+        found = model.window_gradient(state, *what) if state else model.loss_and_gradient(*what)
+        by_factors = tuple(found.by_log_factors.tolist())
+        return Result(found.loss, time.perf_counter() - started, by_factors, found.by_log_attention)
+
+    def losses(self, band: Band, document: int, fidelity: Fidelity = "full") -> Losses:
+        """Of each target of the document's probe (in its window, when screening), in nats."""
+        if fidelity == "screen":
+            probe = self._windows[document]
+            return self._model.window_losses(self._state(document), probe.tokens, band, probe.targets)
+        probe = self._spec.probes[document]
+        return self._model.token_losses(probe.tokens, band, probe.targets)
+
+    def close(self) -> None:
+        self._states.clear()
+
+    def _state(self, document: int) -> PrefixState:
+        if document not in self._states:
+            prefix = self._spec.probes[document].tokens[: -self._spec.window]
+            self._states[document] = self._model.prefix_state(prefix, self._spec.base)
+        return self._states[document]

@@ -1,0 +1,187 @@
+"""A Llama-family decoder in torch: a text forward, and back again to the rotation, with memory that is bounded.
+
+Layer by layer, all rows of a text at once: no cache is kept. What is wide (a feed-forward's middle, logits) is
+computed for some rows at a time. A gradient keeps each layer's input and what its attention gave, and computes the
+rest of a layer again on the way back; weights are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import linear, silu
+
+from .torch_attention import Attended, attend, attend_backward
+from .torch_rope import rotate
+from .torch_weights import Layer, Weights
+
+CHUNK_BYTES = 64 << 20
+"""Of logits, or of a feed-forward's middle, at a time."""
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read: embedded rows ``(rows, n_embd)``, and the keys and values of what stands before them, by layer.
+
+    Earlier keys are as they were before rotation, and have shape ``(kv heads, 1, earlier, head size)``, as have
+    values; `cos` and `sin`, ``(earlier + rows, n_rot/2)``, turn all of them.
+    """
+
+    rows: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    keys: tuple[torch.Tensor, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Rows of the last hidden states, and the tokens that should follow them, each ``(targets,)``."""
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Decoder:
+    """Computes with one model's weights; nothing of a text is kept."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self._shape = weights, weights.shape
+        self._scale = self._shape.head_size**-0.5
+
+    def losses(self, text: Text, targets: Targets) -> npt.NDArray[np.float64]:
+        """``-ln p`` of each target, shape ``(targets,)``."""
+        x = text.rows
+        for i, layer in enumerate(self._weights.layers):
+            x = self._finish(layer, x, attend(*self._rotated(i, x, text.cos, text.sin, text), self._scale).out)
+        losses = [self._head(x[at], token) for at, token in self._head_pieces(targets)]
+        return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64)
+
+    def keys_and_values(self, text: Text, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's keys before rotation, and values, in `Text`'s shapes."""
+        x = text.rows
+        for i, layer in enumerate(self._weights.layers):
+            q, k, v = self._heads(layer, x)
+            # Copies, as the heads are views of queries, keys and values together.
+            yield tuple(part.to(dtype, memory_format=torch.contiguous_format, copy=True) for part in (k, v))  # type: ignore[misc]
+            if i + 1 < len(self._weights.layers):
+                q, k = (rotate(part, text.cos, text.sin) for part in (q, k))
+                x = self._finish(layer, x, attend(q, k, v, self._scale).out)
+
+    def gradient(self, text: Text, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """The mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
+        inputs, middles = [text.rows], []
+        for i, layer in enumerate(self._weights.layers):
+            middles.append(attend(*self._rotated(i, inputs[-1], text.cos, text.sin, text), self._scale))
+            inputs.append(self._finish(layer, inputs[-1], middles[-1].out))
+        loss, grad = self._head_gradient(inputs.pop(), targets)
+        of_cos, of_sin = (torch.zeros_like(table, dtype=torch.float64) for table in (text.cos, text.sin))
+        for i in reversed(range(len(middles))):
+            x, attended = inputs.pop(), middles.pop()
+            by_x, of_attended = self._finish_gradient(self._weights.layers[i], x, attended.out, grad)
+            more, by_cos, by_sin = self._attention_gradient(i, x, attended, of_attended, text)
+            grad = by_x.add_(more)
+            of_cos += by_cos
+            of_sin += by_sin
+        return loss, of_cos, of_sin
+
+    # --- a layer's attention
+
+    def _heads(self, layer: Layer, x: torch.Tensor) -> Heads:
+        """Queries ``(kv heads, group, rows, head size)``, keys and values ``(kv heads, 1, rows, head size)``."""
+        s = self._shape
+        joined = linear(normalise(x, layer.attn_norm, s.eps), layer.qkv, layer.qkv_bias)
+        heads = joined.view(len(x), -1, s.head_size)
+        last = s.n_head + s.n_head_kv
+        q, k, v = heads[:, : s.n_head], heads[:, s.n_head : last], heads[:, last:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = normalise(q, layer.q_norm, s.eps), normalise(k, layer.k_norm, s.eps)
+        shape = (len(x), s.n_head_kv, -1, s.head_size)
+        q, k, v = (part.reshape(shape).permute(1, 2, 0, 3) for part in (q, k, v))
+        return q, k, v
+
+    def _rotated(self, i: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, text: Text) -> Heads:
+        """The same as layer `i`'s attention takes them, after the keys and values that `text` brings."""
+        q, k, v = self._heads(self._weights.layers[i], x)
+        if text.keys:
+            k, v = torch.cat((text.keys[i].to(k), k), dim=2), torch.cat((text.values[i].to(v), v), dim=2)
+        first = k.shape[2] - q.shape[2]
+        return rotate(q, cos[first:], sin[first:]), rotate(k, cos, sin), v
+
+    def _attention_gradient(
+        self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Text
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients in layer `i`'s input and in both tables, for `grad` of what its attention gave."""
+        leaves = [part.detach().requires_grad_() for part in (x, text.cos, text.sin)]
+        with torch.enable_grad():
+            heads = self._rotated(i, leaves[0], leaves[1], leaves[2], text)
+        q, k, v = (part.detach() for part in heads)
+        return torch.autograd.grad(heads, leaves, attend_backward(grad, q, k, v, attended, self._scale))
+
+    # --- the rest of a layer, row by row
+
+    def _rest(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + linear(attended.permute(2, 0, 1, 3).reshape(len(x), -1), layer.out, layer.out_bias)
+        joined = linear(normalise(x, layer.ffn_norm, self._shape.eps), layer.gate_up, layer.gate_up_bias)
+        gate, up = joined.chunk(2, dim=-1)
+        return x + linear(silu(gate) * up, layer.down, layer.down_bias)
+
+    def _row_pieces(self, x: torch.Tensor) -> Iterator[slice]:
+        step = max(1, CHUNK_BYTES // (4 * self._shape.n_ff * x.element_size()))
+        return (slice(start, start + step) for start in range(0, len(x), step))
+
+    def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """A layer's output, for its input and what its attention gave."""
+        out = torch.empty_like(x)
+        for rows in self._row_pieces(x):
+            out[rows] = self._rest(layer, x[rows], attended[:, :, rows])
+        return out
+
+    def _finish_gradient(
+        self, layer: Layer, x: torch.Tensor, attended: torch.Tensor, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients in both arguments of `_finish`, for `grad` of its result."""
+        of_x, of_attended = torch.empty_like(x), torch.empty_like(attended)
+        for rows in self._row_pieces(x):
+            leaves = [part.detach().requires_grad_() for part in (x[rows], attended[:, :, rows])]
+            with torch.enable_grad():
+                out = self._rest(layer, *leaves)
+            of_x[rows], of_attended[:, :, rows] = torch.autograd.grad(out, leaves, grad[rows])
+        return of_x, of_attended
+
+    # --- the output head, at the targets alone
+
+    def _head_pieces(self, targets: Targets) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        output = self._weights.output
+        step = max(1, CHUNK_BYTES // (len(output) * output.element_size()))
+        for start in range(0, len(targets.rows), step):
+            yield targets.rows[start : start + step], targets.tokens[start : start + step]
+
+    def _head(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Losses of `tokens` ``(rows,)`` after hidden states `x` ``(rows, n_embd)``, float64."""
+        x = normalise(x, self._weights.output_norm, self._shape.eps)
+        logits = linear(x, self._weights.output, self._weights.output_bias)
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        return torch.logsumexp(logits, dim=1).double() - chosen.double()
+
+    def _head_gradient(self, x: torch.Tensor, targets: Targets) -> tuple[float, torch.Tensor]:
+        """The mean loss, and its gradient in the last hidden states `x`."""
+        total, grad = 0.0, torch.zeros_like(x)
+        for at, tokens in self._head_pieces(targets):
+            leaf = x[at].requires_grad_()
+            with torch.enable_grad():
+                loss = self._head(leaf, tokens).sum() / len(targets.rows)
+            grad.index_add_(0, at, torch.autograd.grad(loss, leaf)[0])
+            total += float(loss)
+        return total, grad
+
+
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

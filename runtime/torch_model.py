@@ -1,0 +1,228 @@
+"""A GGUF's model in torch: losses under any band, and their exact gradients in ln λ and ln attention factor.
+
+The numbers are llama.cpp's for the same file, up to its own rounding (it quantises activations, this does not).
+
+A prefix can be read once and kept (`prefix_state`): keys as they were before rotation, so that the tokens after it can
+be read under any band over keys rotated by that band. The prefix's own hidden states stay those of the band that it
+was read in, which makes this a cheap stand-in for reading the whole text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from ..container import read_header
+from ..errors import UserError
+from ..factors import Band, RopeFacts
+from .memory import available_memory
+from .torch_layers import CHUNK_BYTES, Decoder, Targets, Text
+from .torch_rope import RopeTable
+from .torch_weights import Weights, load_weights
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PrefixState:
+    """The first tokens of a text as read in `band`: each layer's keys before rotation, and values.
+
+    Both of shape ``(kv heads, 1, tokens, head size)``.
+    """
+
+    tokens: tuple[int, ...]
+    band: Band
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """A mean loss (nats a token) and its derivatives."""
+
+    loss: float
+    by_log_factors: Array
+    """d loss / d ln λ_i, shape ``(n_rot/2,)``."""
+    by_log_attention: float
+    """d loss / d ln attention factor."""
+
+
+def load_torch_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_bytes: int | None = None,
+) -> TorchModel:
+    """Read the model at `path` into `dtype` on `device`.
+
+    `threads` is how many torch uses in this model's calls (default: the machine's physical cores).
+
+    Raises:
+        UserError: not a GGUF, a model that is not covered (see `torch_weights`), no such device, or weights of more
+            than `max_bytes` (default: the memory that is free); no weight has been read then.
+    """
+    header = read_header(path)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return TorchModel(load_weights(header, place, dtype, max_bytes), threads or cores)
+
+
+class TorchModel:
+    """A decoder with frozen weights; see `load_torch_model`.
+
+    In all methods `tokens` are a whole text from position 0, `targets` positions in it: the loss at position t is
+    ``-ln p(tokens[t] | tokens[:t])``, in nats. Tokens behind the last target are not read.
+    """
+
+    def __init__(self, weights: Weights, threads: int) -> None:
+        self._weights, self._threads = weights, threads
+        self._decoder = Decoder(weights)
+
+    @property
+    def facts(self) -> RopeFacts:
+        return self._weights.shape.facts
+
+    def token_losses(self, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Array:
+        """Losses at `targets`, in their order, with all of the text read in `band`.
+
+        Raises:
+            UserError: a token or target that cannot be, a band for another model, or too little memory.
+        """
+        return self._losses(None, tokens, band, targets)
+
+    def window_losses(self, state: PrefixState, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Array:
+        """As `token_losses`, but the tokens of `state` are not read again: the others are, in `band`, over its keys.
+
+        The first position that can be a target is the second after the state's tokens, as the state has no logits.
+
+        Raises:
+            UserError: as there, or a state of another text.
+        """
+        return self._losses(state, tokens, band, targets)
+
+    def loss_and_gradient(self, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> LossGradient:
+        """The mean of `token_losses` and its exact derivatives at `band`.
+
+        Raises:
+            UserError: as there.
+        """
+        return self._gradient(None, tokens, band, targets)
+
+    def window_gradient(
+        self, state: PrefixState, tokens: Sequence[int], band: Band, targets: Sequence[int]
+    ) -> LossGradient:
+        """The mean of `window_losses` and its exact derivatives at `band`, the rotation of the state's keys included.
+
+        Raises:
+            UserError: as there.
+        """
+        return self._gradient(state, tokens, band, targets)
+
+    def prefix_state(self, tokens: Sequence[int], band: Band, dtype: torch.dtype | None = None) -> PrefixState:
+        """What `window_losses` needs of a text's beginning, `tokens`, kept in `dtype` (default: the model's).
+
+        Raises:
+            UserError: as for `token_losses`.
+        """
+        with self._working():
+            self._check(tokens, band)
+            text, _ = self._embed(None, tokens, band, gradient=False)
+            parts = list(self._decoder.keys_and_values(text, dtype or self._weights.embedding.dtype))
+            return PrefixState(tuple(tokens), band, *(tuple(kind) for kind in zip(*parts, strict=True)))
+
+    # --- one call
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """While the block runs, torch has all our threads: elsewhere it has one, as ggml's are the workers there."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _losses(self, state: PrefixState | None, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Array:
+        with self._working():
+            wanted = self._targets(state, tokens, band, targets)
+            text, _ = self._embed(state, tokens[: max(targets)], band, gradient=False)
+            return self._decoder.losses(text, wanted)
+
+    def _gradient(
+        self, state: PrefixState | None, tokens: Sequence[int], band: Band, targets: Sequence[int]
+    ) -> LossGradient:
+        with self._working():
+            wanted = self._targets(state, tokens, band, targets)
+            text, table = self._embed(state, tokens[: max(targets)], band, gradient=True)
+            loss, of_cos, of_sin = self._decoder.gradient(text, wanted)
+            return LossGradient(loss, *table.gradient(of_cos, of_sin))
+
+    def _embed(
+        self, state: PrefixState | None, tokens: Sequence[int], band: Band, gradient: bool
+    ) -> tuple[Text, RopeTable]:
+        first = 0 if state is None else len(state.tokens)
+        self._check_memory(len(tokens), len(tokens) - first, gradient)
+        weights = self._weights.embedding
+        table = RopeTable(self.facts, band, len(tokens), weights.device)
+        rows = weights[torch.tensor(list(tokens[first:]), device=weights.device)]
+        before = () if state is None else (state.keys, state.values)
+        return Text(rows, *table.cast(weights.dtype), *before), table
+
+    # --- what is asked for
+
+    def _targets(self, state: PrefixState | None, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Targets:
+        self._check(tokens, band)
+        first = 0 if state is None else len(state.tokens)
+        if not len(targets) or not first < min(targets) <= max(targets) < len(tokens):
+            found = f"{min(targets)} to {max(targets)}" if len(targets) else "none"
+            raise UserError(f"targets: {found}, expected positions from {first + 1} to {len(tokens) - 1}")
+        if state is not None and tuple(tokens[:first]) != state.tokens:
+            raise UserError("tokens: their beginning is not the text of the prefix state")
+        device = self._weights.embedding.device
+        at = torch.tensor(list(targets), device=device)
+        return Targets(at - 1 - first, torch.tensor(list(tokens), device=device)[at])
+
+    def _check(self, tokens: Sequence[int], band: Band) -> None:
+        half, n_vocab = self.facts.n_rot // 2, self._weights.shape.n_vocab
+        if len(band.rescale_factors) != half:
+            raise UserError(f"band: {len(band.rescale_factors)} rescale factors, expected n_rot/2 = {half}")
+        if not len(tokens) or not 0 <= min(tokens) <= max(tokens) < n_vocab:
+            found = f"{min(tokens)} to {max(tokens)}" if len(tokens) else "none"
+            raise UserError(f"tokens: {found}, expected numbers from 0 to {n_vocab - 1}")
+
+    def _check_memory(self, keys: int, rows: int, gradient: bool) -> None:
+        """Refuse what would not fit, by an estimate from above.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        s, weights = self._weights.shape, self._weights.embedding
+        wide = s.n_head * s.head_size
+        kept = s.n_layer * (s.n_embd + wide) if gradient else 0
+        row = kept + (10 if gradient else 4) * (s.n_embd + wide)
+        key = 2 * s.head_size * (4 * s.n_head_kv + (2 * s.n_head if gradient else 0)) + 8 * s.facts.n_rot
+        needed = weights.element_size() * (rows * row + keys * key) + 6 * CHUNK_BYTES
+        free = torch.cuda.mem_get_info(weights.device)[0] if weights.device.type == "cuda" else available_memory()
+        if needed > free:
+            raise UserError(
+                f"not enough memory for {keys:,} tokens{' and a gradient' if gradient else ''}:"
+                f" {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; use a shorter text"
+            )

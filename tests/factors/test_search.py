@@ -1,0 +1,227 @@
+"""Whole searches on losses like real ones: smooth and small on the slow pairs, ragged on the fast ones."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from ropewalk import UserError
+from ropewalk.factors import RopeFacts, native_band
+from ropewalk.factors.search import (
+    Budget,
+    Evolution,
+    InProcess,
+    Note,
+    Progress,
+    Racing,
+    Result,
+    Screening,
+    Settings,
+    Space,
+    band_key,
+    carried,
+    search,
+)
+from ropewalk.factors.search.run import spearman
+
+FACTS = RopeFacts(n_rot=64, freq_base=100000.0, original_context=8192)
+SPACE = Space(FACTS, native_band(FACTS), 32768)
+
+
+class Valley:
+    """A smooth loss around an optimum near YaRN's curve, with an offset and noise of each document's own."""
+
+    key = "valley"
+
+    def __init__(self, documents=3, noise=0.0, screen_noise=0.0):
+        self.weights = [1.0] * documents
+        self.noise, self.screen_noise = noise, screen_noise
+        self.asked = []
+        yarn = np.array(SPACE.seed("yarn").log_factors)
+        n = SPACE.n_pairs - SPACE.n_fixed
+        bend = np.interp(np.linspace(0, 1, n), [0, 0.4, 1], [0.1, -0.15, 0.08])
+        self.best = yarn + np.r_[np.zeros(SPACE.n_fixed), bend]
+        self.best_attention = SPACE.seed("yarn").attention_factor * 0.97
+
+    def evaluate(self, task):
+        self.asked.append((band_key(task.band), task.document, task.fidelity, task.gradient))
+        genes = SPACE.genes(task.band)
+        away = np.array(genes.log_factors) - self.best
+        attention = np.log(genes.attention_factor / self.best_attention)
+        start = 0.01 * abs(np.log2(1 + genes.start_tokens) - np.log2(1 + 16))
+        loss = 3.2 + 0.3 * task.document + 2 * (away**2).mean() + 4 * attention**2 + start
+        digest = hashlib.sha256(f"{band_key(task.band)} {task.document} {task.fidelity}".encode()).digest()
+        scale = self.screen_noise if task.fidelity == "screen" else self.noise
+        loss += scale * (digest[0] / 255 - 0.5)
+        slope = tuple((4 * away / len(away)).tolist()) if task.gradient else ()
+        return Result(loss, 0.001, slope, 8 * attention if task.gradient else 0.0)
+
+
+def run(algorithm="cma", budget=150, evaluator=None, **settings):
+    evaluator = evaluator or Valley()
+    events = []
+    settings = Settings(algorithm=algorithm, budget=Budget(evaluations=budget), **settings)
+    return search(InProcess(evaluator), SPACE, settings, on_event=events.append), evaluator, events
+
+
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 150), ("gradient", 120), ("evolution", 400)])
+def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
+    outcome, evaluator, events = run(algorithm, budget)
+    assert outcome.beats_yarn and outcome.loss < outcome.yarn - 0.01
+    assert outcome.evaluations <= budget + 1e-6
+    factors = outcome.band.rescale_factors
+    assert list(factors) == sorted(factors) and outcome.band.context == 32768
+    found = outcome.band.found
+    assert found.method == algorithm and found.onto is None and found.losses == (outcome.loss, outcome.yarn)
+    assert len(evaluator.asked) == len(set(evaluator.asked))  # nothing is evaluated twice
+    assert set(outcome.baselines) == {"yarn", "ntk", "pi"}
+    spent = [event.evaluations for event in events if isinstance(event, Progress)]
+    assert spent == sorted(spent)
+    losses = [loss for _, loss in outcome.history]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_cma_needs_a_tenth_of_evolutions_evaluations():
+    evolution, _, _ = run("evolution", 1400, evolution=Evolution())
+    cma, _, _ = run("cma", 134)
+    assert evolution.evaluations > 1000 and cma.evaluations <= evolution.evaluations / 10
+    assert cma.loss <= evolution.loss
+
+
+def test_the_same_seed_finds_the_same_and_another_one_another():
+    first, again, other = (run("cma", 60, seed=seed)[0] for seed in (1, 1, 2))
+    assert first == again and first.band.rescale_factors != other.band.rescale_factors
+
+
+def test_racing_finds_as_good_a_band_and_reads_less():
+    raced, reader, _ = run("evolution", 500, Valley(8, noise=0.002), evolution=Evolution(generations=10))
+    plain, all_, _ = run(
+        "evolution", 500, Valley(8, noise=0.002), evolution=Evolution(generations=10), racing=Racing(on=False)
+    )
+    assert raced.dropped > 0 and plain.dropped == 0
+    assert len(reader.asked) < len(all_.asked)
+    assert raced.loss <= plain.loss + 0.005
+
+
+def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
+    good, evaluator, events = run(budget=100, evaluator=Valley(screen_noise=0.0005), screening=Screening(allowed=True))
+    assert good.fidelity == "screen" and good.correlation > 0.8 and good.beats_yarn
+    assert any(isinstance(event, Note) and "it is used" in event.text for event in events)
+    full = [asked for asked in evaluator.asked if asked[2] == "full"]
+    assert len(full) < len(evaluator.asked) / 2
+    bad, evaluator, _ = run(budget=100, evaluator=Valley(screen_noise=5), screening=Screening(allowed=True))
+    assert bad.fidelity == "full" and bad.correlation < 0.8
+    _, evaluator, events = run(budget=9, evaluator=Valley(), screening=Screening(allowed=True))
+    assert {asked[2] for asked in evaluator.asked} == {"full"}
+    assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
+
+
+def test_what_does_not_beat_yarn_is_yarns():
+    class Yarn(Valley):
+        def evaluate(self, task):
+            return Result(3.0 + (task.band != SPACE.band(SPACE.seed("yarn"))), 0.001)
+
+    outcome, _, _ = run(budget=30, evaluator=Yarn())
+    assert not outcome.beats_yarn and outcome.loss == outcome.yarn and outcome.band.found.method == "yarn"
+    np.testing.assert_allclose(outcome.band.rescale_factors, SPACE.band(SPACE.seed("yarn")).rescale_factors)
+
+
+def test_losses_that_are_no_numbers_never_win():
+    class Holes(Valley):
+        def evaluate(self, task):
+            result = super().evaluate(task)
+            return Result(float("nan"), 0.001) if len(self.asked) % 5 == 0 and task.document == 1 else result
+
+    outcome, _, _ = run(budget=60, evaluator=Holes())
+    assert np.isfinite(outcome.loss)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="algorithm: 'magic', expected one of cma, evolution, gradient"):
+        run("magic")
+    with pytest.raises(UserError, match="budget: 60 evaluations, expected at least 68"):
+        run("evolution", 60)
+    with pytest.raises(UserError, match="budget: none"):
+        Settings(budget=Budget())
+
+
+def test_a_band_is_carried_to_a_longer_context():
+    short = Space(FACTS, native_band(FACTS), 16384)
+    genes = carried(short, short.band(short.seed("yarn")), SPACE)
+    yarn = SPACE.seed("yarn")
+    assert genes.log_factors[-1] == pytest.approx(np.log(4)) and genes.attention_factor == pytest.approx(
+        yarn.attention_factor, rel=0.01
+    )
+    outcome, _, _ = run(budget=60)
+    with_seed = search(
+        InProcess(Valley()), SPACE, Settings(budget=Budget(evaluations=60)), seeds=[SPACE.genes(outcome.band)]
+    )
+    assert with_seed.loss <= outcome.loss
+
+
+def test_a_second_search_goes_on_top_of_the_first():
+    first, _, _ = run(budget=60)
+    onto = Space(FACTS, first.band, 65536)
+    assert onto.scale == 2 and onto.onto_method == "cma"
+    band = onto.band(onto.seed("yarn"))
+    assert band.rescale_factors[-1] == pytest.approx(2 * first.band.rescale_factors[-1])
+
+
+def test_spearman():
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    assert spearman(a, a**3) == pytest.approx(1) and spearman(a, -a) == pytest.approx(-1)
+    assert spearman(a, np.ones(4)) == 0
+
+
+RUN = """
+    import sys, time
+    sys.path.insert(0, {here!r})
+    from test_search import *
+    from pathlib import Path
+
+    class Slow(Valley):
+        def evaluate(self, task):
+            result = super().evaluate(task)
+            with open({log!r}, "a") as file:
+                file.write(f"{{self.asked[-1]}}\\n")
+            time.sleep(0.004)
+            return result
+
+    settings = Settings(algorithm={algorithm!r}, budget=Budget(evaluations=40), gradient_cost=2, seed=5)
+    print(search(InProcess(Slow(noise=0.001)), SPACE, settings, Path({journal!r})).band.model_dump_json())
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["cma", "gradient"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
+    from pathlib import Path
+
+    def start(name):
+        paths = {"log": str(tmp_path / f"{name}.log"), "journal": str(tmp_path / f"{name}.journal")}
+        code = textwrap.dedent(RUN).format(here=str(Path(__file__).parent), algorithm=algorithm, **paths)
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    expected = start("whole").communicate()[0]
+    chance = np.random.default_rng(0)
+    kills = 0
+    while True:
+        job = start("killed")
+        journal = tmp_path / "killed.journal"
+        before = journal.stat().st_size if journal.exists() else 0
+        while job.poll() is None and (not journal.exists() or journal.stat().st_size < before + 300):
+            time.sleep(0.002)
+        time.sleep(float(chance.uniform(0, 0.15)))
+        if kills >= 4 or job.poll() is not None:
+            break
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        kills += 1
+    assert kills >= 2 and job.communicate()[0] == expected
+    asked = (tmp_path / "killed.log").read_text().splitlines()
+    whole = (tmp_path / "whole.log").read_text().splitlines()
+    assert set(asked) == set(whole) and len(asked) - len(set(asked)) <= kills  # the one that each kill cut off

@@ -1,0 +1,134 @@
+"""The two evaluators: they agree with each other and with llama.cpp, and screening is right where it can be."""
+
+import pydoc_data.topics
+from dataclasses import replace
+
+import llama_cpp
+import numpy as np
+import pytest
+import ropewalk
+from ropewalk import UserError
+from ropewalk.container import native_schedule, read_header
+from ropewalk.factors import extend
+from ropewalk.factors.search.protocol import Task
+from ropewalk.runtime.evaluators import EvaluatorSpec, faster
+from ropewalk.runtime.probes import Text, make_probes
+
+TEXT = "\n\n".join(pydoc_data.topics.topics.values())
+CONTEXT = 384
+
+
+@pytest.fixture(scope="module")
+def band(smollm2):
+    """As if the model had been trained for 256 tokens: λ that matter in a short text."""
+    native = native_schedule(read_header(smollm2))
+    facts = native.facts.model_copy(update={"original_context": 256})
+    short = native.bands[0].model_copy(update={"context": 256})
+    return extend(native.model_copy(update={"facts": facts, "bands": (short,)}), CONTEXT, contexts=[CONTEXT]).bands[-1]
+
+
+@pytest.fixture(scope="module")
+def spec(smollm2, band):
+    words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
+    probes = make_probes(words, [Text("a", TEXT), Text("b", TEXT[99_000:])], CONTEXT, 2, "tail+0.5*needle", 256)
+    words.close()
+    return EvaluatorSpec(str(smollm2), probes, band, window=128, threads=2)
+
+
+@pytest.fixture(scope="module")
+def evaluators(spec):
+    made = {kind: replace(spec, kind=kind)() for kind in ("llama", "torch")}
+    yield made
+    for evaluator in made.values():
+        evaluator.close()
+
+
+def other(band, start_tokens=0):
+    factors = tuple(factor * 1.05 for factor in band.rescale_factors)
+    changes = {"rescale_factors": factors, "start_tokens": start_tokens, "attention_factor": 1.02}
+    return band.model_copy(update=changes)
+
+
+def test_they_agree_and_are_the_weighted_losses_of_the_targets(evaluators, spec, band, smollm2):
+    for candidate in (band, other(band), other(band, 16)):
+        losses = {kind: e.evaluate(Task(candidate, 1)).loss for kind, e in evaluators.items()}
+        assert losses["torch"] == pytest.approx(losses["llama"], rel=5e-3)
+    probe = spec.probes[1]
+    schedule = native_schedule(read_header(smollm2))
+    alone = schedule.model_copy(update={"bands": (other(band, 16).model_copy(update={"context": 8192}),)})
+    llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, verbose=False)
+    direct = llm.token_losses(probe.tokens, targets=probe.targets) @ np.array(probe.weights)
+    llm.close()
+    assert losses["llama"] == pytest.approx(direct, abs=1e-6)
+
+
+def test_losses_are_llama_cpps_own_perplexity(tiny_llama, tmp_path):
+    """llama.cpp's perplexity is exp of the mean of -log softmax over the logits that one decode of all gives."""
+    path = tiny_llama(tmp_path / "tiny.gguf", context_length=512)
+    plain = native_schedule(read_header(path)).bands[0]
+    words = ropewalk.Llama(path, vocab_only=True, verbose=False)
+    (probe,) = probes = make_probes(words, [Text("a", TEXT)], 500, 1, "tail", 250)
+    words.close()
+    stock = llama_cpp.Llama(str(path), n_ctx=500, n_batch=500, logits_all=True, n_threads=2, verbose=False)
+    stock.eval(list(probe.tokens))
+    before = np.array(probe.targets) - 1
+    chosen = stock.logits_to_logprobs(stock.scores[before])[np.arange(len(before)), np.array(probe.tokens)[before + 1]]
+    stock.close()
+    for kind in ("llama", "torch"):
+        evaluator = EvaluatorSpec(str(path), probes, plain, kind=kind, window=64, threads=2)()
+        assert np.exp(evaluator.losses(plain, 0).mean()) == pytest.approx(np.exp(-chosen.mean()), rel=1e-3)
+        evaluator.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "torch"])
+def test_screening_is_exact_in_the_base_band_and_near_it_elsewhere(evaluators, spec, band, kind):
+    evaluator, window = evaluators[kind], spec.probes[0].last(spec.window)
+    places = np.searchsorted(spec.probes[0].targets, window.targets)
+    screened = evaluator.losses(band, 0, "screen")
+    np.testing.assert_allclose(screened, evaluator.losses(band, 0)[places], atol=0.02)
+    away = other(band, 16)
+    full, screened = evaluator.losses(away, 0)[places], evaluator.losses(away, 0, "screen")
+    assert abs(full.mean() - screened.mean()) < 0.1
+    assert evaluator.evaluate(Task(away, 0, "screen")).loss == pytest.approx(screened @ np.array(window.weights))
+
+
+def test_order_does_not_matter(evaluators, band):
+    for evaluator in evaluators.values():
+        tasks = [Task(band, 0), Task(other(band, 16), 1, "screen"), Task(band, 0, "screen"), Task(other(band), 0)]
+        first = [evaluator.evaluate(task).loss for task in tasks]
+        again = [evaluator.evaluate(task).loss for task in reversed(tasks)][::-1]
+        np.testing.assert_allclose(first, again, rtol=2e-5)
+
+
+def test_gradients_are_torchs(evaluators, band):
+    result = evaluators["torch"].evaluate(Task(band, 0, "full", gradient=True))
+    assert result.loss == pytest.approx(evaluators["torch"].evaluate(Task(band, 0)).loss, rel=1e-5)
+    step = 0.05
+    up = band.model_copy(update={"attention_factor": band.attention_factor * np.exp(step)})
+    down = band.model_copy(update={"attention_factor": band.attention_factor * np.exp(-step)})
+    slope = (evaluators["torch"].evaluate(Task(up, 0)).loss - evaluators["torch"].evaluate(Task(down, 0)).loss) / (
+        2 * step
+    )
+    assert result.by_log_attention == pytest.approx(slope, rel=0.1, abs=5e-3)
+    assert len(result.by_log_factors) == len(band.rescale_factors)
+    screened = evaluators["torch"].evaluate(Task(band, 0, "screen", gradient=True))
+    assert np.isfinite(screened.by_log_factors).all()
+    with pytest.raises(UserError, match="torch evaluator"):
+        evaluators["llama"].evaluate(Task(band, 0, gradient=True))
+
+
+def test_keys_name_all_that_a_loss_depends_on(spec, band):
+    same = replace(spec, threads=1)
+    others = [
+        replace(spec, probes=spec.probes[:1]),
+        replace(spec, base=other(band)),
+        replace(spec, kind="torch"),
+        replace(spec, window=32),
+        replace(spec, kv="q8_0"),
+    ]
+    assert same.key == spec.key and len({spec.key, *(one.key for one in others)}) == 6
+
+
+def test_the_faster_one_is_measured(spec):
+    kind, speeds = faster(spec, n_tokens=128)
+    assert set(speeds) == {"llama", "torch"} and speeds[kind] == max(speeds.values()) and min(speeds.values()) > 1
