@@ -121,7 +121,7 @@ def search_schedule(
     base = schedule_of(read_header(plan.model))
     _check(plan, base)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    words = Llama(plan.model, vocab_only=True, verbose=False)
+    words = Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)
     searched, held = split_texts(plan.texts, plan.settings.seed)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None

@@ -42,10 +42,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Targets:
-    """Rows of the last hidden states, and the tokens that should follow them, each ``(targets,)``."""
+    """Rows of the last hidden states, the tokens that should follow them, and their weights, each ``(targets,)``.
+
+    Weights add up to 1, float64.
+    """
 
     rows: torch.Tensor
     tokens: torch.Tensor
+    weights: torch.Tensor
 
 
 class Decoder:
@@ -60,7 +64,7 @@ class Decoder:
         x = text.rows
         for i, layer in enumerate(self._weights.layers):
             x = self._finish(layer, x, attend(*self._rotated(i, x, text.cos, text.sin, text), self._scale).out)
-        losses = [self._head(x[at], token) for at, token in self._head_pieces(targets)]
+        losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
         return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64)
 
     def keys_and_values(self, text: Text, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -75,7 +79,7 @@ class Decoder:
                 x = self._finish(layer, x, attend(q, k, v, self._scale).out)
 
     def gradient(self, text: Text, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """The mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
+        """The weighted mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
             middles.append(attend(*self._rotated(i, inputs[-1], text.cos, text.sin, text), self._scale))
@@ -157,11 +161,12 @@ class Decoder:
 
     # --- the output head, at the targets alone
 
-    def _head_pieces(self, targets: Targets) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _head_pieces(self, targets: Targets) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         output = self._weights.output
         step = max(1, CHUNK_BYTES // (len(output) * output.element_size()))
         for start in range(0, len(targets.rows), step):
-            yield targets.rows[start : start + step], targets.tokens[start : start + step]
+            piece = slice(start, start + step)
+            yield targets.rows[piece], targets.tokens[piece], targets.weights[piece]
 
     def _head(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Losses of `tokens` ``(rows,)`` after hidden states `x` ``(rows, n_embd)``, float64."""
@@ -171,12 +176,12 @@ class Decoder:
         return torch.logsumexp(logits, dim=1).double() - chosen.double()
 
     def _head_gradient(self, x: torch.Tensor, targets: Targets) -> tuple[float, torch.Tensor]:
-        """The mean loss, and its gradient in the last hidden states `x`."""
+        """The weighted mean loss, and its gradient in the last hidden states `x`."""
         total, grad = 0.0, torch.zeros_like(x)
-        for at, tokens in self._head_pieces(targets):
+        for at, tokens, weights in self._head_pieces(targets):
             leaf = x[at].requires_grad_()
             with torch.enable_grad():
-                loss = self._head(leaf, tokens).sum() / len(targets.rows)
+                loss = self._head(leaf, tokens) @ weights
             grad.index_add_(0, at, torch.autograd.grad(loss, leaf)[0])
             total += float(loss)
         return total, grad

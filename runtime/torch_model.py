@@ -117,23 +117,32 @@ class TorchModel:
         """
         return self._losses(state, tokens, band, targets)
 
-    def loss_and_gradient(self, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> LossGradient:
+    def loss_and_gradient(
+        self, tokens: Sequence[int], band: Band, targets: Sequence[int], weights: Sequence[float] = ()
+    ) -> LossGradient:
         """The mean of `token_losses` and its exact derivatives at `band`.
 
+        `weights`, one a target, adding up to 1, say how much each counts; by default all count the same.
+
         Raises:
-            UserError: as there.
+            UserError: as there, or another number of weights.
         """
-        return self._gradient(None, tokens, band, targets)
+        return self._gradient(None, tokens, band, targets, weights)
 
     def window_gradient(
-        self, state: PrefixState, tokens: Sequence[int], band: Band, targets: Sequence[int]
+        self,
+        state: PrefixState,
+        tokens: Sequence[int],
+        band: Band,
+        targets: Sequence[int],
+        weights: Sequence[float] = (),
     ) -> LossGradient:
         """The mean of `window_losses` and its exact derivatives at `band`, the rotation of the state's keys included.
 
         Raises:
-            UserError: as there.
+            UserError: as there, or another number of weights.
         """
-        return self._gradient(state, tokens, band, targets)
+        return self._gradient(state, tokens, band, targets, weights)
 
     def prefix_state(self, tokens: Sequence[int], band: Band, dtype: torch.dtype | None = None) -> PrefixState:
         """What `window_losses` needs of a text's beginning, `tokens`, kept in `dtype` (default: the model's).
@@ -167,10 +176,15 @@ class TorchModel:
             return self._decoder.losses(text, wanted)
 
     def _gradient(
-        self, state: PrefixState | None, tokens: Sequence[int], band: Band, targets: Sequence[int]
+        self,
+        state: PrefixState | None,
+        tokens: Sequence[int],
+        band: Band,
+        targets: Sequence[int],
+        weights: Sequence[float],
     ) -> LossGradient:
         with self._working():
-            wanted = self._targets(state, tokens, band, targets)
+            wanted = self._targets(state, tokens, band, targets, weights)
             text, table = self._embed(state, tokens[: max(targets)], band, gradient=True)
             loss, of_cos, of_sin = self._decoder.gradient(text, wanted)
             return LossGradient(loss, *table.gradient(of_cos, of_sin))
@@ -188,7 +202,14 @@ class TorchModel:
 
     # --- what is asked for
 
-    def _targets(self, state: PrefixState | None, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Targets:
+    def _targets(
+        self,
+        state: PrefixState | None,
+        tokens: Sequence[int],
+        band: Band,
+        targets: Sequence[int],
+        weights: Sequence[float] = (),
+    ) -> Targets:
         self._check(tokens, band)
         first = 0 if state is None else len(state.tokens)
         if not len(targets) or not first < min(targets) <= max(targets) < len(tokens):
@@ -197,8 +218,11 @@ class TorchModel:
         if state is not None and tuple(tokens[:first]) != state.tokens:
             raise UserError("tokens: their beginning is not the text of the prefix state")
         device = self._weights.embedding.device
+        if weights and len(weights) != len(targets):
+            raise UserError(f"weights: {len(weights)}, expected one for each of the {len(targets)} targets")
         at = torch.tensor(list(targets), device=device)
-        return Targets(at - 1 - first, torch.tensor(list(tokens), device=device)[at])
+        shares = torch.tensor(weights or [1 / len(targets)] * len(targets), dtype=torch.float64, device=device)
+        return Targets(at - 1 - first, torch.tensor(list(tokens), device=device)[at], shares)
 
     def _check(self, tokens: Sequence[int], band: Band) -> None:
         half, n_vocab = self.facts.n_rot // 2, self._weights.shape.n_vocab

@@ -23,6 +23,7 @@ from .space import band_key
 
 HEADER = "ropewalk_search"
 VERSION = 1
+HEADER_BEGINNING, LINE_BEGINNING = b'{"ropewalk_search": ', b'{"band": "'
 
 
 class Entry(NamedTuple):
@@ -103,17 +104,16 @@ class Journal:
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             data = file.read()
-        header = _record(HEADER=VERSION, digest=digest)
         end = data.find(b"\n") + 1
-        if not end and (not data.strip(b"\0") or header.startswith(data.rstrip(b"\0"))):
-            os.ftruncate(self._fd, 0)  # empty, or torn in its first line
-            append_line(self._fd, path, header)
+        if not end and _is_torn(data, HEADER_BEGINNING):  # or empty
+            os.ftruncate(self._fd, 0)
+            append_line(self._fd, path, json.dumps({HEADER: VERSION, "digest": digest}).encode() + b"\n")
             return
         _check_header(path, data[:end] or data, digest)
         for number, line in enumerate(data[end:].splitlines(keepends=True), 2):
             known = _parse(line)
             if known is None:
-                if not line.endswith(b"\n") and (_is_torn(line) or not line.strip(b"\0")):
+                if not line.endswith(b"\n") and _is_torn(line, LINE_BEGINNING):
                     os.ftruncate(self._fd, end)
                     return
                 raise UserError(f"{path}: line {number} is no evaluation of ropewalk search; name another journal")
@@ -126,10 +126,6 @@ class Journal:
 def digest_of(values: Mapping[str, Any]) -> str:
     """A short name for what a run depends on: equal if and only if all of it is."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _record(**values: Any) -> bytes:
-    return json.dumps({key if key != "HEADER" else HEADER: value for key, value in values.items()}).encode() + b"\n"
 
 
 def _check_header(path: Path, line: bytes, digest: str) -> None:
@@ -156,11 +152,10 @@ def _line_of(entry: Entry, line: Line) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
-BEGINNING = b'{"band": "'
-
-
-def _is_torn(line: bytes) -> bool:
-    return line.startswith(BEGINNING) or BEGINNING.startswith(line)
+def _is_torn(line: bytes, beginning: bytes) -> bool:
+    """Whether a last line without its end is the rest of one of ours; a crash can leave zeros in its place."""
+    line = line.rstrip(b"\0")
+    return line.startswith(beginning) or beginning.startswith(line)
 
 
 def _parse(line: bytes) -> tuple[Entry, Line] | None:

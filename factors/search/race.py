@@ -75,7 +75,8 @@ def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: R
         return np.asarray(late & (mean > 0) & (last > best) | ~np.isfinite(mean))
     # A few documents tell little of the spread of a candidate's own differences: its variance counts as much as that
     # of two documents with the middle one of all.
-    own = np.nan_to_num(np.var(differences, axis=1, ddof=1), nan=0.0, posinf=0.0)
+    with np.errstate(invalid="ignore"):
+        own = np.nan_to_num(np.var(differences, axis=1, ddof=1), nan=0.0, posinf=0.0)
     variance = (own * (n_seen - 1) + 2 * np.median(own)) / (n_seen + 1)
     error = np.sqrt(variance * np.sum(weights**2))
     return np.asarray((mean > racing.z * error) & (mean > 0) | ~np.isfinite(mean))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,15 +89,16 @@ def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
 
 
 def test_cma_needs_a_tenth_of_evolutions_evaluations():
-    evolution, _, _ = run("evolution", 1400, evolution=Evolution())
+    evolution, _, _ = run("evolution", 1400, racing=Racing(on=False))
     cma, _, _ = run("cma", 134)
-    assert evolution.evaluations > 1000 and cma.evaluations <= evolution.evaluations / 10
+    assert evolution.evaluations > 1300 and cma.evaluations <= evolution.evaluations / 10
     assert cma.loss <= evolution.loss
 
 
 def test_the_same_seed_finds_the_same_and_another_one_another():
     first, again, other = (run("cma", 60, seed=seed)[0] for seed in (1, 1, 2))
-    assert first == again and first.band.rescale_factors != other.band.rescale_factors
+    assert replace(first, seconds=0) == replace(again, seconds=0)
+    assert first.band.rescale_factors != other.band.rescale_factors
 
 
 def test_racing_finds_as_good_a_band_and_reads_less():
@@ -116,7 +119,7 @@ def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
     assert len(full) < len(evaluator.asked) / 2
     bad, evaluator, _ = run(budget=100, evaluator=Valley(screen_noise=5), screening=Screening(allowed=True))
     assert bad.fidelity == "full" and bad.correlation < 0.8
-    _, evaluator, events = run(budget=9, evaluator=Valley(), screening=Screening(allowed=True))
+    _, evaluator, events = run(budget=5, evaluator=Valley(), screening=Screening(allowed=True))
     assert {asked[2] for asked in evaluator.asked} == {"full"}
     assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
 
@@ -199,8 +202,6 @@ RUN = """
 
 @pytest.mark.parametrize("algorithm", ["cma", "gradient"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
-    from pathlib import Path
-
     def start(name):
         paths = {"log": str(tmp_path / f"{name}.log"), "journal": str(tmp_path / f"{name}.journal")}
         code = textwrap.dedent(RUN).format(here=str(Path(__file__).parent), algorithm=algorithm, **paths)

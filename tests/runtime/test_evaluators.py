@@ -103,7 +103,7 @@ def test_order_does_not_matter(evaluators, band):
 def test_gradients_are_torchs(evaluators, band):
     result = evaluators["torch"].evaluate(Task(band, 0, "full", gradient=True))
     assert result.loss == pytest.approx(evaluators["torch"].evaluate(Task(band, 0)).loss, rel=1e-5)
-    step = 0.05
+    step = 0.01
     up = band.model_copy(update={"attention_factor": band.attention_factor * np.exp(step)})
     down = band.model_copy(update={"attention_factor": band.attention_factor * np.exp(-step)})
     slope = (evaluators["torch"].evaluate(Task(up, 0)).loss - evaluators["torch"].evaluate(Task(down, 0)).loss) / (
