@@ -22,8 +22,8 @@ FORMAT_VERSION = 1
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """The numbers of start tokens that LongRoPE searches (its table 1, extended to 32)."""
 
-MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "longrope"})
-"""Methods whose factors never decrease with the dimension (for longrope: section 3.2's constraint)."""
+MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "longrope", "cma", "gradient", "evolution"})
+"""Methods whose factors never decrease with the dimension (for longrope and the searches: section 3.2's constraint)."""
 
 MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
 MAX_FILE_BYTES = 64 << 20

@@ -190,6 +190,11 @@ class Llama(llama_cpp.Llama):
         return min(int(super().n_ctx()), self._asked_ctx, self._schedule.context)
 
     @property
+    def fast_prefill(self) -> bool:
+        """Whether long prompts are computed by us."""
+        return self._fast is not None
+
+    @property
     def kv_type(self) -> str:
         return self.plan.kv_type
 

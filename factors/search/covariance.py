@@ -8,10 +8,10 @@ is too stiff for is found afterwards by stepping one pair at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
-import cma
 import numpy as np
 
 from ..methods import Array
@@ -54,11 +54,14 @@ class _Curve:
 
 def _curve(start: Start, settings: Covariance) -> Stage:
     """CMA-ES until its share of the budget is spent or its steps are too small to matter."""
+    import cma  # brings matplotlib: not for those who only want to read a schedule
+
     best, left = start.best, start.left
     floor = (1 - settings.share) * left
-    curve = _Curve(start.space, best.genes, settings)
+    curve, chance = _Curve(start.space, best.genes, settings), start.random()
     options = {
-        "seed": int(start.random().integers(1, 2**31)),
+        "seed": math.nan,  # leave numpy's own source of chance alone
+        "randn": lambda *shape: chance.standard_normal(shape),
         "popsize": _population(settings, curve.n_knots + 1, left),
         "tolx": settings.smallest_step / settings.step,
         "verbose": -9,

@@ -56,10 +56,15 @@ class InWorker(Exception):
     """The traceback in the worker: the cause of what is raised here."""
 
 
-def attempt(work: Callable[[], Any]) -> Any:
+def open_recipe(recipe: bytes) -> Any:
+    """The evaluator that a pickled factory makes."""
+    return pickle.loads(recipe)()
+
+
+def attempt(work: Callable[..., Any], *args: Any) -> Any:
     """What `work` returns, or the failure, fit to be sent."""
     try:
-        return work()
+        return work(*args)
     except Exception as error:
         where = traceback.format_exc()
         try:

@@ -19,8 +19,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from ...errors import UserError
-from .crew import Crew, Facts, Failure, Lost, Message, Worker, attempt
+from .crew import Crew, Facts, Failure, Lost, Message, Worker, attempt, open_recipe
 from .protocol import Evaluator, Result, Task
 
 
@@ -72,14 +71,14 @@ class Processes(Crew[_Process]):
         super().__init__(make_evaluator, n_workers)
         self._recipe = pickle.dumps(make_evaluator)  # sent as bytes, so that failing to read them can be reported
 
-    def _start(self) -> _Process:
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self._recipe), name="ropewalk-worker", daemon=True)
         with _interrupts_held_back():
             process.start()
+            self.workers.append(_Process(process, ours))
         theirs.close()  # else its end would not be noticed
-        return _Process(process, ours)
 
     def _send(self, worker: _Process, task: Task) -> None:
         with contextlib.suppress(OSError):  # it has just ended, which `_wait` finds
@@ -138,17 +137,11 @@ def _work(line: Connection, recipe: bytes) -> None:
     """A worker's life: make the evaluator, then a task at a time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is the parent's to decide
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    made = attempt(lambda: pickle.loads(recipe)())
-    if isinstance(made, Failure):
-        line.send(made)
-        return
-    line.send(attempt(lambda: Facts.of(made)))
-    while True:
-        try:
-            task = line.recv()
-        except EOFError:
-            return
-        line.send(attempt(lambda task=task: made.evaluate(task)))
+    evaluator = attempt(open_recipe, recipe)
+    with contextlib.suppress(EOFError, OSError):  # the parent has hung up
+        line.send(evaluator if isinstance(evaluator, Failure) else attempt(Facts.of, evaluator))
+        while True:
+            line.send(attempt(evaluator.evaluate, line.recv()))
 
 
 def _end_with_parent() -> None:

@@ -302,13 +302,13 @@ class _Run:
         return float(losses @ self.weights)
 
     def _losses_of(self, genes: Genes) -> Array:
-        return self._measure([genes], self._all(), self.fidelity)[0]
+        return np.asarray(self._measure([genes], self._all(), self.fidelity)[0])
 
     def _measure(self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity) -> Array:
         """Losses, shape ``(candidates, documents)``; what is no number counts as infinite."""
         found = self._results(candidates, documents, fidelity)
         losses = np.array([[result.loss for result in row] for row in found]).reshape(len(candidates), len(documents))
-        return np.where(np.isnan(losses), np.inf, losses)
+        return np.asarray(np.where(np.isnan(losses), np.inf, losses))
 
     def _results(
         self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity, gradient: bool = False

@@ -16,7 +16,7 @@ import numpy as np
 from ..methods import METHODS, Array, yarn_attention_factor
 from ..schedule import START_TOKENS, Band, Provenance, RopeFacts, ScheduleError
 
-FAST_TURNS = 40
+FAST_TURNS = 64
 """Pairs that turn more often than this within the original context are left alone: there the loss is ragged, since
 at a far position a thousandth of λ is many radians."""
 
