@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .prompt_cache import DEFAULT_SIZE, CacheFolder, CacheSize, open_cache, open_folder
 from .reading_bar import ReadingBar
 
 if TYPE_CHECKING:
     from ..runtime import Llama
     from ..runtime.answer import Answer, Sampling
+    from ..runtime.conversation import Conversation
 
 
 def chat(
@@ -31,6 +33,8 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to get the same answers again.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    prompt_cache: CacheFolder = None,
+    prompt_cache_size: CacheSize = DEFAULT_SIZE,
     as_json: Annotated[bool, typer.Option("--json", help="From a pipe: answer with a JSON object.")] = False,
 ) -> None:
     """Talk with a model, and let it read whole documents: /file PATH; /help lists the other commands.
@@ -45,19 +49,24 @@ def chat(
     question = _piped_question() if piped else ""
     path = model_path(model)
     options = LoadOptions(context=context, kv=kv, schedule=schedule, threads=threads)
+    folder = open_folder(prompt_cache, prompt_cache_size)
 
     from ..runtime.answer import Sampling
+    from ..runtime.conversation import Conversation
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temp, seed=seed)
     if piped:
-        _answer_once(load_model(path, options), system, question, sampling, as_json)
+        llm = load_model(path, options)
+        conversation = Conversation(llm, system, open_cache(llm, folder))
+        _answer_once(conversation, question, sampling, as_json)
     else:
         from .chat_terminal import run
         from .terminal import err
 
         with err.status(f"Loading {path.name}"):
             llm = load_model(path, options)
-        run(llm, system, sampling)
+            cache = open_cache(llm, folder)
+        run(Conversation(llm, system, cache), sampling)
 
 
 def _piped_question() -> str:
@@ -69,10 +78,9 @@ def _piped_question() -> str:
         raise UserError(f"standard input: {error}; expected a question") from None
 
 
-def _answer_once(llm: Llama, system: str, question: str, sampling: Sampling, as_json: bool) -> None:
+def _answer_once(conversation: Conversation, question: str, sampling: Sampling, as_json: bool) -> None:
     """The answer goes to standard output as it is written, or at the end as JSON."""
-    from ..runtime.conversation import Conversation
-
+    llm = conversation.llm
     stream: Any = sys.stdout  # as it is now: a progress bar takes sys.stdout over
     stream.reconfigure(errors="replace")
 
@@ -82,7 +90,7 @@ def _answer_once(llm: Llama, system: str, question: str, sampling: Sampling, as_
             print(text, end="", file=stream, flush=True)
 
     with ReadingBar(llm, "Reading") as bar:
-        answer = Conversation(llm, system).ask(question, sampling, show)
+        answer = conversation.ask(question, sampling, show)
     if answer.ending == "interrupted":
         raise KeyboardInterrupt
     print(json.dumps(_facts(answer, llm), ensure_ascii=False) if as_json else "", file=stream, flush=True)
@@ -94,6 +102,7 @@ def _facts(answer: Answer, llm: Llama) -> dict[str, Any]:
         "ending": answer.ending,
         "tokens": {
             "prompt": answer.prompt_tokens,
+            "read": answer.read_tokens,
             "answer": answer.written_tokens,
             "context": llm.n_ctx(),
         },

@@ -25,15 +25,15 @@ from .reading_bar import ReadingBar
 from .terminal import err, size
 
 if TYPE_CHECKING:
-    from ..runtime import BandChange, Llama
+    from ..runtime import BandChange
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which an answer could take over the terminal."""
 
 
-def run(llm: Llama, system: str, sampling: Sampling) -> None:
+def run(conversation: Conversation, sampling: Sampling) -> None:
     """Converse until Ctrl-D or /exit."""
-    Chat(llm, system, sampling).converse()
+    Chat(conversation, sampling).converse()
 
 
 class Leave(Exception):
@@ -43,14 +43,13 @@ class Leave(Exception):
 class Chat:
     """One conversation at one terminal."""
 
-    def __init__(self, llm: Llama, system: str, sampling: Sampling) -> None:
-        self.llm, self.sampling = llm, sampling
-        self.conversation = Conversation(llm, system)
+    def __init__(self, conversation: Conversation, sampling: Sampling) -> None:
+        self.llm, self.conversation, self.sampling = conversation.llm, conversation, sampling
         self.saved_as = ""
         self.last: Answer | None = None
         self._interruptible = False
         self._changes: list[BandChange] = []
-        llm.on_band_change = self._changes.append
+        self.llm.on_band_change = self._changes.append
 
     def converse(self) -> None:
         prompt = prompt_session(self.status, COMMANDS)
@@ -142,7 +141,7 @@ class Chat:
             text = read_document(path)
         except DocumentError as error:
             raise UserError(f"{path}: {error}") from None
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._used()
         try:
             with ReadingBar(self.llm, f"Reading {path.name}"):
                 n_read = self.conversation.read(path.name, text)
@@ -151,8 +150,12 @@ class Chat:
             return
         seconds = time.perf_counter() - started
         self._say_changes()
-        speed = n_read / seconds
-        say(f"read {path.name}: {n_read:,} tokens in {seconds:.1f} s ({speed:.0f} tokens/s); now ask about it")
+        n_tokens = self._used() - before
+        if n_read < n_tokens / 2:
+            took = f"{n_tokens:,} tokens, {n_tokens - n_read:,} of them read before, in {seconds:.1f} s"
+        else:
+            took = f"{n_read:,} tokens in {seconds:.1f} s ({n_read / seconds:.0f} tokens/s)"
+        say(f"read {path.name}: {took}; now ask about it")
 
     def save(self, argument: str) -> None:
         name = argument or self.saved_as

@@ -25,7 +25,7 @@ class SearchTable:
     def __init__(self) -> None:
         self.curves: dict[int, tuple[list[tuple[float, float]], dict[str, float]]] = {}
         self._rows: list[list[str]] = []
-        self._context = 0
+        self._context, self._spent = 0, 0.0
         self._live = Live(console=err, refresh_per_second=2, transient=True, get_renderable=self._table)
 
     def __enter__(self) -> SearchTable:
@@ -53,11 +53,15 @@ class SearchTable:
         elif isinstance(event, Note):
             self._note(event.text)
         elif isinstance(event, Judging):
+            curve, _ = self.curves[event.context]
+            if event.done == 1 and curve:
+                curve.append((self._spent, curve[-1][1]))  # so that the picture shows how long nothing was gained
             self._rows[-1][1] = f"held-out texts: {event.done} of {event.total} read"
             self._rows[-1][3] = ""
 
     def _progress(self, event: Any) -> None:
         curve, baselines = self.curves[self._context]
+        self._spent = event.evaluations
         if math.isfinite(event.best) and (not curve or event.best < curve[-1][1]):
             curve.append((event.evaluations, event.best))
         baselines.update(event.baselines)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .prompt_cache import DEFAULT_SIZE, CacheFolder, CacheSize, open_cache, open_folder
 
 if TYPE_CHECKING:
     from ..runtime import Llama
@@ -45,6 +46,8 @@ def summarize(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
     temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed, for temperatures above 0.")] = 0,
+    prompt_cache: CacheFolder = None,
+    prompt_cache_size: CacheSize = DEFAULT_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Start the output over, whatever it holds.")] = False,
 ) -> None:
     """Summarise documents; run it again to go on where it was stopped.
@@ -65,13 +68,14 @@ def summarize(
     with _open_output(output, force) as results:
         source = model_path(model)
         job = _Job(files, field, _digest(source, options, settings))
+        folder = open_folder(prompt_cache, prompt_cache_size)
         with _stopping(job, results):
             todo = _survey(job, results)
             if todo:
                 from ..runtime.summary import Summarizer
 
                 llm = load_model(source, options)
-                _work(job, todo, results, llm, Summarizer(llm, settings))
+                _work(job, todo, results, llm, Summarizer(llm, settings, open_cache(llm, folder)))
     _say_what_was_done(job, results)
     if job.n_failed:
         raise typer.Exit(1)

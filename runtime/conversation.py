@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import UserError
 from .answer import Answer, ContextFull, Sampling
+from .prompt_cache import LEAST_TOKENS, PromptCache
 from .template import EXACT_CHARACTERS, ChatTemplate, Message, count_tokens
 
 if TYPE_CHECKING:
@@ -64,12 +66,16 @@ class _Record(BaseModel):
 class Conversation:
     """Questions to one model and its answers.
 
+    Args:
+        system: a message that says how to answer.
+        cache: keeps documents and long questions, so that they are not read again.
+
     Attributes:
         transcript: what has been said so far.
     """
 
-    def __init__(self, llm: Llama, system: str = "") -> None:
-        self.llm = llm
+    def __init__(self, llm: Llama, system: str = "", cache: PromptCache | None = None) -> None:
+        self.llm, self._cache = llm, cache
         self.transcript = Transcript(system=system)
         self._template = ChatTemplate(llm, self.transcript.started)
 
@@ -84,8 +90,11 @@ class Conversation:
         if len(prompt) >= self.llm.n_ctx():
             raise self._full("this question", len(prompt), spare=1)
         answer = Answer(self.llm, prompt, sampling, self._template.stops)
+        seconds = 0.0
         with suppress(KeyboardInterrupt):  # what was written stays, so that it stays in the model's cache too
+            seconds = self._read_long(prompt, answer)
             answer.write(on_text)
+        answer.read_s += seconds
         if answer.text or answer.ending != "interrupted":
             said = messages[1:] if self.transcript.system else messages
             self.transcript = replace(
@@ -95,6 +104,14 @@ class Conversation:
                 n_tokens=answer.prompt_tokens + answer.written_tokens,
             )
         return answer
+
+    def _read_long(self, prompt: list[int], answer: Answer) -> float:
+        """Read a prompt much longer than what was said so far by way of the prompt cache; seconds that took."""
+        if self._cache is None or len(prompt) < self.transcript.n_tokens + LEAST_TOKENS:
+            return 0.0
+        started = time.perf_counter()
+        answer.read_tokens = self._cache.read(prompt[:-1]) + 1  # the last one is left, to begin the answer with
+        return time.perf_counter() - started
 
     def read(self, name: str, text: str) -> int:
         """Let the model read a document that the next question will be about; the number of tokens it has read.
@@ -110,6 +127,10 @@ class Conversation:
         tokens = self._template.opening(transcript.turn())
         self._check_fits(name, len(tokens))
         before = int(self.llm.longest_token_prefix(self.llm.input_ids[: self.llm.n_tokens].tolist(), tokens))
+        if self._cache is not None:
+            n_read = self._cache.read(tokens)
+            self.transcript = replace(transcript, n_tokens=len(tokens))
+            return n_read
         if self.llm.on_progress is not None:
             self.llm.on_progress(0, len(tokens) - before)
         stream = self.llm.generate(tokens, temp=0.0)

@@ -8,13 +8,11 @@ near the base and does not measure them; it costs a tenth or less.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import llama_cpp
 import numpy as np
 
 from ..container import read_header, trained_schedule
@@ -25,6 +23,7 @@ from .llama import Llama
 from .losses import Losses
 from .probes import Probe, digest
 from .results import model_digest
+from .session import state_of
 
 if TYPE_CHECKING:
     from .torch_evaluator import TorchEvaluator
@@ -62,6 +61,11 @@ class EvaluatorSpec:
         parts = (model_digest(self.model), digest(self.probes), base, self.kind, self.window, self.kv)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How much each probe counts: all the same."""
+        return (1.0,) * len(self.probes)
+
     def __call__(self) -> LlamaEvaluator | TorchEvaluator:
         """Load the model.
 
@@ -87,7 +91,7 @@ class LlamaEvaluator:
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         self._spec, self.key = spec, spec.key
-        self.weights = [1.0] * len(spec.probes)
+        self.weights = spec.weights
         self._facts = trained_schedule(read_header(spec.model)).facts
         longest = max(len(probe.tokens) for probe in spec.probes)
         self._llm = Llama(
@@ -152,15 +156,7 @@ class LlamaEvaluator:
     def _keep(self, document: int) -> None:
         llm, n = self._llm, len(self._spec.probes[document].tokens) - self._spec.window
         llm.n_tokens = n
-        llm._ctx.kv_cache_seq_rm(-1, n, -1)
-        n_bytes = llama_cpp.llama_state_seq_get_size(llm._ctx.ctx, 0)
-        state = np.empty(n_bytes, dtype=np.uint8)
-        written = llama_cpp.llama_state_seq_get_data(
-            llm._ctx.ctx, state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), n_bytes, 0
-        )
-        if written != n_bytes:
-            raise RuntimeError(f"llama.cpp wrote {written} of {n_bytes} bytes of its state")
-        self._states[document] = state
+        self._states[document] = state_of(llm)
 
 
 def faster(spec: EvaluatorSpec, n_tokens: int = TRIAL_TOKENS) -> tuple[Kind, dict[Kind, float]]:

@@ -1,92 +1,150 @@
 """A sequence on disk: its tokens, keys and values, and the band they are in.
 
-One safetensors file, written beside and renamed. A digest of the contents is checked before llama.cpp sees a byte, and
-the model, the cache types and the rotary facts must be those it was saved with.
+One safetensors file, written beside and renamed. Nothing in it is trusted: what it says of itself, its lengths and its
+tokens must suit the model before memory is spent on it, and a digest of the contents is checked before llama.cpp sees a
+byte.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..errors import UserError
-from ..factors import Band, check_matches
+from ..factors import Band, RopeFacts, Schedule, check_matches
+
+try:
+    import fcntl
+except ImportError:  # Windows: a file that is open cannot be removed there, which serves as well as a lock
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 FORMAT = "ropewalk-session-1"
 
+PIECE_BYTES = 16 << 20  # written and hashed at a time, so that Ctrl-C is heard in between
+SPARE_BYTES = 1 << 20  # of a state, beside the cells
+RECURRENT_BYTES = 1 << 30  # of a state, where layers keep something of another kind than cells
 
-def save(llm: Llama, path: str | os.PathLike[str]) -> None:
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+State = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class DamagedSession(UserError):
+    """A file that no model can take up: torn, spoilt, or never a session."""
+
+
+def save(llm: Llama, path: str | os.PathLike[str], *, sync: bool = True) -> None:
     """Write the sequence that `llm` has in its cache.
+
+    Args:
+        sync: wait until it is on the disk, so that it survives a power cut.
 
     Raises:
         UserError: the place cannot be written to; what was there before stays.
     """
-    n_bytes = llama_cpp.llama_state_seq_get_size(llm._ctx.ctx, 0)
+    tokens, state = _tokens_of(llm), state_of(llm)
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            with part.open("xb") as file:
+                with suppress(OSError):  # some file systems know no locks
+                    lock(file)
+                _write(file, _head(llm, len(tokens), state.nbytes, _digest(tokens, state)), tokens, state)
+                if sync:
+                    os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()
+                part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the session: {error.strerror or error}") from None
+
+
+def size(llm: Llama) -> int:
+    """Bytes of the file that `save` would write."""
+    n_tokens, n_bytes = int(llm.n_tokens), _state_bytes(llm)
+    return len(_head(llm, n_tokens, n_bytes, "0" * 64)) + 4 * n_tokens + n_bytes
+
+
+def lock(file: IO[bytes]) -> None:
+    """Mark a file as being written, until it is closed or this process ends.
+
+    Raises:
+        OSError: another process has marked it, or the file system knows no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def state_of(llm: Llama) -> State:
+    """The keys and values that `llm` has in its cache, as llama.cpp serialises them; `Llama.restore` takes them."""
+    n_bytes = _state_bytes(llm)
     state = np.empty(n_bytes, dtype=np.uint8)
-    buffer = (ctypes.c_uint8 * n_bytes).from_buffer(state)
+    buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     written = llama_cpp.llama_state_seq_get_data(llm._ctx.ctx, buffer, n_bytes, 0)
     if written != n_bytes:
         raise RuntimeError(f"llama.cpp wrote {written} of {n_bytes} bytes of its state")
-    tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
-    facts = {
-        "format": FORMAT,
-        "model": model_key(llm),
-        "kv_type": llm.kv_type,
-        "band": llm.band.model_dump_json(),
-        "facts": llm.schedule.facts.model_dump_json(),
-        "digest": _digest(tokens, state),
-    }
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            save_file({"tokens": tokens, "state": state}, part, metadata=facts)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot write the session: {getattr(error, 'strerror', None) or error}") from None
+    return state
 
 
 def load(llm: Llama, path: str | os.PathLike[str]) -> None:
     """Put a saved sequence into the cache of `llm`, turned to the band that holds it there.
 
     Raises:
-        UserError: no such file, a torn or foreign one, or one of another model, cache type or longer context; the
-            sequence in the cache stays as it was then.
+        UserError: no such file, or one of another model, cache type or longer context; the sequence in the cache stays
+            as it was then.
+        DamagedSession: a torn or foreign file; the same, but that the cache is empty where llama.cpp itself refused it.
     """
+    with _opened(path) as file:
+        facts = file.metadata() or {}
+        band = _band(llm, path, facts)
+        n_tokens, n_bytes = _length(file, "tokens", "I32"), _length(file, "state", "U8")
+        if n_tokens > llm.n_ctx():
+            raise UserError(f"{path}: {n_tokens:,} tokens are more than the context of {llm.n_ctx():,}")
+        if n_bytes > _most_bytes(llm, n_tokens):
+            raise DamagedSession(f"{path}: {n_bytes:,} bytes of state are more than {n_tokens:,} tokens have")
+        tokens, state = file.get_tensor("tokens"), file.get_tensor("state")
+    if _digest(tokens, state) != facts.get("digest"):
+        raise DamagedSession(f"{path}: the session is damaged (its digest does not match)")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < llm.n_vocab():
+        raise DamagedSession(f"{path}: tokens outside of the model's vocabulary of {llm.n_vocab():,}")
     try:
-        with safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != FORMAT:
-                raise UserError(f"{path}: not a ropewalk session (format {facts.get('format')!r}, expected {FORMAT!r})")
-            for key, ours in (("model", model_key(llm)), ("kv_type", llm.kv_type)):
-                if facts.get(key) != ours:
-                    raise UserError(f"{path}: saved with {key} {facts.get(key)!r}, expected {ours!r}")
-            tokens, state = file.get_tensor("tokens"), file.get_tensor("state")
-        band = Band.model_validate_json(facts.get("band", ""))
-        check_matches(llm.schedule, type(llm.schedule.facts).model_validate_json(facts.get("facts", "")), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the session: {error.strerror or error}") from None
-    except (SafetensorError, ValidationError) as error:
-        raise UserError(f"{path}: not a whole ropewalk session: {str(error).splitlines()[0]}") from None
-    if tokens.dtype != np.int32 or state.dtype != np.uint8 or _digest(tokens, state) != facts.get("digest"):
-        raise UserError(f"{path}: the session is damaged (its digest does not match)")
-    if len(tokens) > llm.n_ctx():
-        raise UserError(f"{path}: {len(tokens):,} tokens are more than the context of {llm.n_ctx():,}")
-    llm.restore(tokens, state, band)
+        llm.restore(tokens, state, band)
+        _check_positions(llm)
+    except RuntimeError as error:
+        llm.reset()
+        raise DamagedSession(f"{path}: {error}") from None
+
+
+def load_tokens(path: str | os.PathLike[str], most: int) -> Tokens:
+    """The tokens of a saved sequence, shape ``(n,)``, without reading its state; unchecked but for their number.
+
+    Raises:
+        UserError: no such file, or more than `most` tokens.
+        DamagedSession: a torn or foreign file.
+    """
+    with _opened(path) as file:
+        n_tokens = _length(file, "tokens", "I32")
+        if n_tokens > most:
+            raise UserError(f"{path}: {n_tokens:,} tokens, expected at most {most:,}")
+        tokens: Tokens = file.get_tensor("tokens")
+        return tokens
 
 
 def model_key(llm: Llama) -> str:
@@ -96,7 +154,107 @@ def model_key(llm: Llama) -> str:
     return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
 
 
-def _digest(tokens: np.ndarray, state: np.ndarray) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(tokens).data)
-    digest.update(np.ascontiguousarray(state).data)
+# --- the file
+
+
+def _head(llm: Llama, n_tokens: int, n_bytes: int, digest: str) -> bytes:
+    """A safetensors file up to its first tensor."""
+    facts = {
+        "format": FORMAT,
+        "model": model_key(llm),
+        "kv_type": llm.kv_type,
+        "band": llm.band.model_dump_json(),
+        "facts": llm.schedule.facts.model_dump_json(),
+        "digest": digest,
+    }
+    end = 4 * n_tokens
+    tensors = {
+        "tokens": {"dtype": "I32", "shape": [n_tokens], "data_offsets": [0, end]},
+        "state": {"dtype": "U8", "shape": [n_bytes], "data_offsets": [end, end + n_bytes]},
+    }
+    text = json.dumps({"__metadata__": facts, **tensors}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: IO[bytes], head: bytes, tokens: Tokens, state: State) -> None:
+    file.write(head)
+    for piece in _pieces(tokens, state):
+        file.write(piece)
+    file.flush()
+
+
+def _digest(tokens: Tokens, state: State) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(tokens, state):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(tokens: Tokens, state: State) -> Iterator[memoryview]:
+    """The bytes of both, one after the other."""
+    for array in (np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8), state):
+        for start in range(0, len(array), PIECE_BYTES):
+            yield array[start : start + PIECE_BYTES].data
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The file, open; what is wrong with it becomes a line."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the session: {error.strerror or error}") from None
+    except (SafetensorError, ValidationError) as error:
+        raise DamagedSession(f"{path}: not a whole ropewalk session: {str(error).splitlines()[0]}") from None
+
+
+def _length(file: Any, name: str, dtype: str) -> int:
+    """Of a tensor in the file, which must be a row of `dtype`."""
+    tensor = file.get_slice(name)
+    shape = tensor.get_shape()
+    if tensor.get_dtype() != dtype or len(shape) != 1:
+        raise SafetensorError(f"{name}: {tensor.get_dtype()} of shape {shape}, expected a row of {dtype}")
+    return int(shape[0])
+
+
+# --- what it must suit
+
+
+def _band(llm: Llama, path: str | os.PathLike[str], facts: dict[str, str]) -> Band:
+    """The band that the saved keys are in, once everything that the file says of itself suits `llm`."""
+    if facts.get("format") != FORMAT:
+        raise DamagedSession(f"{path}: not a ropewalk session (format {facts.get('format')!r}, expected {FORMAT!r})")
+    for key, ours in (("model", model_key(llm)), ("kv_type", llm.kv_type)):
+        if facts.get(key) != ours:
+            raise UserError(f"{path}: saved with {key} {facts.get(key)!r}, expected {ours!r}")
+    check_matches(llm.schedule, RopeFacts.model_validate_json(facts.get("facts", "")), str(path))
+    band = Band.model_validate_json(facts.get("band", ""))
+    Schedule(facts=llm.schedule.facts, bands=(band,))  # has as many factors as the model
+    if band not in llm.schedule.bands and llm._rope is None:
+        raise UserError(f"{path}: saved in a band that this model has not, and cannot be turned to")
+    return band
+
+
+def _most_bytes(llm: Llama, n_tokens: int) -> int:
+    """More than the state of so many tokens can have, by a factor of two, as architectures differ."""
+    spare = RECURRENT_BYTES if llm._is_recurrent or llm._is_hybrid else SPARE_BYTES
+    return 2 * llm.cache_bytes * n_tokens // llm.plan.n_ctx + 64 * n_tokens + spare
+
+
+def _check_positions(llm: Llama) -> None:
+    """Refuse a state that has other positions than its tokens."""
+    last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm._ctx.ctx), 0)
+    if last != llm.n_tokens - 1:
+        raise RuntimeError(f"the state ends at position {last}, expected {llm.n_tokens - 1}")
+
+
+def _tokens_of(llm: Llama) -> Tokens:
+    tokens: Tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
+    return tokens
+
+
+def _state_bytes(llm: Llama) -> int:
+    llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # what was rolled back is no part of it
+    return int(llama_cpp.llama_state_seq_get_size(llm._ctx.ctx, 0))

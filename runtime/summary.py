@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..factors import Band
 from .answer import Answer, Sampling
+from .prompt_cache import PromptCache
 from .template import ChatTemplate, Message, count_tokens
 
 if TYPE_CHECKING:
@@ -74,13 +76,14 @@ class Summarizer:
 
     Args:
         settings: what is asked of the model, and how.
+        cache: keeps documents, so that another question to one does not read it again.
 
     Raises:
         UserError: the context is too small to work in, or the model's chat template does not work.
     """
 
-    def __init__(self, llm: Llama, settings: SummarySettings | None = None) -> None:
-        self._llm, self._settings = llm, settings or SummarySettings()
+    def __init__(self, llm: Llama, settings: SummarySettings | None = None, cache: PromptCache | None = None) -> None:
+        self._llm, self._settings, self._cache = llm, settings or SummarySettings(), cache
         self._template = ChatTemplate(llm, ANY_DAY)
         self._room = llm.n_ctx() - len(self._prompt("")) - SPARE
         if self._room < LEAST_ROOM:
@@ -108,7 +111,7 @@ class Summarizer:
             texts = [text for text in texts if text]  # of some part there may be nothing to say
             groups = self._groups(texts, capacity)
             last = len(groups) <= 1
-            texts = [self._answer(group, last, run, None) for group in groups] or [""]
+            texts = [self._answer(group, last, run, None, is_document=False) for group in groups] or [""]
         if not texts[0]:
             raise EmptySummary("the model wrote no summary")
         return Summary(
@@ -123,20 +126,34 @@ class Summarizer:
             write_s=run.write_s,
         )
 
-    def _answer(self, text: str, last: bool, run: _Run, report: Callable[[int, int], None] | None) -> str:
-        settings = self._settings
+    def _answer(
+        self, text: str, last: bool, run: _Run, report: Callable[[int, int], None] | None, *, is_document: bool = True
+    ) -> str:
+        settings, llm = self._settings, self._llm
         budget = settings.max_tokens if last else self._part_budget
         sampling = Sampling(max_tokens=budget, temperature=settings.temperature, seed=settings.seed)
-        self._llm.reset()
-        answer = Answer(self._llm, self._prompt(text), sampling, self._template.stops)
-        before = self._llm.on_progress
-        self._llm.on_progress = report or before
+        llm.reset()
+        prompt = self._prompt(text)
+        before = llm.on_progress
+        llm.on_progress = report or before
         try:
+            if self._cache is not None and is_document:
+                self._read_document(self._cache, text, prompt, run)
+                llm.on_progress = None  # what is left is the question
+            answer = Answer(llm, prompt, sampling, self._template.stops)
             answer.write()
         finally:
-            self._llm.on_progress = before
-        run.add(answer, self._llm.band_index)
+            llm.on_progress = before
+        run.add(answer, llm.band_index)
         return _whole_sentences(answer.text.strip()) if answer.ending == "length" else answer.text.strip()
+
+    def _read_document(self, cache: PromptCache, text: str, prompt: list[int], run: _Run) -> None:
+        """Have what is the same for any question read by itself, so that it can be kept."""
+        started = time.perf_counter()
+        opening = self._template.opening([Message("user", text.lstrip())])
+        shared = self._llm.longest_token_prefix(opening, prompt)
+        run.read_tokens += cache.read(prompt[:shared])
+        run.read_s += time.perf_counter() - started
 
     def _prompt(self, text: str) -> list[int]:
         return self._template.tokens([Message("user", f"{text}\n\n{self._settings.prompt}".strip())])

@@ -30,7 +30,7 @@ class TorchEvaluator:
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         self._spec, self.key = spec, spec.key
-        self.weights = [1.0] * len(spec.probes)
+        self.weights = spec.weights
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_torch_model(spec.model, device=device, threads=spec.threads)
         self._windows = [probe.last(spec.window) for probe in spec.probes]

@@ -159,7 +159,7 @@ class Crew(ABC, Generic[W]):
                 self._hand_out(waiting)  # before the caller takes its time over the results
                 yield from results
         except BaseException:
-            self.close()
+            self._dismiss(list(self.workers))
             raise
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class Crew(ABC, Generic[W]):
                 self._hire(1)
                 self._messages()
         except BaseException:
-            self.close()
+            self._dismiss(list(self.workers))
             raise
         return self._facts
 

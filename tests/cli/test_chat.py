@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pydoc_data.topics
 import re
 import select
 import signal
@@ -13,12 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 COMMAND = [sys.executable, "-c", "from ropewalk.cli.main import main; main()", "chat"]
 FAST = ["--context", "1024", "--temp", "0", "--threads", "1"]
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
+
+LONG_TEXT = pydoc_data.topics.topics["with"]  # some 800 tokens
 
 TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
 
@@ -72,6 +76,51 @@ def test_mistakes_in_a_pipe(pipe: Pipe, stdin: bytes, arguments: list[str], word
     assert done.stderr.decode().startswith(f"ropewalk: {words}") and done.stderr.count(b"\n") == 1
 
 
+def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:
+    def ask(question: str, *more: str) -> dict[str, Any]:
+        arguments = ("--max-tokens", "8", "--json", "--prompt-cache", "prompts", *more)
+        done = pipe(f"{LONG_TEXT}\n\n{question}".encode(), *arguments)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return dict(json.loads(done.stdout))
+
+    first = ask("What is a context manager?")
+    assert first["tokens"]["read"] == first["tokens"]["prompt"] > 512
+    again = ask("What is a context manager?")
+    assert again["tokens"]["read"] == 1 and again["answer"] == first["answer"]
+    assert ask("What is a suite?")["tokens"]["read"] < 40
+    assert ask("What is a suite?", "--kv", "q8_0", "--prompt-cache-size", "1MB")["tokens"]["read"] > 512
+    assert len(list((tmp_path / "prompts").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt-cache", "file"], "file: is no folder"),
+        (["--prompt-cache", "/proc/ropewalk"], "/proc/ropewalk: cannot keep prompts there: "),
+        (["--prompt-cache", "p", "--prompt-cache-size", "much"], "--prompt-cache-size: 'much', expected a size like"),
+        (["--prompt-cache", "p", "--prompt-cache-size", "-1"], "--prompt-cache-size: '-1'"),
+        (["--prompt-cache", "p", "--prompt-cache-size", "0"], "--prompt-cache-size: '0'"),
+    ],
+)
+def test_mistakes_about_the_prompt_cache(pipe: Pipe, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = pipe(b"hello", *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().startswith(f"ropewalk: {words}") and done.stderr.count(b"\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("500MB", 500_000_000), ("2GiB", 2 << 30), ("4g", 4 * 10**9), ("1.5 KiB", 1536), ("700", 700), ("1tb", 10**12)],
+)
+def test_sizes_as_people_write_them(tmp_path: Path, text: str, n_bytes: int) -> None:
+    from ropewalk.cli.prompt_cache import open_folder
+
+    folder = open_folder(tmp_path, text)
+    assert folder is not None and folder.limit_bytes == n_bytes
+
+
 def test_no_such_model(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "missing.gguf"], input=b"hello", cwd=tmp_path, capture_output=True)
     assert done.returncode == 2
@@ -81,7 +130,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 class Terminal:
     """A chat at a pseudo terminal: what it shows, and keys to press."""
 
-    def __init__(self, model: Path, home: Path) -> None:
+    def __init__(self, model: Path, home: Path, *arguments: str) -> None:
         self.shown = ""
         self._mark = 0
         self.pid, self._fd = pty.fork()
@@ -89,7 +138,7 @@ class Terminal:
             os.chdir(home)
             places = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("STATE", "CACHE", "DATA", "CONFIG")}
             environment = {**os.environ, **places, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-            command = [*COMMAND, str(model), *FAST, "--max-tokens", "300"]
+            command = [*COMMAND, str(model), *FAST, "--max-tokens", "300", *arguments]
             os.execve(sys.executable, command, environment)
 
     def press(self, keys: str) -> None:
@@ -210,3 +259,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.press("\x04")
     assert terminal.leave() == 0
     assert "Traceback" not in terminal.shown
+
+
+def test_a_file_that_was_read_in_another_chat_is_not_read_again(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "with.txt").write_text(LONG_TEXT[:2600])  # some 650 tokens
+    for shown in (r"read with.txt: \d+ tokens in", r"read with.txt: (\d+) tokens, \1 of them read before, in"):
+        terminal = Terminal(smollm2, tmp_path, "--prompt-cache", "prompts")
+        try:
+            terminal.see(r"0/1,024 tokens")
+            terminal.enter("/file with.txt")
+            terminal.see(shown, 60)
+            terminal.enter("/exit")
+            assert terminal.leave() == 0
+        finally:
+            terminal.close()
+    assert len(list((tmp_path / "prompts").iterdir())) == 1

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pydoc_data.topics
 import signal
 import subprocess
 import sys
@@ -158,6 +159,25 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path, model: list[str], ru
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
+def test_another_question_to_a_document_does_not_read_it_again(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "with.txt").write_text(pydoc_data.topics.topics["with"])  # some 800 tokens
+
+    def ask(output: str, question: str) -> dict[str, Any]:
+        options = ["--max-tokens", "16", "--context", "1024", "--threads", "1", "--prompt-cache", "prompts"]
+        done = run("with.txt", "-o", output, "--prompt", question, *options, fast=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return records(tmp_path / output)[-1]
+
+    first = ask("out.jsonl", "What is a suite?")
+    second = ask("out.jsonl", "What is a context manager?")
+    assert second["timings"]["read_s"] < first["timings"]["read_s"] / 3
+    (kept,) = (tmp_path / "prompts").iterdir()
+    again = ask("again.jsonl", "What is a suite?")
+    assert again["summary"] == first["summary"] != second["summary"]
+    kept.write_bytes(kept.read_bytes()[:-1])  # torn
+    assert ask("torn.jsonl", "What is a suite?")["summary"] == first["summary"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(tmp_path: Path, model: list[str], number: signal.Signals, code: int) -> None:
     lines = [json.dumps({"text": f"{BRIDGE} That was in {1990 + i}."}) for i in range(200)]
@@ -227,6 +247,8 @@ def test_the_bundled_model_made_long_is_the_default(tmp_path: Path, smollm2: Pat
         ("a.txt -o o -m notes", "notes: "),
         ("a.txt -o o --schedule schedule.json", "schedule.json: "),
         ("a.txt -o o --prompt=", "--prompt: empty"),
+        ("a.txt -o o --prompt-cache notes", "notes: is no folder"),
+        ("a.txt -o o --prompt-cache p --prompt-cache-size 4XB", "--prompt-cache-size: '4XB'"),
         ("a.txt -o o --kv q9_9", "kv: 'q9_9'"),
         ("a.txt -o o --context 64", "a context of 64 tokens is too small"),
         ("a.txt -o o --context 40000", "n_ctx: 40,000 tokens"),

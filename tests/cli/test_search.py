@@ -1,0 +1,127 @@
+"""`ropewalk search`: a whole search on a small model, killed and gone on with, and judged on other texts."""
+
+import json
+import os
+import pydoc_data.topics
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ropewalk import read_schedule
+
+TOPICS = "\n\n".join(pydoc_data.topics.topics.values())
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "ropewalk", "search", *map(str, arguments)]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama, tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("search") / "tiny.gguf", context_length=256, n_layer=1)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(TOPICS[i * 50_000 : i * 50_000 + 5_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(tiny, texts):
+    return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--documents", 2, "--window", 64, "--threads", 1]
+
+
+def test_what_is_found_is_written_embedded_and_judged(options, tiny, tmp_path):
+    schedule, picture = tmp_path / "s.json", tmp_path / "s.png"
+    done = run(*options, "-o", schedule, "--plot", picture, "--objective", "tail+0.5*needle", "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    facts = json.loads(done.stdout)
+    (band,) = facts["bands"]
+    found = read_schedule(schedule)
+    assert [b.context for b in found.bands] == [256, 512] and set(found.bands[0].rescale_factors) == {1.0}
+    assert list(found.bands[1].rescale_factors) == band["rescale_factors"] == sorted(band["rescale_factors"])
+    assert found.bands[1].found.objective == "tail+0.5*needle" and found.bands[1].found.data_digest
+    assert band["evaluations"] <= 14 and band["searched_loss"] <= band["searched_loss_yarn"]
+    held = band["held_out"]
+    assert held["low"] <= held["difference"] <= held["high"] and held["is_better"] == (held["high"] < 0)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    long = tmp_path / "long.gguf"
+    convert = [sys.executable, "-m", "ropewalk", "convert", str(tiny), str(long), "--schedule", str(schedule)]
+    assert subprocess.run(convert, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("algorithm", ["cma", "gradient"])
+def test_killed_at_any_moment_it_ends_with_the_same_schedule(options, tmp_path, algorithm):
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    more = ["--algorithm", algorithm, "--evaluator", "torch", "--seed", 4]
+    assert run(*options, *more, "-o", whole).returncode == 0
+    chance, kills = random.Random(0), 0
+    while True:
+        job = subprocess.Popen(command(*options, *more, "-o", killed), stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(3.5, 6))
+        if kills >= 2 or job.poll() is not None:
+            break
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        kills += 1
+    assert job.wait() == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    again = run(*options, *more, "-o", killed)  # all is known
+    assert again.returncode == 0 and killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_human_is_told_plainly(options, tmp_path):
+    done = run(*options, "-o", tmp_path / "s.json")
+    first, *rest = done.stdout.splitlines()
+    assert re.match(
+        r"up to 512 tokens: λ [\d.]+ to [\d.]+, (n̂ \d+, )?attention × [\d.]+ \((cma|yarn)\); [\d.]+ eval", first
+    )
+    assert rest[-1].endswith("s.json") and ("held out" in rest[1] or "YaRN's" in rest[0])
+
+
+def test_two_workers_find_the_same(options, tmp_path):
+    for workers in (1, 2):
+        more = ["--workers", workers, "--evaluator", "llama", "-o", tmp_path / f"{workers}.json"]
+        assert run(*options, *more).returncode == 0
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+
+
+def test_mistakes_are_one_line(options, tiny, texts, tmp_path):
+    out = ["-o", tmp_path / "s.json"]
+    model, *rest = options
+    cases = [
+        ([model, *rest], "-o: missing"),
+        ([model, *rest, *out, "--budget", "soon"], "--budget: 'soon', expected a time like 45m"),
+        ([model, *rest, *out, "--budget", "2"], "budget: 2 evaluations, expected at least"),
+        ([model, *rest, *out, "--algorithm", "magic"], "--algorithm: 'magic', expected one of cma"),
+        ([model, *rest, *out, "--objective", "magic"], "objective: 'magic', expected tail"),
+        ([model, *rest, *out, "--engine", "moon"], "--engine: 'moon', expected one of local, ray"),
+        ([model, *rest, *out, "--ray-address", "x:1"], "--ray-address: has no meaning without --engine ray"),
+        ([model, *rest, *out, "--algorithm", "gradient", "--evaluator", "llama"], "llama has no gradients"),
+        ([model, *rest, *out, "--context", "200"], "expected more than the 256"),
+        ([model, *rest, *out, "--bands", "100,512"], "expected rising numbers above the 256"),
+        ([model, *rest, *out, "--bands", "8192", "--budget", "50"], "too few for"),
+        ([tmp_path / "none.gguf", *rest, *out], "none.gguf"),
+    ]
+    for arguments, message in cases:
+        failed = run(*arguments)
+        assert failed.returncode == 2 and message in failed.stderr, (arguments, failed.stderr)
+        assert failed.stderr.startswith("ropewalk: ") and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_the_journal_of_another_search_is_refused(options, tmp_path):
+    assert run(*options, "-o", tmp_path / "s.json").returncode == 0
+    failed = run(*options, "-o", tmp_path / "s.json", "--seed", 9)
+    assert failed.returncode == 2 and "the journal of another search" in failed.stderr

@@ -1,0 +1,453 @@
+"""The parts of a search by themselves: its space, its generator of candidates, its race and its journal."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from ropewalk import UserError
+from ropewalk.factors import START_TOKENS, Band, RopeFacts, native_band, ntk, pi, yarn, yarn_attention_factor
+from ropewalk.factors.search import Budget, Evolution, Genes, Journal, Racing, Result, Settings, Space, Task, band_key
+from ropewalk.factors.search.algorithm import Answer, Score, Start
+from ropewalk.factors.search.evolution import search as evolve
+from ropewalk.factors.search.journal import digest_of, entry_of
+from ropewalk.factors.search.race import race
+from ropewalk.factors.search.space import FAST_TURNS, non_decreasing
+
+FACTS = RopeFacts(n_rot=64, freq_base=100000.0, original_context=8192)
+SPACE = Space(FACTS, native_band(FACTS), 32768)
+SMALL = Space(
+    RopeFacts(n_rot=14, freq_base=10000.0, original_context=64), Band(context=64, rescale_factors=[1] * 7), 256
+)
+
+
+# --- space
+
+
+def nearest_by_trying_all(values, low, high):
+    """Least squares over every way to cut the values into stretches that are constant."""
+    best = None
+    for cuts in itertools.product([False, True], repeat=len(values) - 1):
+        stretches = np.split(values, np.flatnonzero(cuts) + 1)
+        level = np.concatenate([np.full(len(part), np.clip(part.mean(), low, high)) for part in stretches])
+        if np.all(np.diff(level) >= 0) and (
+            best is None or np.sum((level - values) ** 2) < np.sum((best - values) ** 2)
+        ):
+            best = level
+    return best
+
+
+@pytest.mark.parametrize("fixed", [0, 1, 3])
+def test_projection_is_the_nearest_within_bounds(fixed):
+    space = replace(SMALL, fixed_pairs=fixed)
+    chance = np.random.default_rng(fixed)
+    expected_fixed = np.log(yarn(14, 4.0, 10000.0, 64))[:fixed]
+    floor = max(expected_fixed[-1], 0) if fixed else 0.0
+    for _ in range(60):
+        values = chance.normal(0.7, 0.8, 7)
+        genes = space.project(Genes(tuple(values), 3, float(chance.uniform(0.5, 2))))
+        found = np.array(genes.log_factors)
+        np.testing.assert_allclose(found[:fixed], expected_fixed)
+        np.testing.assert_allclose(found[fixed:], nearest_by_trying_all(values[fixed:], floor, math.log(5)), atol=1e-12)
+        assert np.all(np.diff(found) >= 0) and found[-1] <= math.log(1.25 * 4) and found[0] >= 0
+        assert genes.start_tokens in (2, 4) and 1 <= genes.attention_factor <= 2 * yarn_attention_factor(4) - 1
+        again = space.project(genes)
+        np.testing.assert_allclose(again.log_factors, genes.log_factors, atol=1e-15)
+        assert (again.start_tokens, again.attention_factor) == (genes.start_tokens, genes.attention_factor)
+
+
+def test_non_decreasing_moves_both_sides_of_a_violation():
+    np.testing.assert_allclose(non_decreasing(np.array([3.0, 1.0, 2.0, 7.0, 5.0])), [2, 2, 2, 6, 6])
+
+
+def test_closed_forms_are_as_they_are_and_seeds_within_the_space():
+    forms = {"pi": (pi(64, 4), 1.0), "ntk": (ntk(64, 4), 1.0)}
+    forms["yarn"] = (yarn(64, 4, 100000.0, 8192), yarn_attention_factor(4))
+    for method, (factors, attention) in forms.items():
+        genes = SPACE.closed_form(method)
+        np.testing.assert_allclose(np.exp(genes.log_factors), factors)
+        assert (genes.start_tokens, genes.attention_factor) == (0, attention)
+        seed = SPACE.seed(method)
+        assert seed == SPACE.project(seed)
+        np.testing.assert_allclose(np.exp(seed.log_factors[SPACE.n_fixed :]), factors[SPACE.n_fixed :])
+    assert SPACE.seed("yarn") == SPACE.closed_form("yarn")  # it is in the space as it is
+
+
+def test_pairs_that_turn_often_are_not_searched():
+    turns = 8192 / (2 * np.pi * 100000.0 ** (np.arange(32) / 32))
+    assert SPACE.n_fixed == np.sum(turns > FAST_TURNS) > 0
+    assert replace(SPACE, fixed_pairs=0).n_fixed == 0
+    fast = RopeFacts(n_rot=4, freq_base=2.0, original_context=1 << 20)
+    assert Space(fast, native_band(fast), 1 << 21).n_fixed == 1  # never all of them
+
+
+def test_a_band_composes_onto_the_one_that_is_extended():
+    factors = tuple(np.linspace(1, 6, 32))
+    onto = Band(context=16384, rescale_factors=factors, start_tokens=7, force_start_tokens=True, attention_factor=1.1)
+    space = Space(FACTS, onto, 32768)
+    assert space.scale == 2 and 7 in space.start_token_choices
+    band = space.band(space.seed("yarn"))
+    assert (band.context, band.start_tokens) == (32768, 7)
+    np.testing.assert_allclose(band.rescale_factors, yarn(64, 2, 100000.0, 16384) * factors, rtol=1e-8)
+    assert band.attention_factor == pytest.approx(1.1 * yarn_attention_factor(2))
+    assert space.onto_method == "unknown" and SPACE.onto_method is None
+
+
+def test_band_and_genes_round_trip():
+    chance = np.random.default_rng(0)
+    onto = SPACE.band(SPACE.seed("yarn"))
+    for space in (SPACE, Space(FACTS, onto, 65536)):
+        for _ in range(20):
+            moved = space.moved(space.seed("ntk"), chance.normal(0, 0.1, 32 - space.n_fixed), 0.03)
+            genes = replace(moved, start_tokens=int(chance.choice(START_TOKENS)))
+            back = space.genes(space.band(genes))
+            np.testing.assert_allclose(back.log_factors, genes.log_factors, atol=2e-9)
+            assert back.start_tokens == genes.start_tokens
+            assert back.attention_factor == pytest.approx(genes.attention_factor)
+            assert band_key(space.band(back)) == band_key(space.band(genes))
+
+
+def test_a_bands_name_is_of_all_that_a_loss_depends_on():
+    band = SPACE.band(SPACE.seed("yarn"))
+    factors = np.array(band.rescale_factors)
+    others = [
+        {"context": 40000},
+        {"start_tokens": 4},
+        {"attention_factor": band.attention_factor + 2e-6},
+        {"rescale_factors": tuple(factors + 2e-6 * (np.arange(32) == 31))},
+    ]
+    names = {band_key(band), *(band_key(band.model_copy(update=other)) for other in others)}
+    assert len(names) == 5
+    assert band_key(band.model_copy(update={"rescale_factors": tuple(factors + 1e-10)})) == band_key(band)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"onto": Band(context=8192, rescale_factors=[1, 1])}, r"rescale_factors: 2 numbers, expected n_rot/2 = 32"),
+        ({"context": 4096}, "context: 4096, expected at least 8192"),
+        ({"fixed_pairs": 32}, "fixed pairs: 32, expected 0 to 31"),
+        ({"fixed_pairs": -1}, "fixed pairs: -1"),
+        ({"headroom": 0.9}, r"headroom: 0\.9, expected"),
+        ({"headroom": math.nan}, "headroom: nan"),
+        ({"attention_range": (0.0, 1.0)}, "attention range: 0 to 1"),
+        ({"attention_range": (1.2, 1.1)}, r"attention range: 1\.2 to 1\.1"),
+        ({"start_tokens": (0, 5)}, "start tokens: 5, expected some of 0, 1, 2"),
+    ],
+)
+def test_bad_spaces_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        replace(SPACE, **values)
+
+
+# --- evolution
+
+
+TARGET = np.array(replace(SPACE, fixed_pairs=1).seed("yarn").log_factors) * 1.15
+
+
+def hill(genes):
+    """A smooth loss: least at a curve a little above YaRN's, with 16 start tokens."""
+    return 3 + np.mean((np.array(genes.log_factors) - TARGET) ** 2) + 0.01 * abs(genes.start_tokens - 16) / 256
+
+
+def drive(loss=hill, seed=0, space=None, extra=(), **settings):
+    """Run the generator by hand: its questions, and the lowest loss after each."""
+    space = space or replace(SPACE, fixed_pairs=1)
+    settings = Settings("evolution", seed=seed, budget=Budget(evaluations=1), evolution=Evolution(**settings))
+    seeds = tuple(Score(genes, loss(genes), 1, True) for genes in (space.seed("yarn"), *extra))
+    generator, answer, asks, best = evolve(Start(space, settings, seeds, math.inf)), None, [], math.inf
+    lowest = []
+    while True:
+        try:
+            asks.append(next(generator) if answer is None else generator.send(answer))
+        except StopIteration:
+            return asks, lowest
+        answer = Answer(tuple(Score(genes, loss(genes), 1, True) for genes in asks[-1].candidates), math.inf)
+        best = min([best, *(score.loss for score in answer.scores)])
+        lowest.append(best)
+
+
+def test_evolution_asks_as_published_and_improves():
+    space = replace(SPACE, fixed_pairs=1)
+    asks, lowest = drive(generations=12)
+    assert [len(ask.candidates) for ask in asks] == [64] + [32] * 12  # 16 mutations and 16 crossovers each
+    assert [len(ask.rivals) for ask in asks] == [0] + [32] * 12 and {ask.places for ask in asks} == {32}
+    for method, genes in zip(("pi", "ntk", "yarn"), asks[0].candidates, strict=False):
+        np.testing.assert_allclose(np.exp(genes.log_factors), np.exp(space.seed(method).log_factors), atol=0.005001)
+    everyone = [genes for ask in asks for genes in ask.candidates]
+    assert len(set(everyone)) == len(everyone)  # nobody twice
+    for genes in everyone:
+        factors = np.array(space.band(genes).rescale_factors)
+        assert np.all(np.diff(factors) >= 0) and factors[-1] <= 1.25 * 4
+        assert all(factor == round(factor, 2) for factor in factors[1:])
+        assert factors[0] == space.band(space.seed("yarn")).rescale_factors[0]
+        assert genes.start_tokens in START_TOKENS
+    attention = [genes.attention_factor for genes in everyone]
+    assert set(attention) == {space.seed(method).attention_factor for method in ("pi", "yarn")}
+    assert lowest[-1] < lowest[0] < hill(space.seed("yarn")) + 1e-3 and lowest == sorted(lowest, reverse=True)
+    assert hill(space.seed("yarn")) - lowest[-1] > 0.2 * (hill(space.seed("yarn")) - 3)
+
+
+def test_evolutions_parents_are_the_best_so_far():
+    asks, _ = drive(generations=4)
+    seen = []
+    for before, after in itertools.pairwise(asks):
+        seen += before.candidates
+        assert sorted(map(hill, after.rivals)) == sorted(map(hill, seen))[:32]
+
+
+def test_evolution_is_deterministic_by_seed():
+    assert drive(generations=3) == drive(generations=3) != drive(generations=3, seed=1)
+
+
+def test_evolution_takes_seeds_searches_attention_and_keeps_to_small_settings():
+    space = replace(SPACE, fixed_pairs=1)
+    brought = space.moved(space.seed("yarn"), np.full(31, 0.03))
+    asks, _ = drive(extra=[brought], generations=2, search_attention=True)
+    np.testing.assert_allclose(np.exp(asks[0].candidates[3].log_factors), np.exp(brought.log_factors), atol=0.005001)
+    factors = {genes.attention_factor for ask in asks for genes in ask.candidates}
+    assert len(factors) > 10 and min(factors) >= 1 and max(factors) <= space.attention_bounds[1]
+    asks, _ = drive(generations=3, population=3, parents=1, mutations=2, crossovers=2)
+    assert [len(ask.candidates) for ask in asks] == [3, 4, 4, 4]
+
+
+def test_evolution_ends_where_there_is_nobody_new():
+    facts = RopeFacts(n_rot=2, freq_base=10000.0, original_context=64)
+    space = Space(facts, native_band(facts), 65, fixed_pairs=0, headroom=1, start_tokens=(0,))
+    asks, _ = drive(lambda genes: genes.log_factors[0], space=space, generations=2, tries=5)
+    assert {round(math.exp(genes.log_factors[0]), 2) for ask in asks for genes in ask.candidates} <= {1.0, 1.01}
+
+
+# --- race
+
+
+def run_race(losses, places=1, rivals=None, weights=None, order=None, racing=None):
+    """Race rows of a table; the result, and what was read: (candidates, documents) each time."""
+    losses, read = np.array(losses, dtype=float), []
+    n = losses.shape[1]
+
+    def measure(candidates, documents):
+        read.append((candidates.tolist(), documents.tolist()))
+        return losses[np.ix_(candidates, documents)]
+
+    rivals = np.empty((0, n)) if rivals is None else np.array(rivals, dtype=float)
+    weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
+    order = np.arange(n) if order is None else np.array(order)
+    return race(measure, len(losses), rivals, weights, order, places, racing or Racing()), read
+
+
+def table(candidates, documents, noise=0.002, seed=0):
+    """Losses that differ much between documents, and by 0.02 a candidate; the first is the best."""
+    chance = np.random.default_rng(seed)
+    return (
+        chance.normal(3, 0.5, documents)
+        + 0.02 * np.arange(candidates)[:, None]
+        + chance.normal(0, noise, (candidates, documents))
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_race_drops_the_bad_and_keeps_the_winner(seed):
+    losses = table(12, 16, seed=seed)
+    result, read = run_race(losses)
+    whole = ~np.isnan(result).any(axis=1)
+    assert whole[0] and np.array_equal(result[0], losses[0])
+    assert np.isnan(result[-1]).sum() >= 14 and whole.sum() <= 3
+    assert sum(len(candidates) * len(documents) for candidates, documents in read) < losses.size / 3
+    seen = ~np.isnan(result)
+    assert np.array_equal(result[seen], losses[seen])
+
+
+def test_rungs_double_and_follow_the_order():
+    order = np.random.default_rng(0).permutation(13)
+    _, read = run_race(table(3, 13, noise=0.1), places=3, order=order)
+    assert [documents for _, documents in read] == [
+        order[a:b].tolist() for a, b in [(0, 1), (1, 2), (2, 4), (4, 8), (8, 13)]
+    ]
+    assert all(candidates == [0, 1, 2] for candidates, _ in read)
+
+
+def test_nobody_is_dropped_while_places_are_free_or_when_racing_is_off():
+    losses = table(6, 8) + 10.0 * np.arange(6)[:, None]
+    assert not np.isnan(run_race(losses, places=6)[0]).any()
+    result, read = run_race(losses, racing=Racing(on=False))
+    assert np.array_equal(result, losses) and len(read) == 1
+    assert np.isnan(run_race(losses, places=2)[0]).any()
+
+
+def test_rivals_hold_places():
+    losses = table(4, 8)
+    result, _ = run_race(losses, rivals=losses[:1] - 1.0)
+    assert np.isnan(result).any(axis=1).all()  # all are behind somebody who has run before
+    result, _ = run_race(losses, rivals=losses[:1] + 1.0)
+    assert not np.isnan(result[0]).any()
+
+
+def test_documents_without_weight_do_not_decide():
+    losses = table(4, 8)
+    misleading = losses.copy()
+    misleading[0, 0] += 100
+    weights = [0, *[1] * 7]
+    order = [1, 0, *range(2, 8)]
+    result, _ = run_race(misleading, weights=weights, order=order)
+    assert not np.isnan(result[0]).any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("document", [0, 1, 5])
+def test_losses_that_are_no_numbers_drop_their_candidate_only(bad, document):
+    losses = table(6, 8, noise=0.0001)
+    losses[2, document] = bad
+    result, _ = run_race(losses, places=5)
+    assert not np.isnan(result[[0, 1, 3, 4]]).any()  # whoever holds a place
+    assert np.isnan(result[2, 6:]).all() or document == 5
+    result, read = run_race(np.full((3, 4), bad))
+    assert result.shape == (3, 4) and not np.isfinite(result).any() and read
+
+
+# --- journal
+
+
+def tasks(n):
+    return [Task(SPACE.band(SPACE.seed("yarn")), document, gradient=document % 2 == 1) for document in range(n)]
+
+
+RESULTS = [
+    Result(0.1 + 0.2, 1e-9),
+    Result(math.pi, 5e-324, (1 / 3, -0.0, 1e308), -2 / 3),
+    Result(math.inf, 0.0),
+    Result(-math.inf, 1.7976931348623157e308, (math.nan,), 0.0),
+]
+
+
+def write(path, n=4, digest="a"):
+    with Journal(path, digest) as journal:
+        for task, result in zip(tasks(n), RESULTS, strict=False):
+            journal.add(task, result)
+
+
+def results(path, digest="a"):
+    with Journal(path, digest) as journal:
+        return {name.document: line.result for name, line in journal.lines.items()}
+
+
+def test_a_journal_keeps_numbers_exactly(tmp_path):
+    path = tmp_path / "journal"
+    write(path)
+    kept = results(path)
+    assert list(kept) == [0, 1, 2, 3] and repr(list(kept.values())) == repr(RESULTS)
+    with Journal(path, "a") as journal:
+        assert journal.found == 4
+        size = path.stat().st_size
+        journal.add(tasks(1)[0], Result(99, 99))  # known already
+        assert path.stat().st_size == size and journal.lines[entry_of(tasks(1)[0])].result == RESULTS[0]
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
+
+
+def test_a_journal_goes_on_where_it_was_and_its_clock_too(tmp_path):
+    path = tmp_path / "journal"
+    write(path, 2)
+    data = path.read_bytes()
+    with Journal(path, "a") as journal:
+        first = [line.at for line in journal.lines.values()]
+        for task, result in zip(tasks(4)[2:], RESULTS[2:], strict=True):
+            journal.add(task, result)
+        times = [line.at for line in journal.lines.values()]
+    assert path.read_bytes().startswith(data)
+    assert first == times[:2] and times == sorted(times) and times[3] < times[1] + 60
+    with Journal(None, "a") as journal:
+        journal.add(tasks(1)[0], RESULTS[0])
+        assert len(journal.lines) == 1 and journal.found == 0
+
+
+def test_torn_at_any_byte_it_is_mended(tmp_path):
+    path = tmp_path / "journal"
+    write(path)
+    data = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    for cut in range(len(data)):
+        for tail in (b"", b"\0" * 5):
+            path.write_bytes(data[:cut] + tail)
+            whole = sum(end <= cut for end in ends[1:])
+            with Journal(path, "a") as journal:
+                assert whole <= journal.found <= whole + (cut + 1 in ends), (cut, tail)
+                if cut % 16 == 0 or cut + 1 in ends:  # going on costs writing to the disk
+                    for task, result in zip(tasks(4), RESULTS, strict=True):
+                        journal.add(task, result)
+            if cut % 16 == 0 or cut + 1 in ends:
+                assert repr(list(results(path).values())) == repr(RESULTS)
+                assert len(path.read_bytes().splitlines()) == 5
+
+
+def test_another_searchs_journal_is_refused(tmp_path):
+    path = tmp_path / "journal"
+    write(path)
+    data = path.read_bytes()
+    with pytest.raises(UserError, match="the journal of another search"):
+        Journal(path, "b")
+    assert path.read_bytes() == data
+    path.write_bytes(data.replace(b'"ropewalk_search": 1', b'"ropewalk_search": 2', 1))
+    with pytest.raises(UserError, match="journal version 2, expected 1"):
+        Journal(path, "a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"dear diary\n", b"dear diary", b"{}\n", b"[1, 2]\n", b'{"a": 1}\n', b"\x89PNG\r\n\x1a\n\0\0", b"\n", b"3\n"],
+)
+def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content):
+    path = tmp_path / "journal"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: is no journal of ropewalk search"):
+        Journal(path, "a")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", [b"what\n", b"{}\n", b'{"band": "x"}\n', b"\n", b"what"])
+def test_a_line_that_is_no_evaluation_is_named_and_left(tmp_path, line):
+    path = tmp_path / "journal"
+    write(path, 2)
+    data = path.read_bytes() + line
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="line 4 is no evaluation"):
+        Journal(path, "a")
+    assert path.read_bytes() == data
+    with pytest.raises(UserError, match="line 4"):  # and the lock is let go
+        Journal(path, "a")
+
+
+HOLD = """
+    import sys
+    from pathlib import Path
+    from ropewalk.factors.search import Journal
+
+    with Journal(Path(sys.argv[1]), "a"):
+        print("held", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_a_journal_has_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "journal"
+    code = "\n".join(line[4:] for line in HOLD.splitlines())
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another run is writing it"):
+        Journal(path, "a")
+    holder.kill()
+    holder.communicate()
+    write(path)
+    assert len(results(path)) == 4
+
+
+def test_digests_differ_with_any_value():
+    values = {"a": 1, "b": {"c": 0.1, "d": None}}
+    assert digest_of(values) == digest_of({"b": {"d": None, "c": 0.1}, "a": 1})
+    assert len({digest_of(v) for v in (values, {**values, "a": 2}, {"a": 1}, {**values, "b": {"c": 0.1, "d": 0}})}) == 4
