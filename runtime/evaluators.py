@@ -129,7 +129,9 @@ class LlamaEvaluator:
             llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
         losses = llm.token_losses(probe.tokens, targets=probe.targets)
         if fidelity == "full" and document not in self._states and _same(band, self._spec.base):
-            self._keep(document)  # what was read is what screening would have to read
+            # What was read is what screening would have to read; bit for bit if the same tokens were read at once.
+            if (len(probe.tokens) - self._spec.window) % llm.n_batch == 0:
+                self._keep(document)
         return losses
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores in the order of the candidates, and how many evaluations are left.
+    """Scores in the order of the candidates, and how many more may be evaluated, at the fidelity searched by.
 
     Those that the budget did not reach have no documents.
     """
@@ -79,7 +79,7 @@ class Start:
 
     Attributes:
         seeds: scored whole: YaRN first, then what the caller brought.
-        left: evaluations that may be spent.
+        left: candidates that may be evaluated; a gradient counts as `Settings.gradient_cost` of them.
     """
 
     space: Space
@@ -119,7 +119,7 @@ def walk_start_tokens(
 ) -> Generator[Ask, Answer, tuple[Score, float]]:
     """Choose n̂ with all else as it is: a few spread over the set first, then the neighbours of the best of these.
 
-    Costs at most `most` of the `left` evaluations; returns the best score, and what is left.
+    Asks for at most `most` of the `left` candidates; returns the best score, and what is left.
     """
     choices = space.start_token_choices
     tried = {best.genes.start_tokens}

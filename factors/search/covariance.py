@@ -23,7 +23,7 @@ START_TOKENS_SHARE = 0.15
 """Of the budget, at most, to choose n̂."""
 
 Stage = Generator[Ask, Answer, tuple[Score, float]]
-"""Ends with the best score, and the evaluations that are left."""
+"""Ends with the best score, and how many candidates are left."""
 
 
 def search(start: Start) -> Search:

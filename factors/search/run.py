@@ -204,7 +204,7 @@ class _Run:
             self.baselines[method] = self._mean(self._measure([genes], self._all(), self.fidelity)[0])
 
     def _drive(self, algorithm: Algorithm, seeds: tuple[Score, ...]) -> None:
-        generator = algorithm.search(Start(self.space, self.settings, seeds, self._left()))
+        generator = algorithm.search(Start(self.space, self.settings, seeds, self._reach()))
         answer: Answer | None = None
         while True:
             try:
@@ -212,7 +212,7 @@ class _Run:
             except StopIteration:
                 return
             scores = self._gradients(ask) if ask.gradient else self._race(ask)
-            answer = Answer(tuple(scores), self._left())
+            answer = Answer(tuple(scores), self._reach())
             self._say(ask.step)
             if self._left() < self._cost(self.fidelity, ask.gradient):
                 return
@@ -252,7 +252,7 @@ class _Run:
 
     def _race(self, ask: Ask) -> list[Score]:
         """Scores of the candidates that the budget reaches, the others' without a document."""
-        reach = max(0, int(self._left() / self._cost(self.fidelity) + 1e-9))
+        reach = len(ask.candidates) if math.isinf(self._reach()) else int(self._reach() + 1e-9)
         within = list(ask.candidates[:reach])
         known = [self.losses[genes] for genes in ask.rivals if genes in self.losses]
         rivals = np.array(known).reshape(len(known), len(self.weights))
@@ -344,6 +344,10 @@ class _Run:
         if budget.seconds is not None and self.spent:
             left = min(left, (budget.seconds - self.seconds) * self.spent / max(self.seconds, 1e-9))
         return max(left - self.reserve, 0.0)
+
+    def _reach(self) -> float:
+        """How many candidates that is, at the fidelity searched by."""
+        return self._left() / self._cost(self.fidelity)
 
     def _say(self, step: str) -> None:
         budget = self.settings.budget
