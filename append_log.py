@@ -21,19 +21,22 @@ except ImportError:  # Windows: no lock, and whoever starts two runs at once is 
 def open_locked(path: Path) -> int:
     """Open `path` for reading and appending, made if it is missing, and lock it; returns the descriptor.
 
+    Where `path` is a link, what it leads to is meant.
+
     Raises:
         UserError: a folder, no place to write, or open in another process.
     """
     _check_place(path)
+    target = Path(os.path.realpath(path))
     while True:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
-        if not _lock(fd):
+        if not lock(fd):
             os.close(fd)
             raise UserError(f"{path}: another run is writing it")
-        if _is_same(fd, path):  # or else another run has just replaced or removed it
+        if is_same(fd, target):  # or else another run has just replaced or removed it
             return fd
         os.close(fd)
 
@@ -46,13 +49,38 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
     """
     size = os.fstat(fd).st_size
     try:
-        view = memoryview(line)
-        while view:
-            view = view[os.write(fd, view) :]
+        write(fd, line)
         os.fsync(fd)
     except OSError as error:
         os.ftruncate(fd, size)
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def write(fd: int, data: bytes) -> None:
+    """Write all of `data`, however often that takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def lock(fd: int) -> bool:
+    """Lock an open file for this process; False if another has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # a file system without locks: better unlocked than not at all
+    return True
+
+
+def is_same(fd: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_place(path: Path) -> None:
@@ -67,21 +95,3 @@ def _check_place(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise UserError(f"{path}: is {kind}, expected a file to write to")
-
-
-def _lock(fd: int) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # a file system without locks: better unlocked than not at all
-    return True
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False

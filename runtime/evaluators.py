@@ -128,10 +128,10 @@ class LlamaEvaluator:
             prefix = np.array(probe.tokens[: -self._spec.window], dtype=np.int32)
             llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
         losses = llm.token_losses(probe.tokens, targets=probe.targets)
-        if fidelity == "full" and document not in self._states and _same(band, self._spec.base):
-            # What was read is what screening would have to read; bit for bit if the same tokens were read at once.
-            if (len(probe.tokens) - self._spec.window) % llm.n_batch == 0:
-                self._keep(document)
+        # What was read is what screening would have to read; bit for bit where the same tokens were read at once.
+        alike = _same(band, self._spec.base) and (len(probe.tokens) - self._spec.window) % llm.n_batch == 0
+        if fidelity == "full" and alike and document not in self._states:
+            self._keep(document)
         return losses
 
     def close(self) -> None:

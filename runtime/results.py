@@ -17,12 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..append_log import append_line, is_same, lock, open_locked, write
 from ..errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, and whoever starts two runs at once is on their own
-    fcntl = None  # type: ignore[assignment]
 
 BEGINNING = b'{"id": '
 """How every line begins; a torn one is told by it from another file's last line."""
@@ -57,7 +53,7 @@ class Results:
         self.done: Counter[Key] = Counter()
         self._force = force
         self._errors: set[str] = set()
-        self._fd = self._open_locked()
+        self._fd = open_locked(path)
         try:
             self._part.unlink(missing_ok=True)  # of a run that was killed; ours alone, as we have the lock
             if not force:
@@ -76,7 +72,7 @@ class Results:
         """Let go of the file, and of the lock; an empty one is removed."""
         if self._fd < 0:
             return
-        if os.fstat(self._fd).st_size == 0 and _is_same(self._fd, self._target):
+        if os.fstat(self._fd).st_size == 0 and is_same(self._fd, self._target):
             self._target.unlink()
         os.close(self._fd)
         self._fd = -1
@@ -101,27 +97,7 @@ class Results:
         Raises:
             UserError: it cannot be written; the file is as before.
         """
-        size = os.fstat(self._fd).st_size
-        try:
-            _write(self._fd, record_line(record))
-            os.fsync(self._fd)
-        except OSError as error:
-            os.ftruncate(self._fd, size)
-            raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
-
-    def _open_locked(self) -> int:
-        _check_place(self.path)
-        while True:
-            try:
-                fd = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
-            if not _lock(fd):
-                os.close(fd)
-                raise UserError(f"{self.path}: another run is writing it")
-            if _is_same(fd, self._target):  # or else another run has just replaced or removed it
-                return fd
-            os.close(fd)
+        append_line(self._fd, self.path, record_line(record))
 
     def _lines(self) -> Iterator[bytes]:
         with os.fdopen(os.dup(self._fd), "rb") as file:
@@ -154,7 +130,7 @@ class Results:
         end, newline_missing = found
         os.ftruncate(self._fd, end)
         if newline_missing:
-            _write(self._fd, b"\n")
+            write(self._fd, b"\n")
 
     def _rewrite(self, wanted: Any) -> None:
         """Replace the file by one with the wanted records only, never without the lock."""
@@ -162,10 +138,10 @@ class Results:
             mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
             fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
             try:
-                _lock(fd)
+                lock(fd)
                 for line in self._lines():
                     if wanted(json.loads(line)):
-                        _write(fd, line)
+                        write(fd, line)
                 os.fsync(fd)
                 self._part.replace(self._target)
             except BaseException:
@@ -201,7 +177,7 @@ class StandardOutput:
         pass
 
     def append(self, record: dict[str, Any]) -> None:
-        _write(STDOUT_FD, record_line(record))
+        write(STDOUT_FD, record_line(record))
 
 
 def record_line(record: dict[str, Any]) -> bytes:
@@ -237,39 +213,6 @@ def model_digest(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _check_place(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: its folder does not exist") from None
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
-    if stat.S_ISDIR(mode):
-        raise UserError(f"{path}: is a folder, expected a file to write to")
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is no regular file; -o - writes to standard output")
-
-
-def _lock(fd: int) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # a file system without locks: better unlocked than not at all
-    return True
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
@@ -279,9 +222,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     wanted = ("id", "settings", "error") if "error" in record else ("id", "settings", "digest", "summary")
     return record if all(isinstance(record.get(key), str) for key in wanted) else None
-
-
-def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
