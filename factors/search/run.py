@@ -158,6 +158,7 @@ class _Run:
         if self.fidelity == "screen":
             self.reserve = float(self.settings.finalists)
         self._baselines(yarn)
+        self._check_time(algorithm)
         scores = [self._score(genes, self._losses_of(genes)) for genes in dict.fromkeys([yarn, *seeds])]
         self._say("start")
         self._drive(algorithm, tuple(scores))
@@ -172,6 +173,17 @@ class _Run:
             raise UserError(
                 f"budget: {limit:g} evaluations, expected at least {math.ceil(needed)} for the baselines and the first"
                 f" generation of {settings.algorithm}"
+            )
+
+    def _check_time(self, algorithm: Algorithm) -> None:
+        """The same for a budget in time, once it is known how long an evaluation takes here."""
+        seconds, cost = self.settings.budget.seconds, self._cost(self.fidelity)
+        first = algorithm.first(self.settings, self.space) * cost
+        if seconds is not None and self._left() < first:
+            needed = self.seconds * (self.spent + self.reserve + first) / self.spent
+            raise UserError(
+                f"budget: {seconds / 60:.3g} minutes for {self.space.context:,} tokens, expected at least"
+                f" {math.ceil(needed / 60)} on this machine, or fewer or shorter documents; what was read is kept"
             )
 
     def _choose_fidelity(self, yarn: Genes) -> None:

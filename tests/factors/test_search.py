@@ -64,6 +64,12 @@ class Valley:
         return Result(loss, 0.001, slope, 8 * attention if task.gradient else 0.0)
 
 
+class Slow(Valley):
+    def evaluate(self, task):
+        time.sleep(0.03)
+        return super().evaluate(task)
+
+
 def run(algorithm="cma", budget=150, evaluator=None, **settings):
     evaluator = evaluator or Valley()
     events = []
@@ -151,6 +157,16 @@ def test_mistakes_are_named():
         run("evolution", 60)
     with pytest.raises(UserError, match="budget: none"):
         Settings(budget=Budget())
+
+
+def test_too_short_a_time_is_told_as_soon_as_it_is_known(tmp_path):
+    journal, evaluator = tmp_path / "journal", Slow()
+    with pytest.raises(UserError, match=r"budget: 0.001 minutes for 32,768 tokens, expected at least 1 on"):
+        search(InProcess(evaluator), SPACE, Settings(budget=Budget(seconds=0.06)), journal)
+    read = set(evaluator.asked)
+    evaluator = Valley()  # a longer time goes on from there
+    assert search(InProcess(evaluator), SPACE, Settings(budget=Budget(evaluations=60)), journal).beats_yarn
+    assert read and not read.intersection(evaluator.asked)
 
 
 def test_a_band_is_carried_to_a_longer_context():

@@ -1,0 +1,107 @@
+"""How many evaluations each algorithm of the search needs: against LongRoPE's evolution at its full budget.
+
+    python benchmarks/search_algorithms.py --text FILE... [--model FILE.gguf] [--context 10240] [--window 256]
+                                           [--folder search-algorithms] [--algorithms cma] [--share 0.1] [--threads 2]
+
+A real model and a short extension. What is evaluated is cheap, so that some 1,344 evaluations (64 + 40 x 32, arXiv
+2402.13753, appendix A) take about an hour: the last `window` tokens of one stretch of each text, over a cache that is
+read once and whose keys are turned to each candidate. All algorithms minimise that same number, from the same start.
+The others get `share` of the evaluations. Killed, it goes on where it was: evaluations are kept in `folder`, and the
+curves are drawn in `folder`/curves.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import ropewalk
+from models import bundled_model
+from ropewalk.container import native_schedule, read_header
+from ropewalk.factors.search import Budget, InProcess, Outcome, Progress, Result, Settings, Space, Task, search
+from ropewalk.runtime.evaluators import EvaluatorSpec, LlamaEvaluator
+from ropewalk.runtime.probes import Text, make_probes
+
+PAPER = 64 + 40 * 32
+BEFORE = 4  # the start and three closed forms are evaluated before an algorithm begins
+
+
+class Windowed:
+    """An evaluator for which reading the window is all there is."""
+
+    def __init__(self, evaluator: LlamaEvaluator) -> None:
+        self.evaluator, self.key, self.weights = evaluator, f"window {evaluator.key}", evaluator.weights
+
+    def evaluate(self, task: Task) -> Result:
+        return self.evaluator.evaluate(replace(task, fidelity="screen"))
+
+
+def run(engine: InProcess, space: Space, algorithm: str, evaluations: float, folder: Path) -> Outcome:
+    def tell(event: object) -> None:
+        if isinstance(event, Progress):
+            print(f"\r{algorithm} {event.step:24}{event.evaluations:8,.0f}{event.best:10.5f}", end="", flush=True)
+
+    settings = Settings(algorithm=algorithm, budget=Budget(evaluations=evaluations), finalists=1)
+    outcome = search(engine, space, settings, folder / f"{algorithm}.journal", on_event=tell)
+    print()
+    return outcome
+
+
+def report(outcomes: dict[str, Outcome], folder: Path) -> None:
+    paper = outcomes["evolution"]
+    print(f"YaRN {paper.yarn:.5f} nats a token")
+    for name, outcome in outcomes.items():
+        reached = next((spent for spent, loss in outcome.history if loss <= paper.loss), None)
+        said = "never" if reached is None else f"after {reached:,.0f}, {reached / PAPER:.3f} of the full budget"
+        minutes = outcome.seconds / 60
+        print(f"{name:10} best {outcome.loss:.5f}, {outcome.evaluations:,.0f} evaluations, {minutes:.1f} min;", end=" ")
+        print(f"as good as evolution's best {said}")
+        print("    " + "  ".join(f"{spent:,.0f}: {loss:.5f}" for spent, loss in outcome.history))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, outcome in outcomes.items():
+        curve = [*outcome.history, (outcome.evaluations, outcome.loss)]
+        axes.step(*zip(*curve, strict=True), where="post", marker=".", label=name)
+    axes.axhline(paper.yarn, linestyle="--", linewidth=1, color="grey", label="yarn")
+    axes.set_xscale("log")
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("lowest loss so far (nats/token)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--context", type=int, default=10240)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=Path("search-algorithms"))
+    parser.add_argument("--algorithms", default="cma")
+    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    model = args.model or bundled_model()
+    native = native_schedule(read_header(model))
+    words = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
+    texts = [Text(path.name, path.read_text(encoding="utf-8")) for path in args.text]
+    probes = make_probes(words, texts, args.context, len(texts), "tail", native.context, 0)
+    space = Space(native.facts, native.bands[-1], args.context)
+    base = space.band(space.seed("yarn"))
+    engine = InProcess(
+        Windowed(LlamaEvaluator(EvaluatorSpec(str(model), probes, base, window=args.window, threads=args.threads)))
+    )
+    outcomes = {}
+    for algorithm in args.algorithms.split(","):
+        outcomes[algorithm] = run(engine, space, algorithm, BEFORE + args.share * PAPER, args.folder)
+    outcomes["evolution"] = run(engine, space, "evolution", BEFORE + PAPER, args.folder)
+    report(outcomes, args.folder)
+
+
+if __name__ == "__main__":
+    main()
