@@ -20,7 +20,8 @@ import ropewalk
 from models import bundled_model
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors.search import Budget, InProcess, Outcome, Progress, Result, Settings, Space, Task, search
-from ropewalk.runtime.evaluators import EvaluatorSpec, LlamaEvaluator
+from ropewalk.runtime.evaluator_spec import EvaluatorSpec
+from ropewalk.runtime.llama_evaluator import LlamaEvaluator
 from ropewalk.runtime.probes import Text, make_probes
 
 PAPER = 64 + 40 * 32

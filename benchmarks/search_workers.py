@@ -17,7 +17,8 @@ import ropewalk
 from models import bundled_model, text
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors.search import Processes, Space, Task
-from ropewalk.runtime.evaluators import EvaluatorSpec
+from ropewalk.runtime.evaluator_spec import EvaluatorSpec
+from ropewalk.runtime.evaluators import EvaluatorRecipe
 from ropewalk.runtime.probes import Text, make_probes
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     bands = [space.band(replace(yarn, start_tokens=n)) for n in space.start_token_choices[: args.candidates]]
     spec = EvaluatorSpec(str(model), probes, bands[0])
     kinds = [(1, 1), (args.workers, 1), (1, args.workers)]
-    engines = {kind: Processes(replace(spec, threads=kind[1]), kind[0]) for kind in kinds}
+    engines = {kind: Processes(EvaluatorRecipe(replace(spec, threads=kind[1])), kind[0]) for kind in kinds}
     best = dict.fromkeys(engines, float("inf"))
     for engine in engines.values():  # load, and warm up
         seconds(engine, [Task(bands[0], 0)] * args.workers)

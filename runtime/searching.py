@@ -36,9 +36,11 @@ from ..factors.search import (
     carried,
     search,
 )
-from .evaluators import EvaluatorSpec, Kind, LlamaEvaluator, faster
+from .evaluator_spec import EvaluatorSpec, Kind
+from .evaluators import EvaluatorRecipe, faster, make_evaluator
 from .held_out import Verdict, verdict
 from .llama import Llama
+from .llama_evaluator import LlamaEvaluator
 from .losses import Losses
 from .probes import Probe, Text, digest, make_probes, split_texts
 
@@ -247,17 +249,14 @@ def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
     if plan.engine == "ray":
         from ..factors.search.on_ray import Ray
 
-        with Ray(spec, plan.workers, plan.ray_address) as cluster:
+        with Ray(EvaluatorRecipe(spec), plan.workers, plan.ray_address) as cluster:
             yield cluster
     elif plan.workers > 1:
-        with Processes(spec, plan.workers) as processes:
+        with Processes(EvaluatorRecipe(spec), plan.workers) as processes:
             yield processes
     else:
-        evaluator = spec()
-        try:
-            yield InProcess(evaluator)
-        finally:
-            evaluator.close()
+        with InProcess(make_evaluator(spec)) as here:
+            yield here
 
 
 def _judge(

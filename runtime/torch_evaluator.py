@@ -7,18 +7,15 @@ see `evaluators`.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..factors import Band
 from ..factors.search.protocol import Fidelity, Result, Task
+from .evaluator_spec import EvaluatorSpec
 from .losses import Losses
 from .torch_model import PrefixState, load_torch_model
-
-if TYPE_CHECKING:
-    from .evaluators import EvaluatorSpec
 
 
 class TorchEvaluator:

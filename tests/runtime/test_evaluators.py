@@ -11,7 +11,8 @@ from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
-from ropewalk.runtime.evaluators import EvaluatorSpec, faster
+from ropewalk.runtime.evaluator_spec import EvaluatorSpec
+from ropewalk.runtime.evaluators import faster, make_evaluator
 from ropewalk.runtime.probes import Text, make_probes
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -37,7 +38,7 @@ def spec(smollm2, band):
 
 @pytest.fixture(scope="module")
 def evaluators(spec):
-    made = {kind: replace(spec, kind=kind)() for kind in ("llama", "torch")}
+    made = {kind: make_evaluator(replace(spec, kind=kind)) for kind in ("llama", "torch")}
     yield made
     for evaluator in made.values():
         evaluator.close()
@@ -75,7 +76,7 @@ def test_losses_are_llama_cpps_own_perplexity(tiny_llama, tmp_path):
     chosen = stock.logits_to_logprobs(stock.scores[before])[np.arange(len(before)), np.array(probe.tokens)[before + 1]]
     stock.close()
     for kind in ("llama", "torch"):
-        evaluator = EvaluatorSpec(str(path), probes, plain, kind=kind, window=64, threads=2)()
+        evaluator = make_evaluator(EvaluatorSpec(str(path), probes, plain, kind=kind, window=64, threads=2))
         assert np.exp(evaluator.losses(plain, 0).mean()) == pytest.approx(np.exp(-chosen.mean()), rel=1e-3)
         evaluator.close()
 

@@ -1,0 +1,48 @@
+"""What an evaluator of the search is made from, as data: the model's file, the probes, and how to read them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+from ..factors import Band
+from .probes import Probe, digest
+from .results import model_digest
+
+WINDOW = 1024
+
+Kind = Literal["llama", "torch"]
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """All that an evaluator is made from.
+
+    Attributes:
+        kind: what reads.
+        base: the band in which screening reads what lies before the window.
+        window: tokens at a probe's end that screening reads.
+        kv: cache type of llama.cpp's evaluator.
+        threads: CPU threads; None = the machine's cores.
+    """
+
+    model: str
+    probes: tuple[Probe, ...]
+    base: Band
+    kind: Kind = "llama"
+    window: int = WINDOW
+    kv: str = "f16"
+    threads: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A digest of all that a loss depends on beside the band; threads are not of it."""
+        base = self.base.model_dump_json(exclude={"found"})
+        parts = (model_digest(self.model), digest(self.probes), base, self.kind, self.window, self.kv)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How much each probe counts: all the same."""
+        return (1.0,) * len(self.probes)

@@ -1,0 +1,107 @@
+"""llama.cpp's losses for the search; for screening, the state before the window is kept, and its keys turned.
+
+See `evaluators`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from ..container import read_header, trained_schedule
+from ..errors import UserError
+from ..factors import Band, Schedule
+from ..factors.search.protocol import Fidelity, Result, Task
+from .evaluator_spec import EvaluatorSpec
+from .llama import Llama
+from .losses import Losses
+from .probes import Probe
+from .session import state_of
+
+
+class LlamaEvaluator:
+    """llama.cpp's losses: any architecture with RoPE, the quantised file itself. No reload between bands.
+
+    Attributes:
+        key, weights: as in `Evaluator`.
+
+    Raises:
+        UserError: as `Llama`.
+    """
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        self._spec, self.key = spec, spec.key
+        self.weights = spec.weights
+        self._facts = trained_schedule(read_header(spec.model)).facts
+        longest = max(len(probe.tokens) for probe in spec.probes)
+        self._llm = Llama(
+            spec.model,
+            schedule=self._alone(spec.base, longest),
+            n_ctx=longest,
+            kv=spec.kv,
+            flash_attn=True,
+            n_threads=spec.threads,
+            n_threads_batch=spec.threads,
+            verbose=False,
+        )
+        self._windows = [probe.last(spec.window) for probe in spec.probes]
+        self._states: dict[int, np.ndarray] = {}
+
+    def evaluate(self, task: Task) -> Result:
+        """The weighted mean loss of a task's band on its document; see `Evaluator`."""
+        if task.gradient:
+            raise UserError("gradients need the torch evaluator")
+        if task.fidelity == "screen":
+            self._prepare(task.document)
+        started = time.perf_counter()
+        losses = self.losses(task.band, task.document, task.fidelity)
+        probe = self._probe(task.document, task.fidelity)
+        return Result(float(losses @ np.array(probe.weights)), time.perf_counter() - started)
+
+    def losses(self, band: Band, document: int, fidelity: Fidelity = "full") -> Losses:
+        """Of each target of the document's probe (in its window, when screening), in nats."""
+        probe, llm = self._probe(document, fidelity), self._llm
+        llm.reset()
+        llm.set_schedule(self._alone(band, len(probe.tokens)))
+        if fidelity == "screen":
+            self._prepare(document)
+            prefix = np.array(probe.tokens[: -self._spec.window], dtype=np.int32)
+            llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
+        losses = llm.token_losses(probe.tokens, targets=probe.targets)
+        # What was read is what screening would have to read; bit for bit where the same tokens were read at once.
+        alike = _same(band, self._spec.base) and (len(probe.tokens) - self._spec.window) % llm.n_batch == 0
+        if fidelity == "full" and alike and document not in self._states:
+            self._keep(document)
+        return losses
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def _probe(self, document: int, fidelity: Fidelity) -> Probe:
+        return self._spec.probes[document] if fidelity == "full" else self._windows[document]
+
+    def _alone(self, band: Band, context: int) -> Schedule:
+        """A schedule of this band only, that serves at least `context` tokens."""
+        band = band.model_copy(update={"context": max(band.context, context)})
+        return Schedule(facts=self._facts, bands=(band,))
+
+    def _prepare(self, document: int) -> None:
+        """Read a document up to its window in the base band, unless that is kept."""
+        if document in self._states:
+            return
+        tokens = self._spec.probes[document].tokens
+        self._llm.reset()
+        self._llm.set_schedule(self._alone(self._spec.base, len(tokens)))
+        self._llm.eval(tokens[: -self._spec.window])
+        self._keep(document)
+
+    def _keep(self, document: int) -> None:
+        llm, n = self._llm, len(self._spec.probes[document].tokens) - self._spec.window
+        llm.n_tokens = n
+        self._states[document] = state_of(llm)
+
+
+def _same(band: Band, other: Band) -> bool:
+    facts = ("rescale_factors", "start_tokens", "attention_factor")
+    return all(getattr(band, name) == getattr(other, name) for name in facts)
