@@ -147,6 +147,7 @@ class _Run:
         self.history: list[tuple[float, float]] = []
         self.correlation: float | None = None
         self.dropped = 0
+        self.step = "yarn in full"
 
     # --- the stages
 
@@ -197,6 +198,7 @@ class _Run:
             return
         chance = np.random.default_rng([self.settings.seed, 2])
         near = [self.space.moved(yarn, _smooth(chance, self.space), chance.normal() * NEAR / 4) for _ in range(n)]
+        self.step = "screening compared"
         compared, first = [yarn, self.space.seed("ntk"), *near], np.array([0])
         full = self._measure(compared, first, "full")[:, 0]
         screened = self._measure(compared, first, "screen")[:, 0]
@@ -212,6 +214,7 @@ class _Run:
 
     def _baselines(self, yarn: Genes) -> None:
         for method in BASELINES:
+            self.step = method
             genes = yarn if method == "yarn" else self.space.closed_form(method)
             self.baselines[method] = self._mean(self._measure([genes], self._all(), self.fidelity)[0])
 
@@ -223,6 +226,7 @@ class _Run:
                 ask = next(generator) if answer is None else generator.send(answer)
             except StopIteration:
                 return
+            self.step = ask.step
             scores = self._gradients(ask) if ask.gradient else self._race(ask)
             answer = Answer(tuple(scores), self._reach())
             self._say(ask.step)
@@ -233,7 +237,7 @@ class _Run:
         """The best few, and YaRN, at full fidelity."""
         ranked = sorted(self.whole_losses, key=lambda genes: (self.whole_losses[genes], genes.start_tokens))
         finalists = ranked[: self.settings.finalists]
-        full = {yarn: full_yarn}
+        full, self.step = {yarn: full_yarn}, "finals"
         for genes in finalists:
             full[genes] = self._mean(self._measure([genes], self._all(), "full")[0])
             self._say("finals")
@@ -335,8 +339,11 @@ class _Run:
             if name not in self.journal.lines
         }
         if new:
-            for task, result in self.engine.run(list(new.values())):
+            each = self._cost(fidelity, gradient) / len(self.weights)
+            for n_read, (task, result) in enumerate(self.engine.run(list(new.values())), 1):
                 self.journal.add(task, result)
+                self.seconds = max(self.seconds, self.journal.lines[entry_of(task)].at)
+                self._say(f"{self.step}: {n_read} of {len(new)}", n_read * each)
         for name in (name for named in names for name in named):
             if name not in self.counted:
                 self.counted.add(name)
@@ -361,13 +368,14 @@ class _Run:
         """How many candidates that is, at the fidelity searched by."""
         return self._left() / self._cost(self.fidelity)
 
-    def _say(self, step: str) -> None:
+    def _say(self, step: str, under_way: float = 0.0) -> None:
+        """Tell how far it is; `under_way` has been spent, too, but is not counted yet."""
         budget = self.settings.budget
         best = min(self.whole_losses.values(), default=math.inf)
         self.tell(
             Progress(
                 step,
-                self.spent,
+                round(self.spent + under_way, 6),
                 budget.evaluations,
                 self.seconds,
                 budget.seconds,
