@@ -37,7 +37,7 @@ def inspect(
     else:
         _show(facts, schedule)
         if plot is not None:
-            out.print(f"\nλ drawn in {plot}")
+            out.print(f"\nλ drawn in {plot}", soft_wrap=True)
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _show(facts: dict[str, Any], schedule: Schedule) -> None:
     )
     _show_bands(schedule, facts["schedule"])
     _show_memory(facts["memory"])
-    out.print("\n[bold]Stock llama.cpp:[/] " + plain(" ".join(facts["stock_llama_cpp"])))
+    out.print("\n[bold]Stock llama.cpp:[/] " + plain(" ".join(facts["stock_llama_cpp"])), soft_wrap=not out.is_terminal)
 
 
 def _show_bands(schedule: Schedule, source: str) -> None:
