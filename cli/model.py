@@ -89,29 +89,34 @@ def searched_model(name: str | None) -> Path:
 
 
 def bundled_long() -> Path:
-    """The bundled model extended to four times its context (YaRN), in the user's cache folder; made on first use."""
-    from ..factors import FORMAT_VERSION
+    """The bundled model extended to four times its context, in the user's cache folder; made on first use.
+
+    The schedule is the one that was searched for it, or YaRN's where none comes with Ropewalk.
+    """
+    from ..factors import FORMAT_VERSION, shipped_file
 
     source = bundled_model()
     facts = source.stat()
-    key = hashlib.sha256(repr((facts.st_size, facts.st_mtime_ns, FORMAT_VERSION)).encode()).hexdigest()[:12]
+    searched = shipped_file(source.name)
+    made_from = (facts.st_size, facts.st_mtime_ns, FORMAT_VERSION, searched and searched.read_bytes())
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
     folder = Path(platformdirs.user_cache_dir("ropewalk")) / key
-    target = folder / f"{source.stem}-x{TIMES_LONGER}.gguf"
+    target = folder / f"{source.stem}-long.gguf"
     with suppress(OSError):  # not there yet
         found = target.stat()
         if found.st_size > facts.st_size and abs(found.st_mtime_ns - facts.st_mtime_ns) < COARSEST_CLOCK_NS:
             return target
     from ..container import read_header, schedule_of
     from ..convert import embed_schedule
-    from ..factors import extend
+    from ..factors import extend, shipped_schedule
 
     base = schedule_of(read_header(source))
-    context = TIMES_LONGER * base.context
+    schedule = shipped_schedule(source.name, base.facts) or extend(base, TIMES_LONGER * base.context)
     beside = folder / f".{os.getpid()}.{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with progress(f"Extending {source.stem} to {context:,} tokens", is_bytes=True) as advance:
-            embed_schedule(source, beside, extend(base, context), force=True, on_progress=advance)
+        with progress(f"Extending {source.stem} to {schedule.context:,} tokens", is_bytes=True) as advance:
+            embed_schedule(source, beside, schedule, force=True, on_progress=advance)
         os.utime(beside, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
         beside.replace(target)
     except OSError as error:

@@ -25,6 +25,7 @@ from .schedule import (
     schedule_from_dict,
     write_schedule,
 )
+from .shipped import shipped_file, shipped_schedule
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,6 +46,8 @@ __all__ = [
     "pi",
     "read_schedule",
     "schedule_from_dict",
+    "shipped_file",
+    "shipped_schedule",
     "write_schedule",
     "yarn",
     "yarn_attention_factor",

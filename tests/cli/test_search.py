@@ -110,6 +110,21 @@ def test_two_workers_find_the_same(options, plain, tmp_path):
     assert schedule.read_bytes() == plain[1].read_bytes()
 
 
+def test_a_second_search_goes_on_from_what_the_first_has_embedded(options, plain, tiny, tmp_path):
+    long, schedule = tmp_path / "long.gguf", tmp_path / "s.json"
+    convert = [sys.executable, "-m", "ropewalk", "convert", str(tiny), str(long), "--schedule", str(plain[1])]
+    assert subprocess.run(convert, capture_output=True).returncode == 0
+    _, _, _, *rest = options
+    done = run(long, "--context", 1024, "--evaluator", "llama", *rest, "-o", schedule)
+    assert done.returncode == 0, done.stderr
+    first, second = read_schedule(plain[1]), read_schedule(schedule)
+    assert second.bands[:-1] == first.bands
+    new, old = second.bands[-1], first.bands[-1]
+    assert new.context == 1024 and new.found.onto == old.found.method
+    assert all(n >= o for n, o in zip(new.rescale_factors, old.rescale_factors, strict=True))
+    assert max(new.rescale_factors) > max(old.rescale_factors)
+
+
 @pytest.fixture
 def mistake(monkeypatch, capsys):
     """``mistake(*arguments)`` is the one line that the command says; in this process, which is faster."""
