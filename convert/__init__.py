@@ -1,17 +1,26 @@
 """Models to GGUF files that carry a schedule: read, plan, embed, requantise; written whole or not at all."""
 
+from .checkpoint import checkpoint_folder, is_checkpoint
 from .embed import embed_schedule
+from .from_checkpoint import convert_checkpoint
 from .model import convert_model
 from .plan import EXISTING, Plan, plan_extension, plan_given
 from .requantise import WEIGHT_TYPES, quantised_types
+from .split import in_parts, parse_size, split_model
 
 __all__ = [
     "EXISTING",
     "WEIGHT_TYPES",
     "Plan",
+    "checkpoint_folder",
+    "convert_checkpoint",
     "convert_model",
     "embed_schedule",
+    "in_parts",
+    "is_checkpoint",
+    "parse_size",
     "plan_extension",
     "plan_given",
     "quantised_types",
+    "split_model",
 ]

@@ -8,7 +8,8 @@ file said of scaling before (its keys, Llama 3's `rope_freqs`) has to leave: its
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -29,8 +30,8 @@ from ..container.facts import FREQS, LONG, SHORT
 from ..container.values import F32, STRING, U32, encode
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
-from .output import Output, check_space, output_file
-from .writer import Advance, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
+from .output import check_space, output_file
+from .writer import Advance, Chunks, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 
 FOLDED_KEYS = (
     "rope.scale_linear",
@@ -62,7 +63,7 @@ def embed_schedule(
     check_source(header)
     check_matches(schedule, rope_facts(header), str(source))
     with output_file(target, source=header.path, force=force) as output:
-        write_embedded(header, schedule, output, on_progress)
+        write_embedded(header, schedule, output.part, output.target, on_progress)
 
 
 def check_source(header: Header) -> None:
@@ -78,8 +79,17 @@ def check_source(header: Header) -> None:
         )
 
 
-def write_embedded(header: Header, schedule: Schedule, output: Output, on_progress: Advance | None = None) -> None:
-    """Write the model that `header` heads, with `schedule` in it, to the output's part.
+def write_embedded(
+    header: Header,
+    schedule: Schedule,
+    place: Path,
+    target: Path,
+    on_progress: Advance | None = None,
+    data: Mapping[str, Chunks] | None = None,
+) -> None:
+    """Write the model that `header` heads, with `schedule` in it, to `place`; `target` is its name in messages.
+
+    `data` are tensors' bytes by name, where they are not to be copied from the header's file.
 
     Raises:
         UserError: the source cannot be read, or the disk cannot hold it.
@@ -90,9 +100,9 @@ def write_embedded(header: Header, schedule: Schedule, output: Output, on_progre
         raise GGUFError(f"{header.path}: cannot read the model: {error.strerror or error}") from None
     with file:
         metadata = list(_metadata(header, schedule, file))
-        tensors = list(_tensors(header, schedule, file))
-        check_space(output.target, gguf_bytes(metadata, tensors, header.alignment))
-        with output.part.open("rb+") as part:
+        tensors = list(_tensors(header, schedule, file, data))
+        check_space(target, gguf_bytes(metadata, tensors, header.alignment))
+        with place.open("rb+" if place.exists() else "wb") as part:
             write_gguf(part, metadata, tensors, alignment=header.alignment, on_progress=on_progress)
 
 
@@ -102,12 +112,12 @@ def _metadata(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[Me
     folded = {f"{header.arch}.{name}" for name in FOLDED_KEYS} if takes_native_factors(header) else set()
     for key, entry in header.entries.items():
         if key in ours:
-            yield _encoded(ours.pop(key))
+            yield encoded(ours.pop(key))
         elif key not in folded and not key.startswith(PREFIX):
             n_bytes = entry.end - entry.start
             yield MetadataSource(key, entry.type, n_bytes, copied(header.path, file, entry.start, n_bytes))
     for value in (*ours.values(), *schedule_values(schedule)):
-        yield _encoded(value)
+        yield encoded(value)
 
 
 def _model_values(header: Header, schedule: Schedule) -> Iterator[Value]:
@@ -123,12 +133,14 @@ def _model_values(header: Header, schedule: Schedule) -> Iterator[Value]:
         yield Value(f"{scaling}original_context_length", U32, plain_context(header))
 
 
-def _tensors(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[TensorSource]:
+def _tensors(
+    header: Header, schedule: Schedule, file: BinaryIO, data: Mapping[str, Chunks] | None
+) -> Iterator[TensorSource]:
     native = takes_native_factors(header)
     for tensor in header.tensors:
         if not (native and tensor.name in (FREQS, LONG, SHORT)):
             start = header.data_start + tensor.offset
-            chunks = copied(header.path, file, start, tensor.n_bytes)
+            chunks = copied(header.path, file, start, tensor.n_bytes) if data is None else data[tensor.name]
             yield TensorSource(tensor.name, tensor.shape, tensor.type, tensor.n_bytes, chunks)
     if native:
         yield _factor_tensor(LONG, schedule.bands[-1])
@@ -143,6 +155,7 @@ def _factor_tensor(name: str, band: Band) -> TensorSource:
     return TensorSource(name, factors.shape, int(GGMLQuantizationType.F32), factors.nbytes, [factors.tobytes()])
 
 
-def _encoded(value: Value) -> MetadataSource:
+def encoded(value: Value) -> MetadataSource:
+    """A value as it is written."""
     raw = encode(value)
     return MetadataSource(value.key, value.type, len(raw), [raw])

@@ -56,4 +56,4 @@ def convert_model(
             header = read_header(place)
         if schedule is not None:
             with bar("Writing") as advance:
-                write_embedded(header, schedule, output, advance)
+                write_embedded(header, schedule, output.part, output.target, advance)

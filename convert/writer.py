@@ -78,37 +78,45 @@ def write_gguf(
     on_progress: Advance | None = None,
 ) -> None:
     """Write a GGUF file, with the tensors in the order given, each at the first aligned place."""
-    total, done = gguf_bytes(metadata, tensors, alignment), 0
-
-    def put(chunk: bytes | memoryview) -> None:
-        nonlocal done
-        file.write(chunk)
-        done += len(chunk)
-
-    def put_all(chunks: Chunks, n_bytes: int, what: str) -> None:
-        end = done + n_bytes
-        for chunk in chunks:
-            put(chunk)
+    total = gguf_bytes(metadata, tensors, alignment)
+    done = write_gguf_head(file, metadata, tensors, alignment=alignment)
+    for tensor in tensors:
+        end = done + tensor.n_bytes
+        for chunk in tensor.chunks:
+            done += file.write(chunk)
             if on_progress is not None:
                 on_progress(done, total)
         if done != end:
-            raise RuntimeError(f"{what}: {done - end + n_bytes} bytes came, {n_bytes} were promised")
+            raise RuntimeError(
+                f"{tensor.name}: {done - end + tensor.n_bytes} bytes came, {tensor.n_bytes} were promised"
+            )
+        done += file.write(bytes(-done % alignment))
+    if on_progress is not None:
+        on_progress(done, total)
 
-    put(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
+
+def write_gguf_head(
+    file: BinaryIO,
+    metadata: Sequence[MetadataSource],
+    tensors: Sequence[TensorSource],
+    *,
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> int:
+    """Write all that comes before the tensors' data, and how many bytes that is."""
+    done = file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
     for entry in metadata:
-        put(encode_string(entry.key) + struct.pack("<I", entry.type))
-        put_all(entry.chunks, entry.n_bytes, entry.key)
+        done += file.write(encode_string(entry.key) + struct.pack("<I", entry.type))
+        n_bytes = sum(file.write(chunk) for chunk in entry.chunks)
+        if n_bytes != entry.n_bytes:
+            raise RuntimeError(f"{entry.key}: {n_bytes} bytes came, {entry.n_bytes} were promised")
+        done += n_bytes
     offset = 0
     for tensor in tensors:
         dims = len(tensor.shape)
-        put(encode_string(tensor.name) + struct.pack(f"<I{dims}QIQ", dims, *tensor.shape, tensor.type, offset))
+        info = struct.pack(f"<I{dims}QIQ", dims, *tensor.shape, tensor.type, offset)
+        done += file.write(encode_string(tensor.name) + info)
         offset += _padded(tensor.n_bytes, alignment)
-    put(bytes(-done % alignment))
-    for tensor in tensors:
-        put_all(tensor.chunks, tensor.n_bytes, tensor.name)
-        put(bytes(-done % alignment))
-    if on_progress is not None:
-        on_progress(done, total)
+    return done + file.write(bytes(-done % alignment))
 
 
 def _head_bytes(metadata: Sequence[MetadataSource], tensors: Sequence[TensorSource]) -> int:

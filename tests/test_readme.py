@@ -1,5 +1,6 @@
 """Every example in README.md is run, and does what is printed there."""
 
+import importlib
 import json
 import os
 import pydoc_data.topics
@@ -8,7 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent / "convert"))
+write_bpe = importlib.import_module("tiny_tokenisers").write_bpe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 NOT_HERE = ("make ", "pip ", "ropewalk demo")  # set-up, and what takes minutes
@@ -40,15 +48,66 @@ def folder(smollm2, tmp_path_factory):
     return place
 
 
+HUGGING_FACE = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2, folder):
+    """The bundled model as a Hugging Face checkpoint."""
+    place = folder / "checkpoint"
+    place.mkdir()
+    reader = gguf.GGUFReader(smollm2)
+    heads = {"attn_q": 9, "attn_k": 3}
+    weights = {}
+    for tensor in reader.tensors:
+        numbers = np.array(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(tensor.shape[::-1])
+        *layer, name, _ = tensor.name.removeprefix("blk.").split(".")
+        if name in heads:  # back from pairs of neighbours to halves
+            pairs = numbers.reshape(heads[name], -1, 2, numbers.shape[1])
+            numbers = pairs.swapaxes(1, 2).reshape(numbers.shape)
+        at = f"model.layers.{layer[0]}." if layer else "model."
+        weights[f"{at}{HUGGING_FACE[name]}.weight"] = torch.from_numpy(np.ascontiguousarray(numbers)).bfloat16()
+    save_file(weights, place / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    write_bpe(place)
+
+
 def shape(text):
     """The text without what differs from machine to machine: numbers, and the spaces around them."""
     return re.sub(r"\s+", " ", re.sub(r"[\d.,]+", "#", text))
 
 
-def test_the_commands(folder):
+def test_the_commands(folder, checkpoint):
     commands = examples()
     assert [command.split("ropewalk ")[1].split()[0] for command, _ in commands] == [
         "convert",
+        "convert",
+        "chat",
         "inspect",
         "chat",
         "summarize",

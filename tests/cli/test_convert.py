@@ -134,7 +134,7 @@ def test_mistakes_in_the_files(source, tiny_llama, tmp_path, left):
         (tmp_path / name).write_bytes(raw)
         assert says in refused(tmp_path / name, out, "--context", 512)
     assert "No such file" in refused(tmp_path / "none.gguf", out, "--context", 512)
-    assert "a folder" in refused(tmp_path, out, "--context", 512)
+    assert "no config.json, expected a Hugging Face checkpoint" in refused(tmp_path, out, "--context", 512)
     bert = tiny_llama(tmp_path / "bert.gguf", arch="bert")
     assert "architecture 'bert' has no RoPE" in refused(bert, out, "--context", 512)
     assert left(*wrong, "bert.gguf") == []

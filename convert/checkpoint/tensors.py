@@ -1,0 +1,264 @@
+"""From a checkpoint's tensors to the file's: names, order, what is done to their numbers, and the type of each.
+
+Nothing is read here. A planned tensor is a list of parts that follow each other in the file, each one stored tensor
+with what is done to it; all of that is views and permutations of the numbers as they are stored, so that planning can
+try it on shapes alone, and writing needs no more than one stored tensor and a few rows of it as floats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from gguf import GGMLQuantizationType, get_tensor_name_map
+
+from ...errors import UserError
+from .architectures import Architecture, Drop, Halves, Permute, Rename, Rule, Shift, Stack, TrimRows, head_dim, heads_kv
+from .config import Config
+from .folder import Checkpoint, StoredTensor
+
+View = Callable[[torch.Tensor], torch.Tensor]
+
+BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+"""Ends of names of what is computed, not learned."""
+
+OTHER_MODALITIES = re.compile(r"(^|\.)(vision_|audio_|visual\.)|projector\.|vision_tower|audio_tower")
+"""In names of weights that are not the language model's."""
+
+FLOAT32_NAMES = ("ffn_gate_inp.weight",)
+"""Ends of names of matrices that are float32 in every file, as llama.cpp wants them; vectors and norms are, too."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor and what is done to it: a view or permutation, then a number added."""
+
+    stored: StoredTensor
+    view: View = lambda tensor: tensor
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: `shape` as torch has it, the parts one after the other along the first dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a rule makes of one stored tensor: its name as gguf's map knows it, and its part."""
+
+    name: str
+    part: Part
+
+
+@dataclass
+class _Stacks:
+    """Experts seen so far, by the name of the tensor that they become."""
+
+    seen: dict[str, dict[int, Part]] = field(default_factory=dict)
+
+    def add(self, name: str, expert: int, part: Part, of: int) -> tuple[Part, ...] | None:
+        """All of the stack's parts once the last has come."""
+        stack = self.seen.setdefault(name, {})
+        stack[expert] = part
+        if len(stack) < of:
+            return None
+        del self.seen[name]
+        return tuple(stack[i] for i in range(of))
+
+
+def plan_tensors(
+    checkpoint: Checkpoint, config: Config, entry: Architecture, wanted: GGMLQuantizationType, rows: int
+) -> tuple[Planned, ...]:
+    """What the file will hold, in the order of the checkpoint.
+
+    Args:
+        wanted: the type of matrices, where nothing speaks against it.
+        rows: tokens of the vocabulary.
+
+    Raises:
+        UserError: a tensor that the architecture does not have, one that is missing, or one of another shape.
+    """
+    names = get_tensor_name_map(entry.arch, _layers(checkpoint, config))
+    planned: dict[str, Planned] = {}
+    for name, shape, parts in _changed(checkpoint, config, entry, rows):
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            where = parts[0].stored
+            raise UserError(f"{where.shard}: {where.name}: not a tensor of {entry.classes[0]}")
+        if new in planned:
+            raise UserError(f"{parts[0].stored.shard}: {parts[0].stored.name}: there is another {new}")
+        planned[new] = Planned(new, shape, _type_of(new, shape, wanted), parts)
+    _check_complete(checkpoint, config, planned)
+    return tuple(planned.values())
+
+
+def first_matrix_type(checkpoint: Checkpoint) -> GGMLQuantizationType:
+    """The 16-bit type that loses least: bfloat16 where the first matrix is, else float16."""
+    for stored in checkpoint.tensors.values():
+        if len(stored.shape) >= 2 and stored.dtype in (torch.bfloat16, torch.float16):
+            return GGMLQuantizationType.BF16 if stored.dtype == torch.bfloat16 else GGMLQuantizationType.F16
+    return GGMLQuantizationType.F16
+
+
+def _layers(checkpoint: Checkpoint, config: Config) -> int:
+    """The number of layers, which the name map is made for; never more than there are tensors."""
+    n = config.count("num_hidden_layers")
+    if n > len(checkpoint.tensors):
+        raise config.wrong("num_hidden_layers", f"at most the {len(checkpoint.tensors)} tensors in {checkpoint.folder}")
+    return n
+
+
+def _changed(
+    checkpoint: Checkpoint, config: Config, entry: Architecture, rows: int
+) -> Iterator[tuple[str, tuple[int, ...], tuple[Part, ...]]]:
+    """Each tensor after its rule: its name, its shape, its parts."""
+    stacks = _Stacks()
+    for stored in checkpoint.tensors.values():
+        name = stored.name.replace("language_model.", "")
+        if stored.name.endswith(BUFFERS) or OTHER_MODALITIES.search(stored.name):
+            continue
+        rule, match = _rule(entry, name)
+        if match is not None and rule is not None and isinstance(rule.change, Stack):
+            into = rule.change.into.format(*match.groups())
+            n = config.count(rule.change.experts)
+            expert = int(match.group(2))
+            if expert >= n:
+                raise UserError(f"{stored.shard}: {stored.name}: expected experts 0 to {n - 1} ({rule.change.experts})")
+            parts = stacks.add(into, expert, Part(stored), n)
+            if parts is not None:
+                yield into, (n, *_same_shape(parts)), parts
+            continue
+        for named in _apply(rule, match, stored, name, config, rows):
+            yield named.name, _shape(named.part), (named.part,)
+    for into, stack in stacks.seen.items():
+        first = next(iter(stack.values())).stored
+        raise UserError(f"{first.shard}: {into}: {len(stack)} experts, and the others are missing")
+
+
+def _rule(entry: Architecture, name: str) -> tuple[Rule | None, re.Match[str] | None]:
+    for rule in entry.rules:
+        match = re.fullmatch(rule.pattern, name)
+        if match:
+            return rule, match
+    return None, None
+
+
+def _apply(
+    rule: Rule | None, match: re.Match[str] | None, stored: StoredTensor, name: str, config: Config, rows: int
+) -> list[_Named]:
+    if rule is None or match is None:
+        return [_Named(name, Part(stored))]
+    match rule.change:
+        case Drop():
+            return []
+        case Rename(into):
+            return [_Named(into.format(*match.groups()), Part(stored))]
+        case Shift(by):
+            return [_Named(name, Part(stored, shift=by))]
+        case Permute(heads):
+            n = config.optional(heads) or config.count("num_attention_heads")
+            if not stored.shape or stored.shape[0] % (2 * n):
+                raise _bad_shape(stored, f"a first dimension that {n} heads ({heads}) divide into pairs")
+            return [_Named(name, Part(stored, lambda tensor: interleaved(tensor, n)))]
+        case Halves(first, second):
+            if len(stored.shape) < 2 or stored.shape[-2] % 2:
+                raise _bad_shape(stored, "an even last but one dimension")
+            half = stored.shape[-2] // 2
+            return [
+                _Named(first.format(*match.groups()), Part(stored, lambda tensor: tensor[..., :half, :])),
+                _Named(second.format(*match.groups()), Part(stored, lambda tensor: tensor[..., half:, :])),
+            ]
+        case TrimRows():
+            return [_Named(name, Part(stored, lambda tensor: tensor[:rows]))]
+        case _:
+            raise AssertionError(rule.change)
+
+
+def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head in the order 0, d/2, 1, d/2 + 1, …: pairs that rotate together become neighbours."""
+    half = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _shape(part: Part) -> tuple[int, ...]:
+    stored = part.stored
+    return tuple(part.view(torch.empty(stored.shape, dtype=stored.dtype, device="meta")).shape)
+
+
+def _same_shape(parts: tuple[Part, ...]) -> tuple[int, ...]:
+    shape = parts[0].stored.shape
+    for part in parts:
+        if part.stored.shape != shape:
+            raise _bad_shape(part.stored, f"{list(shape)}, as its first expert's")
+    return shape
+
+
+def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """llama.cpp's converter's choice: vectors, norms, routers and whatever is no weight are float32."""
+    if len(shape) <= 1 or name.endswith(("_norm.weight", *FLOAT32_NAMES)) or not name.endswith(".weight"):
+        return GGMLQuantizationType.F32
+    if wanted == GGMLQuantizationType.Q8_0 and shape[-1] % 32:
+        return GGMLQuantizationType.F16
+    return wanted
+
+
+def _check_complete(checkpoint: Checkpoint, config: Config, planned: Mapping[str, Planned]) -> None:
+    """Every layer has what the others have, and the sizes are those of the config."""
+    names = ["token_embd.weight", "output_norm.weight"]
+    if config.get("tie_word_embeddings") is False:
+        names.append("output.weight")
+    for name in names:
+        if name not in planned:
+            raise UserError(f"{checkpoint.folder}: no tensor for {name}, expected one ({config.path.name})")
+    layers: dict[int, set[str]] = {i: set() for i in range(config.count("num_hidden_layers"))}
+    for name in planned:
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        if match:
+            layers[int(match.group(1))].add(match.group(2))
+    every = set().union(*layers.values())
+    for i, found in layers.items():
+        for missing in sorted(every - found):
+            raise UserError(f"{checkpoint.folder}: layer {i} has no tensor for {missing}, others have")
+    for tensor in planned.values():
+        _check_shape(config, tensor)
+
+
+def _check_shape(config: Config, tensor: Planned) -> None:
+    """Widths that the config gives; the rest follows, or llama.cpp tells."""
+    embedding = config.count("hidden_size")
+    heads, dimensions = config.count("num_attention_heads"), head_dim(config)
+    expected: dict[str, tuple[int | None, ...]] = {
+        "token_embd.weight": (None, embedding),
+        "output.weight": (None, embedding),
+        "attn_q.weight": (heads * dimensions, embedding),
+        "attn_k.weight": (heads_kv(config) * dimensions, embedding),
+        "attn_v.weight": (heads_kv(config) * dimensions, embedding),
+        "attn_qkv.weight": ((heads + 2 * heads_kv(config)) * dimensions, embedding),
+        "attn_output.weight": (embedding, heads * dimensions),
+        "ffn_gate.weight": (config.count("intermediate_size"), embedding),
+        "ffn_up.weight": (None, embedding),
+        "ffn_down.weight": (embedding, config.count("intermediate_size")),
+        "attn_norm.weight": (embedding,),
+        "ffn_norm.weight": (embedding,),
+        "output_norm.weight": (embedding,),
+    }
+    wanted = expected.get(re.sub(r"^blk\.\d+\.", "", tensor.name))
+    if wanted is None:
+        return
+    if len(wanted) != len(tensor.shape) or any(
+        size is not None and size != found for size, found in zip(wanted, tensor.shape, strict=True)
+    ):
+        sizes = ", ".join("*" if size is None else str(size) for size in wanted)
+        raise _bad_shape(tensor.parts[0].stored, f"[{sizes}] by {config.path.name}")
+
+
+def _bad_shape(stored: StoredTensor, expected: str) -> UserError:
+    return UserError(f"{stored.shard}: {stored.name}: shape {list(stored.shape)}, expected {expected}")

@@ -1,0 +1,179 @@
+"""A Hugging Face checkpoint to a GGUF file, a tensor at a time; with a schedule, or requantised, in the same output."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+
+from ..container import Header, Value, read_header, schedule_values
+from ..container.reader import DEFAULT_ALIGNMENT
+from ..factors import Schedule
+from .checkpoint import Architecture, Checkpoint, Config, architecture_of, open_checkpoint, read_config
+from .checkpoint.metadata import model_values
+from .checkpoint.own_schedule import own_schedule
+from .checkpoint.quantise import quantised, tensor_bytes
+from .checkpoint.rope import rope_tensors
+from .checkpoint.tensors import Planned, first_matrix_type, plan_tensors
+from .embed import encoded, write_embedded
+from .model import Bar, no_bar
+from .output import check_space, output_file
+from .requantise import check_weight_type, requantise
+from .tokeniser import tokeniser_values
+from .writer import Advance, MetadataSource, TensorSource, gguf_bytes, write_gguf, write_gguf_head
+
+STREAMED = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+"""Types that a checkpoint is written in directly; for the rest llama.cpp quantises, from 16 bits."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, understood: what its file will hold."""
+
+    checkpoint: Checkpoint
+    config: Config
+    entry: Architecture
+    values: tuple[Value, ...]
+    planned: tuple[Planned, ...]
+    extra: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+def understand(folder: Path, weight_type: str | None = None, name: str | None = None) -> Source:
+    """Read all of a checkpoint but its weights, and check that they are what its config says.
+
+    Args:
+        weight_type: of matrices; by default the 16-bit type that loses least.
+        name: the model's name; by default its card's, or the folder's.
+
+    Raises:
+        UserError: something is missing, broken, or of a kind that is not known.
+    """
+    raw = read_config(folder)
+    entry = architecture_of(raw)
+    config = raw.with_defaults(entry.defaults)
+    if config.get("quantization_config"):
+        raise config.wrong("quantization_config", "none: weights as floats, not packed by another program")
+    checkpoint = open_checkpoint(folder)
+    wanted = STREAMED.get(weight_type or "", first_matrix_type(checkpoint))
+    extra = rope_tensors(config, entry)
+    words = tokeniser_values(folder, config.values, entry.tokeniser)
+    planned = plan_tensors(checkpoint, config, entry, wanted, config.count("vocab_size"))
+    shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
+    values = (*model_values(folder, config, entry, shapes, wanted, name), *words)
+    return Source(checkpoint, config, entry, values, planned, extra, _notes(config, entry))
+
+
+def convert_checkpoint(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    weight_type: str | None = None,
+    choose: Callable[[Header], Schedule | None] = lambda header: None,
+    name: str | None = None,
+    force: bool = False,
+    bar: Bar = no_bar,
+) -> tuple[str, ...]:
+    """Write the checkpoint in `folder` to `target`; what is to be known of it comes back in words.
+
+    Args:
+        weight_type: as `convert_model`'s; by default the 16-bit type that loses least.
+        choose: given the head of the file as it would be without, says which schedule it gets, if any.
+        name: the model's name; by default its card's, or the folder's.
+        bar: shows the progress of each stage, in bytes.
+
+    Raises:
+        UserError: the checkpoint is not whole, or not of a kind that is known; or the output cannot be written.
+            `target` is as it was then.
+    """
+    weight_type = check_weight_type(weight_type) if weight_type is not None else None
+    source = understand(Path(folder), weight_type, name)
+    notes = list(source.notes)
+    with output_file(target, source=Path(folder), force=force) as output, ThreadPoolExecutor(_cores()) as pool:
+        metadata = [encoded(value) for value in source.values]
+        tensors = list(_sources(source, pool, notes.append))
+        with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
+            schedule = choose(header)
+            if schedule is None:
+                own = own_schedule(source.config, header)
+                metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
+            streamed = weight_type is None or weight_type in STREAMED
+            place = output.part if streamed else output.scratch
+            with bar("Converting") as advance:
+                if schedule is None:
+                    _write(place, output.target, metadata, tensors, advance)
+                else:
+                    data = {tensor.name: tensor.chunks for tensor in tensors}
+                    write_embedded(header, schedule, place, output.target, advance, data)
+        if not streamed:
+            assert weight_type is not None
+            with bar(f"Quantising to {weight_type}") as advance:
+                requantise(read_header(place), output.part, weight_type, target=output.target, on_progress=advance)
+    return tuple(notes)
+
+
+def _notes(config: Config, entry: Architecture) -> tuple[str, ...]:
+    """In what llama.cpp will run the model otherwise than the config says."""
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation is None or activation in entry.activations:
+        return entry.unread(config)
+    return (f"hidden_act {activation}: llama.cpp computes {entry.activations[0]}", *entry.unread(config))
+
+
+def _sources(source: Source, pool: ThreadPoolExecutor, tell: Callable[[str], None]) -> Iterator[TensorSource]:
+    """What is written, in order; numbers are read when they are asked for."""
+
+    def warn(name: str) -> None:
+        tell(f"{name}: has NaNs in it, and the model will answer with noise")
+
+    for name, factors in source.extra.items():
+        raw = factors.numpy().tobytes()
+        yield TensorSource(name, tuple(factors.shape), int(GGMLQuantizationType.F32), len(raw), [raw])
+    for planned in source.planned:
+        chunks = quantised(planned, source.checkpoint.read, pool, warn)
+        shape = tuple(reversed(planned.shape))
+        yield TensorSource(planned.name, shape, int(planned.type), tensor_bytes(planned), chunks)
+
+
+@contextmanager
+def _head(
+    folder: Path, metadata: Sequence[MetadataSource], tensors: Sequence[TensorSource], n_factors: int
+) -> Iterator[Header]:
+    """The head of the file as it would be without a schedule, and the first few tensors; then a hole in the file."""
+    with tempfile.TemporaryDirectory(prefix="ropewalk-") as place:
+        path = Path(place) / f"{folder.resolve().name}.gguf"
+        with path.open("wb") as file:
+            write_gguf_head(file, metadata, tensors)
+            for tensor in tensors[:n_factors]:
+                file.writelines(tensor.chunks)
+                file.write(bytes(-tensor.n_bytes % DEFAULT_ALIGNMENT))
+            file.truncate(gguf_bytes(metadata, tensors, DEFAULT_ALIGNMENT))
+        yield read_header(path)
+
+
+def _write(
+    place: Path,
+    target: Path,
+    metadata: Sequence[MetadataSource],
+    tensors: Sequence[TensorSource],
+    advance: Advance,
+) -> None:
+    check_space(target, gguf_bytes(metadata, tensors, DEFAULT_ALIGNMENT))
+    with place.open("wb") as file:
+        write_gguf(file, metadata, tensors, on_progress=advance)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,107 @@
+"""A checkpoint's tokeniser as GGUF metadata: SentencePiece, and BPE with or without a byte alphabet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType, GGUFWriter
+
+from ...container import Value
+from ...errors import UserError
+from .bpe import write_byte_fallback_bpe, write_byte_level_bpe
+from .files import TokeniserFiles, open_tokeniser
+from .rules import GEMMA2, GEMMA3, LLAMA, PHI3, QWEN, SENTENCEPIECE_ONLY, TokeniserRules
+from .sentence_piece import write_sentencepiece
+from .special import write_special
+from .template import write_template
+
+__all__ = [
+    "GEMMA2",
+    "GEMMA3",
+    "LLAMA",
+    "PHI3",
+    "QWEN",
+    "SENTENCEPIECE_ONLY",
+    "TokeniserRules",
+    "tokeniser_values",
+]
+
+CODE_LLAMA_SIZE, CODE_LLAMA_TURN = 32016, 32010
+"""Code Llama's vocabulary and its end of a turn, which no file of it names."""
+
+STARCODER_SIZE = 49152
+"""Of the tokenisers of StarCoder, Granite and SmolLM, which put no token before a text."""
+
+
+def tokeniser_values(folder: Path, config: Mapping[str, Any], rules: TokeniserRules) -> tuple[Value, ...]:
+    """All `tokenizer.` keys, as llama.cpp's own converter has them.
+
+    Args:
+        config: config.json's values, with what transformers assumes where it is silent.
+        rules: what differs by architecture.
+
+    Raises:
+        UserError: there is no tokeniser, it is broken, or of a kind that llama.cpp does not have.
+    """
+    files = open_tokeniser(folder, config)
+    writer = GGUFWriter(path=None, arch="")
+    kind = _kind(files, rules)
+    if rules.reads_space_prefix and isinstance(files.config.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(files.config["add_prefix_space"])
+    if kind == "sentencepiece":
+        n_tokens = write_sentencepiece(writer, files, rules)
+        write_special(writer, files, n_tokens, merges=())
+    elif kind == "byte-fallback":
+        n_tokens = write_byte_fallback_bpe(writer, files)
+        write_special(writer, files, n_tokens, merges=())
+    else:
+        merges = write_byte_level_bpe(writer, files, rules)
+        write_special(writer, files, None, merges=merges)
+    write_template(writer, files)
+    _write_extras(writer, files, rules, kind)
+    return tuple(_values(writer))
+
+
+def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:
+    """Which of the kinds that the architecture may have is there: the first in the order of the rules."""
+    if rules.byte_level_class and files.config.get("tokenizer_class") == rules.byte_level_class:
+        return "byte-level"
+    there = {
+        "sentencepiece": (files.folder / "tokenizer.model").is_file(),
+        "byte-fallback": files.is_byte_fallback,
+        "byte-level": files.bpe is not None and not files.is_byte_fallback,
+    }
+    for kind in rules.kinds:
+        if there[kind]:
+            return kind
+    names = {"sentencepiece": "tokenizer.model", "byte-fallback": "tokenizer.json", "byte-level": "tokenizer.json"}
+    wanted = " or ".join(dict.fromkeys(names[kind] for kind in rules.kinds))
+    if (files.folder / "tekken.json").is_file():
+        raise UserError(
+            f"{files.folder}: has tekken.json alone, expected {wanted} (Mistral's models come with one, too)"
+        )
+    raise UserError(f"{files.folder}: no tokeniser, expected {wanted}")
+
+
+def _write_extras(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules, kind: str) -> None:
+    if rules.space_prefix is not None and kind == "sentencepiece":
+        writer.add_add_space_prefix(rules.space_prefix)
+    if not rules.llama_sizes:
+        return
+    if files.vocab_size == CODE_LLAMA_SIZE:
+        writer.add_eot_token_id(CODE_LLAMA_TURN)
+    if files.vocab_size == STARCODER_SIZE:
+        writer.add_add_bos_token(False)
+
+
+def _values(writer: GGUFWriter) -> list[Value]:
+    found = []
+    for key, value in writer.kv_data[0].items():
+        if key.startswith("tokenizer."):
+            item = None
+            if value.type == GGUFValueType.ARRAY:
+                item = value.sub_type or GGUFValueType.get_type(value.value[0])
+            found.append(Value(key, value.type, value.value, item))
+    return found

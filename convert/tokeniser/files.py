@@ -1,0 +1,115 @@
+"""A tokeniser's files, read once and checked for what everything else relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ..json_file import read_json
+
+MAX_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that was added to a vocabulary; `normalized` ones are looked for in normalised text."""
+
+    id: int
+    text: str
+    special: bool
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class TokeniserFiles:
+    """What there is in a checkpoint's folder.
+
+    Attributes:
+        bpe: tokenizer.json, or None where there is none.
+        config: tokenizer_config.json, or nothing.
+        model_config: config.json's values.
+        vocab_size: the model's, which the vocabulary is padded to.
+        added: of tokenizer.json.
+        configured: of tokenizer_config.json's `added_tokens_decoder`.
+    """
+
+    folder: Path
+    bpe: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+    vocab_size: int
+    added: tuple[AddedToken, ...]
+    configured: tuple[AddedToken, ...]
+
+    @property
+    def is_byte_fallback(self) -> bool:
+        """A SentencePiece vocabulary as BPE: bytes are tokens of their own, for what no other token covers."""
+        if self.bpe is None:
+            return False
+        model, decoder = self.bpe["model"], self.bpe.get("decoder")
+        return bool(
+            model.get("type") == "BPE"
+            and model.get("byte_fallback")
+            and isinstance(decoder, dict)
+            and decoder.get("type") == "Sequence"
+        )
+
+
+def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFiles:
+    """Read them.
+
+    Raises:
+        UserError: one is broken, or a token's number is outside the vocabulary.
+    """
+    size = model_config.get("vocab_size")
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= MAX_TOKENS:
+        raise UserError(f"{folder / 'config.json'}: vocab_size: {size!r:.40}, expected a number up to {MAX_TOKENS:,}")
+    json_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    bpe = _tokenizer_json(json_file) if json_file.is_file() else None
+    config = read_json(config_file) if config_file.is_file() else {}
+    added = bpe.get("added_tokens") or [] if bpe else []
+    if not isinstance(added, list):
+        raise UserError(f"{json_file}: added_tokens: {type(added).__name__}, expected a list")
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{config_file}: added_tokens_decoder: {type(decoder).__name__}, expected a map")
+    return TokeniserFiles(
+        folder=folder,
+        bpe=bpe,
+        config=config,
+        model_config=model_config,
+        vocab_size=size,
+        added=tuple(_token(json_file, entry, None) for entry in added),
+        configured=tuple(_token(config_file, entry, number) for number, entry in decoder.items()),
+    )
+
+
+def _tokenizer_json(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    model = data.get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
+    kind = model.get("type", "BPE")
+    if kind != "BPE":
+        raise UserError(
+            f"{path}: model.type: {kind!r}, expected 'BPE', the only kind of tokenizer.json that is converted"
+        )
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
+        raise UserError(f"{path}: model.vocab: expected a map of tokens to numbers from 0")
+    return data
+
+
+def _token(path: Path, entry: Any, number: str | None) -> AddedToken:
+    """One entry; its number is the key where it has none of its own."""
+    where = f"{path}: added token {number or ''}".rstrip()
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise UserError(f"{where}: {entry!r:.60}, expected a map with the token as `content`")
+    token = entry.get("id") if number is None else int(number) if number.isdecimal() and len(number) < 10 else None
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < MAX_TOKENS:
+        found = entry.get("id") if number is None else number
+        raise UserError(f"{path}: added token {entry['content']!r:.40}: id {found!r:.30}, expected a number from 0")
+    return AddedToken(token, entry["content"], bool(entry.get("special")), bool(entry.get("normalized", True)))

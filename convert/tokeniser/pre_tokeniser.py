@@ -1,0 +1,163 @@
+"""Which of llama.cpp's pre-tokenisers cuts text as a tokenizer.json's does: by what it says, checked by trying.
+
+llama.cpp knows pre-tokenisers by name (llama-vocab.cpp), and most names are models' that cut alike. The definition in
+tokenizer.json is brought to a plain form and looked up; the first name that then gives the same tokens on a sample is
+taken. A definition that is not in the table may still cut as one of the names does: all are tried, on a longer sample.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from ...errors import UserError
+from .files import TokeniserFiles
+
+GPT2 = "GPT-2"
+"""The regular expression that ByteLevel applies of itself."""
+
+_ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+QWEN2 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+QWEN35 = (
+    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?"
+    rf"|\p{{N}}{{1,3}}|{_CASED}"
+)
+TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED}"
+SEED = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MIXED = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+NAMES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    (GPT2,): ("gpt-2",),
+    ("digits", GPT2): ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    (LLAMA3,): ("llama-bpe", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"),
+    (QWEN2,): ("qwen2", "stablelm2", "hunyuan", "grok-2"),
+    (QWEN35,): ("qwen35",),
+    (GPT4O,): ("gpt-4o",),
+    (TEKKEN,): ("tekken",),
+    (SEED,): ("seed-coder",),
+    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _MIXED): ("deepseek-v3", "hunyuan-dense"),
+    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digits"): ("deepseek-coder",),
+    (r" ?[^(\s|[.,!?…。，、।۔،])]+",): ("bloom", "poro-chat"),
+    (r" ?[^(\s|[.,!?…。，、।۔،])]+", "digits"): ("viking",),
+}
+"""llama.cpp's names by the definition: regular expressions in their order, ``digits`` for one digit a piece."""
+
+OTHERS = (
+    *("gpt-2", "smollm", "llama-bpe", "llama3", "qwen2", "qwen35", "gpt-4o", "tekken", "seed-coder", "deepseek-llm"),
+    *("deepseek-coder", "deepseek-v3", "falcon", "bloom", "viking", "superbpe", "bailingmoe", "exaone-moe", "youtu"),
+    *("kimi-k2", "afmoe", "minicpm5", "tiny_aya", "chameleon", "jais-2", "granite-embed-multi-97m", "spark2_5"),
+    *("ufakzeka", "laguna", "default"),
+)
+"""One name for each way of cutting that llama.cpp has."""
+
+
+def find_pre_tokeniser(
+    path: Path,
+    files: TokeniserFiles,
+    tokeniser: Any,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[str],
+) -> str:
+    """The name for ``tokenizer.ggml.pre``.
+
+    Raises:
+        UserError: llama.cpp has none that cuts alike.
+    """
+    assert files.bpe is not None
+    definition = tuple(plain_form(files.bpe.get("pre_tokenizer")))
+    known = NAMES.get(definition, ())
+    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
+        vocabulary = Path(folder) / "vocabulary.gguf"
+        for names, sample in ((known, SAMPLE), (OTHERS, (*SAMPLE, *_more()))):
+            wanted = [tokeniser.encode(text, add_special_tokens=False).ids for text in sample]
+            for name in names:
+                if _tokens(vocabulary, name, tokens, types, merges, sample) == wanted:
+                    return name
+    raise UserError(f"{path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that cuts text like it")
+
+
+def plain_form(step: Any) -> Iterator[str]:
+    """A definition as the regular expressions that it applies, one after the other."""
+    if not isinstance(step, Mapping):
+        return
+    kind, pattern = step.get("type"), step.get("pattern")
+    if kind == "Sequence":
+        for inner in step.get("pretokenizers") or ():
+            yield from plain_form(inner)
+    elif kind == "ByteLevel":
+        if step.get("use_regex", True):
+            yield GPT2
+    elif kind == "Digits":
+        yield "digits" if step.get("individual_digits") else r"\p{N}+"
+    elif kind == "Split" and isinstance(pattern, Mapping):
+        expression = pattern.get("Regex", pattern.get("String"))
+        yield "digits" if expression in (r"\p{N}", r"\d") else str(expression)
+    else:
+        yield str(kind)
+
+
+SAMPLE = (
+    "Hello, world! It's what they've said: I'll, you're, he'd, DON'T and I'M; 'quoted' 'til dawn.",
+    "def f(x, *args):\n    return {k: v for k, v in x.items() if v is not None}  # a comment\n\n\n",
+    "for (int i = 0; i < 10'000; ++i) { a[i] += b->c; }\t\t// tabs\r\n\r\nnext",
+    "1 22 333 4444 55555 666666 7777777 3.14159 1,000,000 0xFF 1e-10 ١٢٣ ४५६",
+    "  two spaces,   three,    four\n \n  \n   \n\t\n",
+    "Größe, façade, naïve, Øre, Ünïcödé; straße",
+    "Привет, мир! Как дела? Всё хорошо.",
+    "你好，世界！今天天气很好。日本語のテキスト、カタカナ。 한국어 문장입니다.",
+    "مرحبا بالعالم، كيف الحال؟ שלום עולם",
+    "नमस्ते दुनिया। สวัสดีชาวโลก កាន់តែពិសេស",
+    "🚀 emoji 😶\u200d🌫️ 👩\u200d👩\u200d👧 ✅ 🦙🦙 end",
+    "CamelCaseWords snake_case_words kebab-case-words SCREAMING_CASE iPhone McDonald's O'Neill's",
+    "a!b@c#d$e%f^g&h*i(j)k-l_m=n+o[p]q{r}s|t\\u;v:w'x\"y<z>,.?/~`",
+    '------======= !!!!!!?????? ...... ``````` """""""',
+    "\u00a0nbsp\u2003em\u200bzero\ufeffbom e\u0301 n\u0303",
+)
+
+
+def _more() -> Iterator[str]:
+    """A longer sample: the short one in other cases, with words and numbers run together."""
+    for text in SAMPLE:
+        yield text.upper()
+        yield text.replace(" ", "")
+        yield text.replace(" ", "  ")
+        yield "".join(f"{word}{i * 37}" for i, word in enumerate(text.split()))
+        yield "\n".join(text.split())
+
+
+def _tokens(
+    path: Path, name: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], sample: Sequence[str]
+) -> list[list[int]]:
+    """What llama.cpp makes of texts, with a vocabulary and a pre-tokeniser."""
+    import llama_cpp
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(list(tokens))
+    writer.add_token_types(list(types))
+    writer.add_token_merges(list(merges))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    llm = llama_cpp.Llama(str(path), vocab_only=True, n_ctx=1, verbose=False)
+    try:
+        return [llm.tokenize(text.encode(), add_bos=False, special=False) for text in sample]
+    finally:
+        llm.close()

@@ -1,0 +1,89 @@
+"""SentencePiece vocabularies: pieces, their scores and kinds, and what was added to them since."""
+
+from __future__ import annotations
+
+from gguf import GGUFWriter, TokenType
+
+from ...errors import UserError
+from ..json_file import read_json
+from .files import AddedToken, TokeniserFiles
+from .looks import looks_special
+from .rules import TokeniserRules
+
+UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
+MAX_MODEL_BYTES = 256 << 20
+
+
+def write_sentencepiece(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules) -> int:
+    """Write the vocabulary of tokenizer.model; the number of tokens.
+
+    Raises:
+        UserError: sentencepiece cannot read it, or an added token makes no sense.
+    """
+    tokens, scores, types = _pieces(files)
+
+    def put(token: int, text: str, kind: TokenType) -> None:
+        if token < len(tokens):  # what is beyond the model's rows is left out
+            tokens[token], scores[token], types[token] = text, ADDED_SCORE, kind
+
+    for token, text in _added_json(files):
+        put(token, text, TokenType.USER_DEFINED)
+    entries = (*files.configured, *(files.added if rules.plain_words else ()))
+    for entry in entries:
+        put(entry.id, *_added(entry, rules))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    return len(tokens)
+
+
+def _pieces(files: TokeniserFiles) -> tuple[list[str], list[float], list[int]]:
+    from sentencepiece import SentencePieceProcessor
+
+    path = files.folder / "tokenizer.model"
+    try:
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_MODEL_BYTES:,}")
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except RuntimeError:
+        raise UserError(f"{path}: not a SentencePiece model") from None
+    n, rows = model.vocab_size(), files.vocab_size
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    scores, types = [UNUSED_SCORE] * rows, [int(TokenType.UNUSED)] * rows
+    for i in range(min(n, rows)):
+        tokens[i], scores[i] = model.IdToPiece(i), model.GetScore(i)
+        types[i] = int(
+            TokenType.UNKNOWN
+            if model.IsUnknown(i)
+            else TokenType.CONTROL
+            if model.IsControl(i)
+            else TokenType.UNUSED
+            if model.IsUnused(i)
+            else TokenType.BYTE
+            if model.IsByte(i)
+            else TokenType.NORMAL
+        )
+    return tokens, scores, types
+
+
+def _added_json(files: TokeniserFiles) -> list[tuple[int, str]]:
+    path = files.folder / "added_tokens.json"
+    if not path.is_file():
+        return []
+    added = read_json(path)
+    for text, token in added.items():
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise UserError(f"{path}: {text!r:.40}: {token!r:.30}, expected a number from 0")
+    return [(token, text) for text, token in added.items()]
+
+
+def _added(entry: AddedToken, rules: TokeniserRules) -> tuple[str, TokenType]:
+    if entry.special or (not rules.plain_words and looks_special(entry.text)):
+        return entry.text, TokenType.CONTROL
+    # llama.cpp looks for these in the text as it is, not in what SentencePiece makes of its spaces.
+    return entry.text if rules.plain_words else entry.text.replace("▁", " "), TokenType.USER_DEFINED

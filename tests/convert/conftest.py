@@ -1,0 +1,27 @@
+"""What tests of conversion share: tiny Hugging Face checkpoints."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+checkpoints = importlib.import_module("tiny_checkpoints")
+CASES = {case.name: case for case in checkpoints.CASES}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a case of tiny_checkpoints.py, by its name; made once, not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        case = CASES[name]
+        if not case.can_be_made():
+            pytest.skip(f"{case.needs}, which the tokeniser comes from, is not installed")
+        if name not in made:
+            made[name] = checkpoints.write_checkpoint(case, tmp_path_factory.mktemp("checkpoints"))
+        return made[name]
+
+    return get

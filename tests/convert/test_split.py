@@ -1,0 +1,65 @@
+"""Several files instead of one: what llama.cpp makes of them, their sizes, and what is left when it fails."""
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from ropewalk.container import read_header
+from ropewalk.convert.split import parse_size, split_model
+from ropewalk.errors import UserError
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path):
+    return tiny_llama(tmp_path / "in.gguf")
+
+
+def logits(path):
+    llm = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    llm.eval(list(range(3, 20)))
+    found = np.array(llm.scores[:17])
+    llm.close()
+    return found
+
+
+def test_llama_cpp_reads_the_parts_as_one_model(model, tmp_path):
+    tensors = read_header(model).tensors
+    limit = max(max(t.n_bytes for t in tensors), sum(t.n_bytes for t in tensors) // 3)
+    seen = []
+    names = split_model(model, tmp_path / "out.gguf", limit, on_progress=lambda *n: seen.append(n))
+    n = len(names)
+    assert n >= 3 and [p.name for p in names] == [f"out-{i + 1:05d}-of-{n:05d}.gguf" for i in range(n)]
+    assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
+    found = [t for name in names for t in gguf.GGUFReader(name).tensors]
+    assert [t.name for t in found] == [t.name for t in tensors]
+    assert all(sum(t.n_bytes for t in gguf.GGUFReader(name).tensors) <= limit for name in names)
+    assert np.array_equal(logits(names[0]), logits(model))
+
+
+def test_one_file_is_enough(model, tmp_path):
+    assert split_model(model, tmp_path / "out.gguf", 1 << 40) == (tmp_path / "out.gguf",)
+    assert (tmp_path / "out.gguf").read_bytes() == model.read_bytes()
+
+
+def test_mistakes(model, tmp_path):
+    with pytest.raises(UserError, match=r"split size: 100 bytes, expected at least the [\d,]+ of \S+ alone"):
+        split_model(model, tmp_path / "out.gguf", 100)
+    limit = max(t.n_bytes for t in read_header(model).tensors)
+    n = len(split_model(model, tmp_path / "out.gguf", limit))
+    (tmp_path / f"out-00001-of-{n:05d}.gguf").unlink()
+    with pytest.raises(UserError, match="exists already"):
+        split_model(model, tmp_path / "out.gguf", limit)
+    assert not (tmp_path / f"out-00001-of-{n:05d}.gguf").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+    assert len(split_model(model, tmp_path / "out.gguf", limit, force=True)) == n
+
+
+@pytest.mark.parametrize(("text", "size"), [("500", 500), ("3k", 3000), ("2M", 2_000_000), ("1G", 10**9)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "2T", "1.5G", "G"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="expected a number like 500M or 2G"):
+        parse_size(text)
