@@ -1,0 +1,39 @@
+"""Schedules that come with Ropewalk are told by name and facts."""
+
+import pytest
+from ropewalk.factors import extend, native_band, shipped_file, shipped_schedule, write_schedule
+from ropewalk.factors.schedule import RopeFacts, Schedule
+
+FACTS = RopeFacts(n_rot=8, freq_base=10000.0, original_context=128)
+EXTENDED = extend(Schedule(facts=FACTS, bands=(native_band(FACTS),)), 256)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_schedule(EXTENDED, tmp_path / "Small-1B.json")
+    write_schedule(EXTENDED, tmp_path / "Small-1B-Chat.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ("Small-1B.gguf", "Small-1B"),
+        ("small-1b-q8_0.gguf", "Small-1B"),
+        ("Small-1B-Chat.Q4_K_M.gguf", "Small-1B-Chat"),
+        ("Small-1B-Chatty.gguf", "Small-1B"),
+        ("Small-1B2.gguf", None),
+        ("Small.gguf", None),
+        ("Not-Small-1B.gguf", None),
+    ],
+)
+def test_a_model_is_told_by_its_name(folder, model, found):
+    file = shipped_file(model, folder)
+    assert (file.stem if file else None) == found
+
+
+def test_and_by_its_facts(folder):
+    assert shipped_schedule("Small-1B.Q8_0.gguf", FACTS, folder) == EXTENDED
+    other = FACTS.model_copy(update={"freq_base": 500000.0})
+    assert shipped_schedule("Small-1B.Q8_0.gguf", other, folder) is None
+    assert shipped_schedule("Else.gguf", FACTS, folder) is None
