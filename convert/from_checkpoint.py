@@ -69,11 +69,11 @@ def understand(folder: Path, weight_type: str | None = None, name: str | None = 
     checkpoint = open_checkpoint(folder)
     wanted = STREAMED.get(weight_type or "", first_matrix_type(checkpoint))
     extra = rope_tensors(config, entry)
-    words = tokeniser_values(folder, config.values, entry.tokeniser)
+    words, word_notes = tokeniser_values(folder, config.values, entry.tokeniser)
     planned = plan_tensors(checkpoint, config, entry, wanted, config.count("vocab_size"))
     shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
     values = (*model_values(folder, config, entry, shapes, wanted, name), *words)
-    return Source(checkpoint, config, entry, values, planned, extra, _notes(config, entry))
+    return Source(checkpoint, config, entry, values, planned, extra, (*_notes(config, entry), *word_notes))
 
 
 def convert_checkpoint(

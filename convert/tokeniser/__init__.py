@@ -35,8 +35,10 @@ STARCODER_SIZE = 49152
 """Of the tokenisers of StarCoder, Granite and SmolLM, which put no token before a text."""
 
 
-def tokeniser_values(folder: Path, config: Mapping[str, Any], rules: TokeniserRules) -> tuple[Value, ...]:
-    """All `tokenizer.` keys, as llama.cpp's own converter has them.
+def tokeniser_values(
+    folder: Path, config: Mapping[str, Any], rules: TokeniserRules
+) -> tuple[tuple[Value, ...], tuple[str, ...]]:
+    """All `tokenizer.` keys, as llama.cpp's own converter has them; and what is to be known, in words.
 
     Args:
         config: config.json's values, with what transformers assumes where it is silent.
@@ -48,20 +50,23 @@ def tokeniser_values(folder: Path, config: Mapping[str, Any], rules: TokeniserRu
     files = open_tokeniser(folder, config)
     writer = GGUFWriter(path=None, arch="")
     kind = _kind(files, rules)
-    if rules.reads_space_prefix and isinstance(files.config.get("add_prefix_space"), bool):
-        writer.add_add_space_prefix(files.config["add_prefix_space"])
+    notes: tuple[str, ...] = ()
+    space_prefix = files.config.get("add_prefix_space")
+    space_prefix = space_prefix if rules.reads_space_prefix and isinstance(space_prefix, bool) else None
+    if space_prefix is not None:
+        writer.add_add_space_prefix(space_prefix)
     if kind == "sentencepiece":
         n_tokens = write_sentencepiece(writer, files, rules)
         write_special(writer, files, n_tokens, merges=())
     elif kind == "byte-fallback":
-        n_tokens = write_byte_fallback_bpe(writer, files)
+        n_tokens, notes = write_byte_fallback_bpe(writer, files, space_prefix)
         write_special(writer, files, n_tokens, merges=())
     else:
-        merges = write_byte_level_bpe(writer, files, rules)
+        merges, notes = write_byte_level_bpe(writer, files)
         write_special(writer, files, None, merges=merges)
     write_template(writer, files)
     _write_extras(writer, files, rules, kind)
-    return tuple(_values(writer))
+    return tuple(_values(writer)), notes
 
 
 def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from gguf import GGUFWriter, TokenType
 from ...errors import UserError
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
-from .pre_tokeniser import find_pre_tokeniser
-from .rules import TokeniserRules
+from .pre_tokeniser import SAMPLE, find_pre_tokeniser, unlike
+from .trial import Vocabulary
 
-SCORE = -1000.0
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules) -> Sequence[str]:
-    """Write the vocabulary; the merges, which `write_special` writes.
+def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Write the vocabulary; the merges, which `write_special` writes, and what is to be known, in words.
 
     Raises:
         UserError: tokens beyond the model's vocabulary, merges that are none, or a pre-tokeniser that llama.cpp lacks.
@@ -41,44 +40,60 @@ def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles, rules: Token
         tokens.append(text)
         types.append(int(kind))
     merges = _merges(path, files)
-    pre = find_pre_tokeniser(path, files, tokeniser, tokens, types, merges)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    return merges
+    vocabulary = Vocabulary(path, "gpt2", tokens, types, merges=merges)
+    vocabulary.check_different()
+    pre = find_pre_tokeniser(files, tokeniser, vocabulary)
+    vocabulary.write(writer, pre.name)
+    return merges, _note(f"llama.cpp's pre-tokeniser {pre.name}", pre.unlike)
 
 
-def write_byte_fallback_bpe(writer: GGUFWriter, files: TokeniserFiles) -> int:
-    """Write the vocabulary as SentencePiece's; the number of tokens.
+def write_byte_fallback_bpe(
+    writer: GGUFWriter, files: TokeniserFiles, space_prefix: bool | None
+) -> tuple[int, tuple[str, ...]]:
+    """Write the vocabulary as SentencePiece's; the number of tokens, and what is to be known, in words.
+
+    llama.cpp joins what has the highest score first, so that a token's score is the place of its merge. (llama.cpp's
+    own converter gives all the same score, and half of all lines other tokens than the original.)
+
+    Args:
+        space_prefix: whether a space goes before a text, where that is written already.
 
     Raises:
-        UserError: tokens beyond the model's vocabulary.
+        UserError: tokens beyond the model's vocabulary, or merges that are none.
     """
     path = files.folder / "tokenizer.json"
     tokeniser = load(path)
-    base = tokeniser.get_vocab(with_added_tokens=False)
+    n_base = len(tokeniser.get_vocab(with_added_tokens=False))
     texts = {token: text for text, token in tokeniser.get_vocab(with_added_tokens=True).items()}
     _check_size(path, texts, files.vocab_size)
     special = _special_words(files)
-    n_base = len(base)
-    tokens, types = [], []
-    for i in sorted(texts):
-        text = texts[i]
-        if BYTE.fullmatch(text) and i < n_base:
+    places: dict[str, int] = {}
+    for place, (left, right) in enumerate(_pairs(path, files)):
+        places.setdefault(left + right, place)
+    tokens, scores, types = [], [], []
+    for i in range(files.vocab_size):
+        text = texts.get(i, f"[PAD{i}]")
+        if i not in texts:
+            kind = TokenType.UNUSED
+        elif BYTE.fullmatch(text) and i < n_base:
             kind = TokenType.BYTE
         elif text in special:
             kind = TokenType.CONTROL
         else:
             kind = TokenType.NORMAL if i < n_base else TokenType.USER_DEFINED
         tokens.append(text)
+        scores.append(float(-places.get(text, len(places))))
         types.append(int(kind))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([SCORE] * len(tokens))
-    writer.add_token_types(types)
-    return len(tokens)
+    vocabulary = Vocabulary(path, "llama", tokens, types, scores)
+    vocabulary.check_different()
+    vocabulary.write(writer, "default")
+    differing = unlike(tokeniser, vocabulary, "default", SAMPLE, space_prefix)
+    if differing and space_prefix is None:
+        without = unlike(tokeniser, vocabulary, "default", SAMPLE, False)
+        if len(without) < len(differing):
+            writer.add_add_space_prefix(False)
+            differing = without
+    return len(tokens), _note("llama.cpp", differing)
 
 
 def load(path: Path) -> Any:
@@ -127,14 +142,23 @@ def _special_words(files: TokeniserFiles) -> set[str]:
 
 def _merges(path: Path, files: TokeniserFiles) -> list[str]:
     """Pairs as "left right"; a space within one of them as GPT-2's alphabet has it, Ġ."""
+    return [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _pairs(path, files)]
+
+
+def _pairs(path: Path, files: TokeniserFiles) -> Iterator[tuple[str, str]]:
     assert files.bpe is not None
     merges = files.bpe["model"].get("merges")
     if not isinstance(merges, list):
         raise UserError(f"{path}: model.merges: {type(merges).__name__}, expected a list")
-    found = []
     for i, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise UserError(f"{path}: model.merges.{i}: {merge!r:.60}, expected two tokens")
-        found.append(" ".join(part.replace(" ", "Ġ") for part in pair))
-    return found
+        yield pair[0], pair[1]
+
+
+def _note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
+    if not differing:
+        return ()
+    n, first = len(differing), differing[0].strip()[:20]
+    return (f"tokeniser: {who} takes {n} of {len(SAMPLE)} samples otherwise than the original, e.g. {first!r}",)

@@ -1,21 +1,19 @@
 """Which of llama.cpp's pre-tokenisers cuts text as a tokenizer.json's does: by what it says, checked by trying.
 
 llama.cpp knows pre-tokenisers by name (llama-vocab.cpp), and most names are models' that cut alike. The definition in
-tokenizer.json is brought to a plain form and looked up; the first name that then gives the same tokens on a sample is
+tokenizer.json is brought to a plain form and looked up; of its names the one that gives the same tokens on a sample is
 taken. A definition that is not in the table may still cut as one of the names does: all are tried, on a longer sample.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-from gguf import GGUFWriter
 
 from ...errors import UserError
 from .files import TokeniserFiles
+from .trial import Vocabulary, tokens_of
 
 GPT2 = "GPT-2"
 """The regular expression that ByteLevel applies of itself."""
@@ -66,30 +64,67 @@ OTHERS = (
 """One name for each way of cutting that llama.cpp has."""
 
 
-def find_pre_tokeniser(
-    path: Path,
-    files: TokeniserFiles,
-    tokeniser: Any,
-    tokens: Sequence[str],
-    types: Sequence[int],
-    merges: Sequence[str],
-) -> str:
-    """The name for ``tokenizer.ggml.pre``.
+IGNORING_MERGES = frozenset({"llama-bpe", "llama3", "glm4", "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"})
+"""With these a piece that is a token is that token, whatever the merges say."""
+
+
+@dataclass(frozen=True)
+class PreTokeniser:
+    """A name for ``tokenizer.ggml.pre``, and the texts of the sample that llama.cpp takes apart otherwise with it."""
+
+    name: str
+    unlike: tuple[str, ...] = ()
+
+
+def find_pre_tokeniser(files: TokeniserFiles, tokeniser: Any, vocabulary: Vocabulary) -> PreTokeniser:
+    """The name that llama.cpp has for a definition.
+
+    What it knows it may still cut otherwise here and there, as its regular expressions are simpler (for GPT-4o's and
+    Tekken's in other scripts than ASCII's): those names are taken as they are, others only if they agree everywhere.
 
     Raises:
         UserError: llama.cpp has none that cuts alike.
     """
     assert files.bpe is not None
     definition = tuple(plain_form(files.bpe.get("pre_tokenizer")))
-    known = NAMES.get(definition, ())
-    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
-        vocabulary = Path(folder) / "vocabulary.gguf"
-        for names, sample in ((known, SAMPLE), (OTHERS, (*SAMPLE, *_more()))):
-            wanted = [tokeniser.encode(text, add_special_tokens=False).ids for text in sample]
-            for name in names:
-                if _tokens(vocabulary, name, tokens, types, merges, sample) == wanted:
-                    return name
-    raise UserError(f"{path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that cuts text like it")
+    ignores = bool(files.bpe["model"].get("ignore_merges"))
+
+    def likely(names: Sequence[str]) -> list[str]:
+        return sorted(names, key=lambda name: (name in IGNORING_MERGES) != ignores)
+
+    best: PreTokeniser | None = None
+    for name in likely(NAMES.get(definition, ())):
+        tried = PreTokeniser(name, unlike(tokeniser, vocabulary, name, SAMPLE))
+        if best is None or len(tried.unlike) < len(best.unlike):
+            best = tried
+        if not best.unlike:
+            break
+    if best and not any(text.isascii() for text in best.unlike):
+        return best
+    for name in likely(OTHERS):
+        if not unlike(tokeniser, vocabulary, name, (*SAMPLE, *_more())):
+            return PreTokeniser(name)
+    raise UserError(
+        f"{vocabulary.path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that cuts text like it"
+    )
+
+
+def unlike(
+    tokeniser: Any, vocabulary: Vocabulary, pre: str, sample: Sequence[str], space_prefix: bool | None = None
+) -> tuple[str, ...]:
+    """The texts of which llama.cpp makes other tokens than the tokeniser itself."""
+    texts = [_normal(tokeniser, text) for text in sample]
+    found = tokens_of(vocabulary, pre, texts, space_prefix)
+    wanted = (tokeniser.encode(text, add_special_tokens=False).ids for text in texts)
+    return tuple(text for text, a, b in zip(texts, found, wanted, strict=True) if a != b)
+
+
+def _normal(tokeniser: Any, text: str) -> str:
+    """The text in NFC or the like, if the tokeniser brings it to that first: llama.cpp does not."""
+    if tokeniser.normalizer is None:
+        return text
+    once = str(tokeniser.normalizer.normalize_str(text))
+    return once if tokeniser.normalizer.normalize_str(once) == once else text
 
 
 def plain_form(step: Any) -> Iterator[str]:
@@ -139,25 +174,3 @@ def _more() -> Iterator[str]:
         yield text.replace(" ", "  ")
         yield "".join(f"{word}{i * 37}" for i, word in enumerate(text.split()))
         yield "\n".join(text.split())
-
-
-def _tokens(
-    path: Path, name: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], sample: Sequence[str]
-) -> list[list[int]]:
-    """What llama.cpp makes of texts, with a vocabulary and a pre-tokeniser."""
-    import llama_cpp
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    writer.add_token_list(list(tokens))
-    writer.add_token_types(list(types))
-    writer.add_token_merges(list(merges))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    llm = llama_cpp.Llama(str(path), vocab_only=True, n_ctx=1, verbose=False)
-    try:
-        return [llm.tokenize(text.encode(), add_bos=False, special=False) for text in sample]
-    finally:
-        llm.close()

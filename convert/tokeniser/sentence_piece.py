@@ -9,6 +9,7 @@ from ..json_file import read_json
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .rules import TokeniserRules
+from .trial import Vocabulary
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 MAX_MODEL_BYTES = 256 << 20
@@ -31,11 +32,9 @@ def write_sentencepiece(writer: GGUFWriter, files: TokeniserFiles, rules: Tokeni
     entries = (*files.configured, *(files.added if rules.plain_words else ()))
     for entry in entries:
         put(entry.id, *_added(entry, rules))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
+    vocabulary = Vocabulary(files.folder / "tokenizer.model", "llama", tokens, types, scores)
+    vocabulary.check_different()
+    vocabulary.write(writer, "default")
     return len(tokens)
 
 

@@ -5,6 +5,7 @@ What that converter made is in oracle.json (`make oracle` makes it anew); transf
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -34,8 +35,12 @@ def test_every_file_of_the_oracle_is_compared():
 def test_equals_llama_cpps_converter(name, kind, checkpoint, tmp_path):
     file = tmp_path / "out.gguf"
     convert_checkpoint(checkpoint(name), file, weight_type=kind)
-    found, expected = digest.gguf_digest(file), ORACLE[f"{name} {kind}"]
+    found, expected = digest.gguf_digest(file), copy.deepcopy(ORACLE[f"{name} {kind}"])
     metadata = {key: value for key, value in found["metadata"].items() if not key.startswith("ropewalk.")}
+    if CASES[name].tokeniser_files == "json":
+        # llama.cpp's converter scores all tokens of such a tokeniser alike, and half of all lines get other tokens than
+        # the original's (test_tokeniser.py).
+        assert metadata.pop("tokenizer.ggml.scores") != expected["metadata"].pop("tokenizer.ggml.scores")
     unlike = digest.differences(metadata, expected["metadata"])
     unlike += digest.differences(found["tensors"], expected["tensors"])
     assert not unlike, "\n".join(unlike)

@@ -1,0 +1,328 @@
+"""Converted tokenisers give the tokens that the original ones give, for every kind; broken ones are told in a line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+from ropewalk.convert import convert_checkpoint
+from ropewalk.convert.tokeniser.pre_tokeniser import GPT2, GPT4O, LLAMA3, NAMES, QWEN2, SEED, TEKKEN
+from ropewalk.errors import UserError
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).parent))
+checkpoints = importlib.import_module("tiny_checkpoints")
+tokenisers = importlib.import_module("tiny_tokenisers")
+varied = importlib.import_module("varied_text")
+
+N_LINES = 10_000
+N_SLOW = 1_000  # llama.cpp cuts by some definitions at 20 kB/s
+SENTENCEPIECE = {
+    "v1": tokenisers.SentencePiece("tokenizer.model.v1", 32000, 32000),
+    "v3": tokenisers.SentencePiece("mistral_instruct_tokenizer_240323.model.v3", 32768, 32768),
+    "v7": tokenisers.SentencePiece("mistral_instruct_tokenizer_241114.model.v7", 32768, 32768),
+}
+DEEPSEEK = next(definition for definition, names in NAMES.items() if "deepseek-v3" in names)
+DEEPSEEK_CODER = next(definition for definition, names in NAMES.items() if "deepseek-coder" in names)
+END = "<|end|>"
+
+
+def llama_tokens(file: Path, lines: Sequence[str], special: bool = False) -> list[list[int]]:
+    llm = llama_cpp.Llama(str(file), vocab_only=True, n_ctx=1, verbose=False)
+    try:
+        return [llm.tokenize(line.encode(), add_bos=False, special=special) for line in lines]
+    finally:
+        llm.close()
+
+
+def unlike(file: Path, lines: Sequence[str], encode: Callable[[list[str]], list[list[int]]]) -> list[str]:
+    """Lines that llama.cpp, with a converted file, takes apart otherwise than the original tokeniser."""
+    wanted = encode(list(lines))
+    assert len({len(tokens) for tokens in wanted}) > 20
+    return [line for line, a, b in zip(lines, llama_tokens(file, lines), wanted, strict=True) if a != b]
+
+
+def encoder(tokeniser: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    return lambda lines: [found.ids for found in tokeniser.encode_batch(lines, add_special_tokens=False)]
+
+
+def made(folder: Path, tokeniser: Any, size: int, files: str = "model") -> Path:
+    """A tiny Llama with a tokeniser of `size` tokens."""
+    config = {**checkpoints.LLAMA, "vocab_size": size}
+    case = checkpoints.Case("tiny", config, tokeniser=tokeniser, tokeniser_files=files)
+    if not case.can_be_made():
+        pytest.skip(f"{case.needs}, which the tokeniser comes from, is not installed")
+    return checkpoints.write_checkpoint(case, folder)
+
+
+def trained(
+    folder: Path,
+    definition: Sequence[str],
+    *,
+    nfc: bool = False,
+    ignore_merges: bool = False,
+    added: Sequence[str] = (),
+) -> tuple[Path, Tokenizer]:
+    """A checkpoint with byte-level BPE learnt from some of the lines, that cuts text as `definition` says."""
+    steps = [_step(part) for part in definition]
+    if GPT2 not in definition:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokeniser = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokeniser.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokeniser.decoder = decoders.ByteLevel()
+    if nfc:
+        tokeniser.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokeniser.train_from_iterator(varied.varied_lines(N_LINES)[::4], trainer)
+    tokeniser.add_tokens(list(added))
+    place = made(folder, checkpoints.NEW_BPE, tokeniser.get_vocab_size())
+    tokeniser.save(str(place / "tokenizer.json"))
+    words = {"bos_token": END, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (place / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    return place, tokeniser
+
+
+def _step(part: str) -> Any:
+    if part == GPT2:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if part == "digits":
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(part), behavior="isolated")
+
+
+def pre_of(file: Path) -> str:
+    llm = llama_cpp.Llama(str(file), vocab_only=True, n_ctx=1, verbose=False)
+    try:
+        return llm.metadata["tokenizer.ggml.pre"]
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_sentencepiece(name, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    which = SENTENCEPIECE[name]
+    folder = made(tmp_path, which, which.size)
+    convert_checkpoint(folder, tmp_path / "out.gguf")
+    original = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), original.encode) == []
+
+
+def as_bpe(folder: Path, change: Callable[[dict[str, Any]], Any]) -> tuple[Path, Callable[..., Any]]:
+    """A SentencePiece vocabulary in tokenizer.json, bytes beside, changed somehow; and how it encodes."""
+    which = SENTENCEPIECE["v3"]
+    place = made(folder, which, which.size, "json")
+    file = place / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+    return place, encoder(Tokenizer.from_file(str(file)))
+
+
+def test_sentencepiece_as_bpe(tmp_path):
+    folder, encode = as_bpe(tmp_path, lambda data: None)
+    assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
+    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+
+
+def test_sentencepiece_as_bpe_without_a_space_before_the_text(tmp_path):
+    """Merges as pairs, as newer files have them."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        data["model"]["merges"] = [pair.split(" ") for pair in data["model"]["merges"]]
+
+    folder, encode = as_bpe(tmp_path, change)
+    assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
+    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+
+
+def test_sentencepiece_as_bpe_with_a_space_where_there_is_none(tmp_path):
+    """llama.cpp cannot leave out the space before a text that begins with one."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["normalizer"] = None
+        data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+    folder, encode = as_bpe(tmp_path, change)
+    (note,) = convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert "tokeniser: llama.cpp takes" in note
+    differing = unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode)
+    assert differing
+    assert all(line.startswith((" ", "▁")) for line in differing)
+
+
+def test_smollm2(tmp_path):
+    folder = made(tmp_path, checkpoints.BPE, 49152)
+    assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
+    encode = encoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+    assert pre_of(tmp_path / "out.gguf") == "smollm"
+
+
+@pytest.mark.parametrize(
+    ("pre", "definition", "options", "n_lines"),
+    [
+        ("gpt-2", (GPT2,), {}, N_LINES),
+        ("llama-bpe", (LLAMA3,), {"ignore_merges": True}, N_LINES),
+        ("smaug-bpe", (LLAMA3,), {}, N_LINES),
+        ("qwen2", (QWEN2,), {"nfc": True}, N_LINES),
+        ("deepseek-v3", DEEPSEEK, {}, N_SLOW),
+        ("seed-coder", (SEED,), {}, N_SLOW),
+    ],
+)
+def test_bpe_over_bytes(pre, definition, options, n_lines, tmp_path):
+    folder, tokeniser = trained(tmp_path, definition, **options)
+    assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
+    lines = varied.varied_lines(N_LINES)[:n_lines]
+    if options.get("nfc"):
+        lines = varied.composed(lines)  # llama.cpp leaves text as it is
+    assert unlike(tmp_path / "out.gguf", lines, encoder(tokeniser)) == []
+    assert pre_of(tmp_path / "out.gguf") == pre
+
+
+@pytest.mark.parametrize(
+    ("pre", "definition", "told", "share"),
+    [
+        ("gpt-4o", (GPT4O,), True, 0.1),
+        ("tekken", (TEKKEN,), True, 0.1),
+        ("deepseek-coder", DEEPSEEK_CODER, False, 0.01),
+    ],
+)
+def test_where_llama_cpp_cuts_more_simply(pre, definition, told, share, tmp_path):
+    """For GPT-4o and Tekken its expressions take letters of other scripts for either case, and no marks for letters.
+
+    For DeepSeek Coder's, wide blanks are kept apart from signs.
+    """
+    folder, tokeniser = trained(tmp_path, definition, ignore_merges=pre == "tekken")
+    notes = convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert [pre in note for note in notes] == [True] * told
+    assert pre_of(tmp_path / "out.gguf") == pre
+    lines = varied.varied_lines(N_LINES)[:N_SLOW]
+    differing = unlike(tmp_path / "out.gguf", lines, encoder(tokeniser))
+    assert not any(line.isascii() for line in differing)
+    assert len(differing) < share * len(lines)
+
+
+def test_another_definition_that_cuts_like_one_that_is_known(tmp_path):
+    """Llama 3's, said otherwise: found by trying."""
+    said = LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[stmd]|re|ve|ll)")
+    folder, tokeniser = trained(tmp_path, (said,), ignore_merges=True)
+    convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES)[:N_SLOW], encoder(tokeniser)) == []
+
+
+def test_a_definition_that_llama_cpp_lacks(tmp_path):
+    folder, _ = trained(tmp_path, (r"[aeiou]+|[^aeiou]+",))
+    refused(folder, tmp_path, "pre_tokenizer", "aeiou", "llama.cpp has none")
+
+
+def test_special_and_added_tokens(tmp_path):
+    folder, tokeniser = trained(tmp_path, (LLAMA3,), ignore_merges=True, added=("<tool>", " of the "))
+    convert_checkpoint(folder, tmp_path / "out.gguf")
+    texts = [f"{END}user\nWhat is <tool> for?{END}\n{END}", "the king of the hill", f"{END}{END}<tool><tool>"]
+    assert llama_tokens(tmp_path / "out.gguf", texts, special=True) == encoder(tokeniser)(texts)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder, _ = trained(tmp_path_factory.mktemp("good"), (GPT2,))
+    return folder
+
+
+def refused(folder: Path, tmp_path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as told:
+        convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert all(word in str(told.value) for word in words), told.value
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def changed(good: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a good checkpoint with something else in its tokenizer.json."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in good.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(data)
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def _named_like_a_gap(data: dict[str, Any]) -> None:
+    """The last token goes, and the first is called what the gap is filled with."""
+    vocabulary = data["model"]["vocab"]
+    last = max(vocabulary, key=lambda text: vocabulary[text])
+    assert vocabulary.pop(last) == 2999
+    assert "".join(data["model"]["merges"].pop()) == last
+    assert vocabulary.pop(END) == 0
+    vocabulary["[PAD2999]"], data["added_tokens"] = 0, []
+
+
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "no model": (lambda data: data.pop("model"), ("model: missing",)),
+    "a model of words": (lambda data: data["model"].update(type="Unigram"), ("model.type", "'Unigram'", "'BPE'")),
+    "a word list": (lambda data: data["model"].update(vocab=["a", "b"]), ("model.vocab",)),
+    "no words": (lambda data: data["model"].update(vocab={}, merges=[]), ("tokenizer.json", "llama.cpp")),
+    "two words alike": (_named_like_a_gap, ("tokens 0 and 2,999", "[PAD2999]")),
+    "a number below 0": (lambda data: data["model"]["vocab"].update(A=-1), ("model.vocab", "from 0")),
+    "a number beyond the model": (lambda data: data["model"]["vocab"].update(qqq=5000), ("5,000", "vocab_size")),
+    "a number of nonsense": (lambda data: data["model"]["vocab"].update(qqq=1 << 40), ("model.vocab",)),
+    "merges that are none": (lambda data: data["model"].update(merges={"a": "b"}), ("tokenizer.json",)),
+    "a merge of three": (lambda data: data["model"]["merges"].append("a b c"), ("tokenizer.json",)),
+    "added tokens that are none": (lambda data: data.update(added_tokens={"a": 1}), ("added_tokens", "list")),
+    "an added token without text": (lambda data: data["added_tokens"].append({"id": 3}), ("added token", "content")),
+    "an added token without number": (
+        lambda data: data["added_tokens"].append({"content": "<x>"}),
+        ("added token", "'<x>'", "number from 0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_broken_tokeniser(mistake, good, tmp_path):
+    change, words = MISTAKES[mistake]
+    refused(changed(good, tmp_path, change), tmp_path, *words)
+
+
+def test_no_json_and_half_of_it(good, tmp_path):
+    folder = changed(good, tmp_path, lambda data: None)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    for content in (text[: len(text) // 2], "", "[]", "[" * 100_000):
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        refused(folder, tmp_path, "tokenizer.json")
+
+
+def test_a_sentencepiece_model_that_is_none(tmp_path):
+    folder = made(tmp_path, SENTENCEPIECE["v1"], 32000)
+    raw = (folder / "tokenizer.model").read_bytes()
+    for content in (b"", b"no model", raw[: len(raw) // 2 + 1]):
+        (folder / "tokenizer.model").write_bytes(content)
+        refused(folder, tmp_path, "tokenizer.model", "not a SentencePiece model")
+
+
+def test_tekken_alone(good, tmp_path):
+    folder = changed(good, tmp_path, lambda data: None)
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    refused(folder, tmp_path, "tekken.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("template", [3, [{"name": "default"}], {"a": "b"}])
+def test_a_template_that_is_none(template, good, tmp_path):
+    folder = changed(good, tmp_path, lambda data: None)
+    config = {"bos_token": END, "eos_token": END, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused(folder, tmp_path, "chat_template")
