@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter
 
@@ -60,8 +61,6 @@ def tokens_of(
     Raises:
         UserError: llama.cpp does not take the vocabulary.
     """
-    import llama_cpp
-
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
         path = Path(folder) / "vocabulary.gguf"
         writer = GGUFWriter(path, "llama")
@@ -73,11 +72,37 @@ def tokens_of(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
+        return _tokenise(vocabulary.path, path, texts)
+
+
+def _tokenise(source: Path, path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Through llama.cpp's C functions: llama_cpp.Llama would make a context, too, and warn of its size."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def silence(level: int, text: bytes, data: Any) -> None: ...
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    llama_cpp.llama_log_set(silence, None)
+    try:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise UserError(f"{source}: llama.cpp does not take its vocabulary")
         try:
-            llm = llama_cpp.Llama(str(path), vocab_only=True, n_ctx=1, verbose=False)
-        except ValueError:
-            raise UserError(f"{vocabulary.path}: llama.cpp does not take its vocabulary") from None
-        try:
-            return [llm.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+            words = llama_cpp.llama_model_get_vocab(model)
+            return [_tokens(words, text.encode()) for text in texts]
         finally:
-            llm.close()
+            llama_cpp.llama_model_free(model)
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+
+
+def _tokens(words: Any, raw: bytes) -> list[int]:
+    import llama_cpp
+
+    room = len(raw) + 1  # a token a byte, and a space before them, at most
+    found = (llama_cpp.llama_token * room)()
+    n = llama_cpp.llama_tokenize(words, raw, len(raw), found, room, False, False)
+    assert n >= 0, raw
+    return list(found[:n])
