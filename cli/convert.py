@@ -166,7 +166,8 @@ def _gather(source: str, names: tuple[Path, ...], said: _Said) -> dict[str, Any]
 
     written = read_header(names[0])
     schedule = schedule_of(written)
-    kept = "factors stay as they are in the model, if there are any"
+    plain = len(schedule.bands) == 1 and set(schedule.bands[0].rescale_factors) == {1.0}
+    kept = "not extended: --context makes it hold more" if plain else "the model's own factors are kept"
     return {
         "source": source,
         "target": str(names[0]),

@@ -45,12 +45,13 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
 
     from gguf import GGMLQuantizationType
 
-    from ..container import embedded_schedule, what_stock_does
+    from ..container import embedded_schedule, model_parts, what_stock_does
     from ..factors import doubling_contexts
 
     arch = header.arch
     weights: Counter[str] = Counter()
-    for tensor in header.tensors:
+    parts = model_parts(header)
+    for tensor in (tensor for part in parts for tensor in part.tensors):
         weights[GGMLQuantizationType(tensor.type).name.lower()] += tensor.n_bytes
     first, last = schedule.bands[0].context, schedule.context
     contexts = sorted({first, *(doubling_contexts(first, last) if last > first else [])})
@@ -59,7 +60,7 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
         "model": {
             "name": header.get("general.name", header.path.stem),
             "architecture": arch,
-            "file_bytes": header.file_size,
+            "file_bytes": sum(part.file_size for part in parts),
             "weights": dict(weights.most_common()),
             "layers": header.get(f"{arch}.block_count"),
             "context": schedule.context,

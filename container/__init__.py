@@ -8,6 +8,7 @@ from .architectures import (
 )
 from .facts import freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
+from .parts import model_parts
 from .reader import read_header
 from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values, trained_schedule
 from .stock import what_stock_does
@@ -25,6 +26,7 @@ __all__ = [
     "embedded_schedule",
     "freq_scale",
     "has_rope",
+    "model_parts",
     "native_schedule",
     "plain_context",
     "read_header",

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import psutil
 
-from ..container import Header
+from ..container import Header, model_parts
 from ..errors import UserError
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -119,7 +119,8 @@ def _shape(header: Header) -> _Shape:
     n_embd = _numbers(header, "embedding_length", [0])[0]
     key_length = _numbers(header, "attention.key_length", [n_embd // max(*heads, 1, 1)])[0]
     tokens = header.entries.get("tokenizer.ggml.tokens")
-    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
+    embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
     return _Shape(
         n_head=max(heads),
         k_heads=tuple(kv_heads),
@@ -128,7 +129,7 @@ def _shape(header: Header) -> _Shape:
         n_embd=n_embd,
         n_ff=max(_numbers(header, "feed_forward_length", [4 * n_embd])),
         n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding else 0),
-        weights_bytes=sum(tensor.n_bytes for tensor in header.tensors),
+        weights_bytes=sum(tensor.n_bytes for tensor in tensors),
     )
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ..append_log import append_line, is_same, lock, open_locked, write
+from ..container import model_parts, read_header
 from ..errors import UserError
 
 BEGINNING = b'{"id": '
@@ -191,26 +192,31 @@ def settings_digest(settings: dict[str, Any]) -> str:
 
 
 def model_digest(path: str | os.PathLike[str]) -> str:
-    """What tells one model file from another.
+    """What tells one model from another, in one file or several.
 
     All of a file up to 256 MiB; of a larger one its size, its first 16 MiB (the head) and a page in every MiB, which
     reaches into every large tensor: another fine-tune or quantisation differs in all of them.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: a file cannot be read, or is no GGUF.
     """
     digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(str(size).encode())
-            whole = size if size <= WHOLE_DIGEST_BYTES else 16 << 20
-            for start in range(0, size, SAMPLE_EVERY):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_EVERY if start < whole else SAMPLE_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the model: {error.strerror or error}") from None
+    for part in model_parts(read_header(path)):
+        try:
+            _add(part.path, digest)
+        except OSError as error:
+            raise UserError(f"{part.path}: cannot read the model: {error.strerror or error}") from None
     return digest.hexdigest()
+
+
+def _add(path: Path, digest: hashlib._Hash) -> None:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        whole = size if size <= WHOLE_DIGEST_BYTES else 16 << 20
+        for start in range(0, size, SAMPLE_EVERY):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_EVERY if start < whole else SAMPLE_BYTES))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -44,7 +44,7 @@ def refused(*arguments, **environment):
 def test_a_folder(folder, tmp_path):
     done = run(folder, tmp_path / "out.gguf")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "out.gguf: " in done.stdout and "qwen3" in done.stdout and "factors stay as they are" in done.stdout
+    assert "out.gguf: " in done.stdout and "qwen3" in done.stdout and "not extended: --context" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 

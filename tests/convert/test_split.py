@@ -4,7 +4,8 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from ropewalk.container import read_header
+import ropewalk
+from ropewalk.container import model_parts, read_header
 from ropewalk.convert.split import parse_size, split_model
 from ropewalk.errors import UserError
 
@@ -63,3 +64,27 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="expected a number like 500M or 2G"):
         parse_size(text)
+
+
+def test_parts_are_run_and_weighed_as_one_model(model, tmp_path):
+    limit = max(t.n_bytes for t in read_header(model).tensors)
+    names = split_model(model, tmp_path / "out.gguf", limit)
+    whole, first = read_header(model), read_header(names[0])
+    assert [t.name for part in model_parts(first) for t in part.tensors] == [t.name for t in whole.tensors]
+    assert model_parts(whole) == (whole,)
+    llm = ropewalk.Llama(str(names[0]), n_ctx=64, verbose=False)
+    assert llm.plan.weights_bytes == sum(t.n_bytes for t in whole.tensors)
+    llm.close()
+
+
+def test_a_part_that_is_not_the_first_and_one_that_is_missing(model, tmp_path):
+    names = split_model(model, tmp_path / "out.gguf", max(t.n_bytes for t in read_header(model).tensors))
+    with pytest.raises(UserError, match=f"out-00002.*: one of {len(names)} parts of a model, expected the first"):
+        model_parts(read_header(names[1]))
+    names[0].rename(tmp_path / "other.gguf")
+    with pytest.raises(UserError, match=r"other\.gguf: one of"):
+        model_parts(read_header(tmp_path / "other.gguf"))
+    (tmp_path / "other.gguf").rename(names[0])
+    names[1].unlink()
+    with pytest.raises(UserError, match=r"out-00002.*cannot read"):
+        model_parts(read_header(names[0]))

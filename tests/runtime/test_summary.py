@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ropewalk.convert.split import split_model
 from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.results import Results, model_digest
@@ -162,10 +163,16 @@ def test_an_output_that_got_nothing_is_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_models_differ_by_any_page_that_does(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    path.write_bytes(b"a" * 100_000)
-    first = model_digest(path)
+def test_models_differ_by_any_page_that_does(tiny_llama, tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "model.gguf")
+    first, raw = model_digest(path), path.read_bytes()
     assert model_digest(path) == first
-    path.write_bytes(b"a" * 99_999 + b"b")
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     assert model_digest(path) != first
+
+
+def test_models_in_several_files_differ_by_any_of_them(tiny_llama, tmp_path: Path) -> None:
+    names = split_model(tiny_llama(tmp_path / "model.gguf"), tmp_path / "parts.gguf", 100_000)
+    first, raw = model_digest(names[0]), names[-1].read_bytes()
+    names[-1].write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert model_digest(names[0]) != first
