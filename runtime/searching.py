@@ -127,19 +127,20 @@ def search_schedule(
     searched, held = split_texts(plan.texts, plan.settings.seed)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None
+    correlation: float | None = None
     contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
     for context in contexts:
         space = Space(base.facts, base.bands[-1], context)
         budget = _share(plan.settings.budget, context, contexts)
         make = _Probes(words, plan, base.facts.original_context, context)
-        outcome = _search_band(plan, space, budget, make(searched, plan.documents), start, on_event)
+        outcome = _search_band(plan, space, budget, make(searched, plan.documents), start, correlation, on_event)
         verdict_ = _judge(plan, space, outcome.band, make(held, plan.held_documents), on_event)
         found.append(FoundBand(outcome, verdict_))
         if context == base.context:
             bands[-1] = outcome.band
         else:
             bands.append(outcome.band)
-            start = (space, outcome.band)
+            start, correlation = (space, outcome.band), outcome.correlation
     words.close()
     return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
 
@@ -195,6 +196,7 @@ def _search_band(
     budget: Budget,
     probes: tuple[Probe, ...],
     start: tuple[Space, Band] | None,
+    correlation: float | None,
     on_event: Callable[[SearchEvent], None],
 ) -> Outcome:
     spec = EvaluatorSpec(
@@ -219,7 +221,7 @@ def _search_band(
     seeds = [carried(start[0], start[1], space)] if start else []
     journal = plan.folder / f"{space.context}.journal"
     with _engine(plan, spec) as engine:
-        return search(engine, space, settings, journal, seeds, on_event)
+        return search(engine, space, settings, journal, seeds, on_event, correlation)
 
 
 def _window(plan: SearchPlan, space: Space) -> int:

@@ -102,11 +102,14 @@ def search(
     journal: Path | None = None,
     seeds: Sequence[Genes] = (),
     on_event: Callable[[Event], None] = lambda event: None,
+    correlation: float | None = None,
 ) -> Outcome:
     """Search `space` for the band with the lowest loss, starting from YaRN's and `seeds`.
 
     Args:
         journal: where every evaluation is kept; a search of the same name there is gone on with.
+        correlation: of screening with full fidelity, as it was measured for another band of this model: it is not
+            measured again then.
 
     Raises:
         UserError: an unknown algorithm, a budget too small to begin with, another search's journal; and what the
@@ -116,8 +119,11 @@ def search(
     if algorithm is None:
         raise UserError(f"algorithm: {settings.algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
     identity = {"engine": engine.key, "space": repr(space), "seeds": repr(tuple(seeds)), **settings.identity()}
+    if correlation is not None:
+        identity["correlation"] = correlation
     with Journal(journal, digest_of(identity)) as kept:
-        return _Run(engine, space, settings, kept, on_event).whole(algorithm, [space.project(seed) for seed in seeds])
+        run = _Run(engine, space, settings, kept, on_event, correlation)
+        return run.whole(algorithm, [space.project(seed) for seed in seeds])
 
 
 def carried(previous: Space, band: Band, space: Space) -> Genes:
@@ -133,7 +139,13 @@ class _Run:
     """One search while it goes on."""
 
     def __init__(
-        self, engine: Engine, space: Space, settings: Settings, journal: Journal, tell: Callable[[Event], None]
+        self,
+        engine: Engine,
+        space: Space,
+        settings: Settings,
+        journal: Journal,
+        tell: Callable[[Event], None],
+        correlation: float | None,
     ) -> None:
         self.engine, self.space, self.settings, self.journal, self.tell = engine, space, settings, journal, tell
         self.weights = np.array(engine.weights, dtype=float)
@@ -145,7 +157,7 @@ class _Run:
         self.losses: dict[Genes, Array] = {}
         self.baselines: dict[str, float] = {}
         self.history: list[tuple[float, float]] = []
-        self.correlation: float | None = None
+        self.correlation = correlation
         self.dropped = 0
         self.step = "yarn in full"
 
@@ -191,6 +203,9 @@ class _Run:
         """Compare screening with full fidelity on the first document; use it if they rank bands alike."""
         screening = self.settings.screening
         if not screening.allowed:
+            return
+        if self.correlation is not None:
+            self.fidelity = "screen" if self.correlation >= screening.threshold else "full"
             return
         n = min(screening.candidates, int(screening.share * self._left() * len(self.weights)))
         if n < 3:

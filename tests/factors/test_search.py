@@ -130,6 +130,17 @@ def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
     assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
 
 
+@pytest.mark.parametrize(("correlation", "fidelity"), [(0.9, "screen"), (0.7, "full")])
+def test_a_correlation_that_is_known_is_not_measured_again(correlation, fidelity):
+    evaluator = Valley()
+    settings = Settings(budget=Budget(evaluations=60), screening=Screening(allowed=True))
+    outcome = search(InProcess(evaluator), SPACE, settings, correlation=correlation)
+    assert outcome.fidelity == fidelity and outcome.correlation == correlation
+    if fidelity == "screen":  # YaRN's band and the finalists
+        full = {asked[0] for asked in evaluator.asked if asked[2] == "full"}
+        assert len(full) <= 1 + settings.finalists
+
+
 def test_what_does_not_beat_yarn_is_yarns():
     class Yarn(Valley):
         def evaluate(self, task):
