@@ -50,13 +50,13 @@ def tokeniser_values(
     files = open_tokeniser(folder, config)
     writer = GGUFWriter(path=None, arch="")
     kind = _kind(files, rules)
-    notes: tuple[str, ...] = ()
     space_prefix = files.config.get("add_prefix_space")
     space_prefix = space_prefix if rules.reads_space_prefix and isinstance(space_prefix, bool) else None
     if space_prefix is not None:
         writer.add_add_space_prefix(space_prefix)
     if kind == "sentencepiece":
-        n_tokens = write_sentencepiece(writer, files, rules)
+        prefix = space_prefix if rules.space_prefix is None else rules.space_prefix
+        n_tokens, notes = write_sentencepiece(writer, files, rules, prefix)
         write_special(writer, files, n_tokens, merges=())
     elif kind == "byte-fallback":
         n_tokens, notes = write_byte_fallback_bpe(writer, files, space_prefix)

@@ -12,8 +12,8 @@ from gguf import GGUFWriter, TokenType
 from ...errors import UserError
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
-from .pre_tokeniser import SAMPLE, find_pre_tokeniser, unlike
-from .trial import Vocabulary
+from .pre_tokeniser import encoded, find_pre_tokeniser
+from .trial import SAMPLE, Vocabulary, note, unlike
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -44,7 +44,7 @@ def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Seq
     vocabulary.check_different()
     pre = find_pre_tokeniser(files, tokeniser, vocabulary)
     vocabulary.write(writer, pre.name)
-    return merges, _note(f"llama.cpp's pre-tokeniser {pre.name}", pre.unlike)
+    return merges, note(f"llama.cpp's pre-tokeniser {pre.name}", pre.unlike)
 
 
 def write_byte_fallback_bpe(
@@ -87,13 +87,14 @@ def write_byte_fallback_bpe(
     vocabulary = Vocabulary(path, "llama", tokens, types, scores)
     vocabulary.check_different()
     vocabulary.write(writer, "default")
-    differing = unlike(tokeniser, vocabulary, "default", SAMPLE, space_prefix)
+    sample = encoded(tokeniser, SAMPLE)
+    differing = unlike(vocabulary, "default", *sample, space_prefix)
     if differing and space_prefix is None:
-        without = unlike(tokeniser, vocabulary, "default", SAMPLE, False)
+        without = unlike(vocabulary, "default", *sample, False)
         if len(without) < len(differing):
             writer.add_add_space_prefix(False)
             differing = without
-    return len(tokens), _note("llama.cpp", differing)
+    return len(tokens), note("llama.cpp", differing)
 
 
 def load(path: Path) -> Any:
@@ -155,10 +156,3 @@ def _pairs(path: Path, files: TokeniserFiles) -> Iterator[tuple[str, str]]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise UserError(f"{path}: model.merges.{i}: {merge!r:.60}, expected two tokens")
         yield pair[0], pair[1]
-
-
-def _note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
-    if not differing:
-        return ()
-    n, first = len(differing), differing[0].strip()[:20]
-    return (f"tokeniser: {who} takes {n} of {len(SAMPLE)} samples otherwise than the original, e.g. {first!r}",)

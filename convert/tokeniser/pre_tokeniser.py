@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import UserError
 from .files import TokeniserFiles
-from .trial import Vocabulary, tokens_of
+from .trial import SAMPLE, Vocabulary, unlike
 
 GPT2 = "GPT-2"
 """The regular expression that ByteLevel applies of itself."""
@@ -94,33 +94,29 @@ def find_pre_tokeniser(files: TokeniserFiles, tokeniser: Any, vocabulary: Vocabu
 
     best: PreTokeniser | None = None
     for name in likely(NAMES.get(definition, ())):
-        tried = PreTokeniser(name, unlike(tokeniser, vocabulary, name, SAMPLE))
+        tried = PreTokeniser(name, unlike(vocabulary, name, *encoded(tokeniser, SAMPLE)))
         if best is None or len(tried.unlike) < len(best.unlike):
             best = tried
         if not best.unlike:
             break
     if best and not any(text.isascii() for text in best.unlike):
         return best
+    longer = encoded(tokeniser, (*SAMPLE, *_more()))
     for name in likely(OTHERS):
-        if not unlike(tokeniser, vocabulary, name, (*SAMPLE, *_more())):
+        if not unlike(vocabulary, name, *longer):
             return PreTokeniser(name)
     raise UserError(
         f"{vocabulary.path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that cuts text like it"
     )
 
 
-def unlike(
-    tokeniser: Any, vocabulary: Vocabulary, pre: str, sample: Sequence[str], space_prefix: bool | None = None
-) -> tuple[str, ...]:
-    """The texts of which llama.cpp makes other tokens than the tokeniser itself."""
-    texts = [_normal(tokeniser, text) for text in sample]
-    found = tokens_of(vocabulary, pre, texts, space_prefix)
-    wanted = (tokeniser.encode(text, add_special_tokens=False).ids for text in texts)
-    return tuple(text for text, a, b in zip(texts, found, wanted, strict=True) if a != b)
+def encoded(tokeniser: Any, texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Texts in NFC or the like, if the tokeniser brings them to that first (llama.cpp does not), and their tokens."""
+    normal = [_normal(tokeniser, text) for text in texts]
+    return normal, [tokeniser.encode(text, add_special_tokens=False).ids for text in normal]
 
 
 def _normal(tokeniser: Any, text: str) -> str:
-    """The text in NFC or the like, if the tokeniser brings it to that first: llama.cpp does not."""
     if tokeniser.normalizer is None:
         return text
     once = str(tokeniser.normalizer.normalize_str(text))
@@ -145,25 +141,6 @@ def plain_form(step: Any) -> Iterator[str]:
         yield "digits" if expression in (r"\p{N}", r"\d") else str(expression)
     else:
         yield str(kind)
-
-
-SAMPLE = (
-    "Hello, world! It's what they've said: I'll, you're, he'd, DON'T and I'M; 'quoted' 'til dawn.",
-    "def f(x, *args):\n    return {k: v for k, v in x.items() if v is not None}  # a comment\n\n\n",
-    "for (int i = 0; i < 10'000; ++i) { a[i] += b->c; }\t\t// tabs\r\n\r\nnext",
-    "1 22 333 4444 55555 666666 7777777 3.14159 1,000,000 0xFF 1e-10 ١٢٣ ४५६",
-    "  two spaces,   three,    four\n \n  \n   \n\t\n",
-    "Größe, façade, naïve, Øre, Ünïcödé; straße",
-    "Привет, мир! Как дела? Всё хорошо.",
-    "你好，世界！今天天气很好。日本語のテキスト、カタカナ。 한국어 문장입니다.",
-    "مرحبا بالعالم، كيف الحال؟ שלום עולם",
-    "नमस्ते दुनिया। สวัสดีชาวโลก កាន់តែពិសេស",
-    "🚀 emoji 😶\u200d🌫️ 👩\u200d👩\u200d👧 ✅ 🦙🦙 end",
-    "CamelCaseWords snake_case_words kebab-case-words SCREAMING_CASE iPhone McDonald's O'Neill's",
-    "a!b@c#d$e%f^g&h*i(j)k-l_m=n+o[p]q{r}s|t\\u;v:w'x\"y<z>,.?/~`",
-    '------======= !!!!!!?????? ...... ``````` """""""',
-    "\u00a0nbsp\u2003em\u200bzero\ufeffbom e\u0301 n\u0303",
-)
 
 
 def _more() -> Iterator[str]:

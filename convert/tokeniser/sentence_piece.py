@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from gguf import GGUFWriter, TokenType
 
 from ...errors import UserError
@@ -9,19 +12,25 @@ from ..json_file import read_json
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .rules import TokeniserRules
-from .trial import Vocabulary
+from .trial import SAMPLE, Vocabulary, note, unlike
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 MAX_MODEL_BYTES = 256 << 20
 
 
-def write_sentencepiece(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules) -> int:
-    """Write the vocabulary of tokenizer.model; the number of tokens.
+def write_sentencepiece(
+    writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules, space_prefix: bool | None
+) -> tuple[int, tuple[str, ...]]:
+    """Write the vocabulary of tokenizer.model; the number of tokens, and what is to be known, in words.
+
+    Args:
+        space_prefix: whether a space will go before a text, where that is written.
 
     Raises:
         UserError: sentencepiece cannot read it, or an added token makes no sense.
     """
-    tokens, scores, types = _pieces(files)
+    model = _model(files.folder / "tokenizer.model")
+    tokens, scores, types = _pieces(model, files.vocab_size)
 
     def put(token: int, text: str, kind: TokenType) -> None:
         if token < len(tokens):  # what is beyond the model's rows is left out
@@ -35,13 +44,13 @@ def write_sentencepiece(writer: GGUFWriter, files: TokeniserFiles, rules: Tokeni
     vocabulary = Vocabulary(files.folder / "tokenizer.model", "llama", tokens, types, scores)
     vocabulary.check_different()
     vocabulary.write(writer, "default")
-    return len(tokens)
+    differing = unlike(vocabulary, "default", SAMPLE, model.encode(list(SAMPLE)), space_prefix)
+    return len(tokens), note("llama.cpp", differing)
 
 
-def _pieces(files: TokeniserFiles) -> tuple[list[str], list[float], list[int]]:
+def _model(path: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
-    path = files.folder / "tokenizer.model"
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_MODEL_BYTES:,}")
@@ -51,7 +60,11 @@ def _pieces(files: TokeniserFiles) -> tuple[list[str], list[float], list[int]]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RuntimeError:
         raise UserError(f"{path}: not a SentencePiece model") from None
-    n, rows = model.vocab_size(), files.vocab_size
+    return model
+
+
+def _pieces(model: Any, rows: int) -> tuple[list[str], list[float], list[int]]:
+    n = model.vocab_size()
     tokens = [f"[PAD{i}]" for i in range(rows)]
     scores, types = [UNUSED_SCORE] * rows, [int(TokenType.UNUSED)] * rows
     for i in range(min(n, rows)):

@@ -49,6 +49,45 @@ class Vocabulary:
         writer.add_token_types(list(self.types))
 
 
+SAMPLE = (
+    "Hello, world! It's what they've said: I'll, you're, he'd, DON'T and I'M; 'quoted' 'til dawn.",
+    "def f(x, *args):\n    return {k: v for k, v in x.items() if v is not None}  # a comment\n\n\n",
+    "for (int i = 0; i < 10'000; ++i) { a[i] += b->c; }\t\t// tabs\r\n\r\nnext",
+    "1 22 333 4444 55555 666666 7777777 3.14159 1,000,000 0xFF 1e-10 ١٢٣ ४५६",
+    "  two spaces,   three,    four\n \n  \n   \n\t\n",
+    "Größe, façade, naïve, Øre, Ünïcödé; straße",
+    "Привет, мир! Как дела? Всё хорошо.",
+    "你好，世界！今天天气很好。日本語のテキスト、カタカナ。 한국어 문장입니다.",
+    "مرحبا بالعالم، كيف الحال؟ שלום עולם",
+    "नमस्ते दुनिया। สวัสดีชาวโลก កាន់តែពិសេស",
+    "🚀 emoji 😶\u200d🌫️ 👩\u200d👩\u200d👧 ✅ 🦙🦙 end",
+    "CamelCaseWords snake_case_words kebab-case-words SCREAMING_CASE iPhone McDonald's O'Neill's",
+    "a!b@c#d$e%f^g&h*i(j)k-l_m=n+o[p]q{r}s|t\\u;v:w'x\"y<z>,.?/~`",
+    '------======= !!!!!!?????? ...... ``````` """""""',
+    "\u00a0nbsp\u2003em\u200bzero\ufeffbom e\u0301 n\u0303",
+)
+
+
+def unlike(
+    vocabulary: Vocabulary,
+    pre: str,
+    texts: Sequence[str],
+    wanted: Sequence[list[int]],
+    space_prefix: bool | None = None,
+) -> tuple[str, ...]:
+    """The texts of which llama.cpp makes other tokens than `wanted`, the original tokeniser's."""
+    found = tokens_of(vocabulary, pre, texts, space_prefix)
+    return tuple(text for text, a, b in zip(texts, found, wanted, strict=True) if a != b)
+
+
+def note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
+    """What is to be told of them, if there are any."""
+    if not differing:
+        return ()
+    n, first = len(differing), differing[0].strip()[:20]
+    return (f"tokeniser: {who} takes {n} of {len(SAMPLE)} samples otherwise than the original, e.g. {first!r}",)
+
+
 def tokens_of(
     vocabulary: Vocabulary, pre: str, texts: Sequence[str], space_prefix: bool | None = None
 ) -> list[list[int]]:
