@@ -1,8 +1,12 @@
-"""Schedules that come with Ropewalk are told by name and facts."""
+"""Schedules that come with Ropewalk: whole, in their place, and told by name and facts."""
+
+from importlib.resources import files
 
 import pytest
-from ropewalk.factors import extend, native_band, shipped_file, shipped_schedule, write_schedule
+from ropewalk.container import native_schedule, read_header
+from ropewalk.factors import extend, native_band, read_schedule, shipped_file, shipped_schedule, write_schedule
 from ropewalk.factors.schedule import RopeFacts, Schedule
+from ropewalk.factors.shipped import SCHEDULES
 
 FACTS = RopeFacts(n_rot=8, freq_base=10000.0, original_context=128)
 EXTENDED = extend(Schedule(facts=FACTS, bands=(native_band(FACTS),)), 256)
@@ -37,3 +41,22 @@ def test_and_by_its_facts(folder):
     other = FACTS.model_copy(update={"freq_base": 500000.0})
     assert shipped_schedule("Small-1B.Q8_0.gguf", other, folder) is None
     assert shipped_schedule("Else.gguf", FACTS, folder) is None
+
+
+def test_all_that_come_are_searched_and_judged():
+    names = [file.name for file in files("ropewalk.factors").joinpath("schedules").iterdir()]
+    assert names and sorted(names) == sorted(path.name for path in SCHEDULES.iterdir())
+    for name in names:
+        schedule = read_schedule(SCHEDULES / name)
+        assert schedule.bands[0] == native_band(schedule.facts)
+        searched = [band.found for band in schedule.bands if band.found.method not in ("native", "yarn")]
+        assert searched
+        for found in searched:
+            loss, yarn = found.losses
+            assert loss < yarn and found.data_digest and found.seed is not None
+
+
+def test_the_bundled_model_has_one(smollm2):
+    native = native_schedule(read_header(smollm2))
+    schedule = shipped_schedule(smollm2.name, native.facts)
+    assert schedule is not None and schedule.bands[0] == native.bands[0]
