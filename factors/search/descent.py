@@ -2,7 +2,8 @@
 
 Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), its steps held small and projected onto the space: the loss is
 smooth for a few per cent of λ, not further. The best point is kept; when nothing better comes for a while, the search
-goes on from there at half the rate. n̂ has no gradient: it is chosen by trying, at the end.
+goes on from there at half the rate, and when what comes is hardly better any more, it ends. n̂ has no gradient: it is
+chosen by trying, at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from .space import Genes, Space
 START_TOKENS_SHARE = 0.2
 """Of the budget, kept to choose n̂."""
 
+WORTH_GOING_ON = 0.02
+"""Of all that was gained, what `Descent.patience` steps that found something better must have brought together."""
+
 BETA_MEAN, BETA_SQUARE = 0.8, 0.95  # a few dozen steps: shorter memories than the usual 0.9 and 0.999
 TINY = 1e-4  # nats a unit of ln λ: a gradient of this size is noise
 
@@ -29,7 +33,7 @@ def search(start: Start) -> Search:
     best, left, cost = start.best, start.left, start.settings.gradient_cost
     kept = min(START_TOKENS_SHARE * left, 7)
     adam = _Adam(space.n_pairs - space.n_fixed + 1, settings.rate)
-    genes, since = best.genes, 0
+    genes, since, begin, bests = best.genes, 0, best.loss, [best.loss]
     for step in range(settings.steps):
         if left - kept < cost:
             break
@@ -39,8 +43,13 @@ def search(start: Start) -> Search:
             break
         better = score.loss < best.loss
         best, since = (score, 0) if better else (best, since + 1)
+        bests.append(best.loss)
+        if better and len(bests) > settings.patience:
+            gained = bests[-1 - settings.patience] - best.loss
+            if gained < WORTH_GOING_ON * (begin - best.loss):
+                break
         if since > settings.patience:
-            adam, genes, since = _Adam(adam.n, adam.rate / 2), best.genes, 0
+            adam, genes, since, bests = _Adam(adam.n, adam.rate / 2), best.genes, 0, [best.loss]
             if adam.rate < settings.rate / 8:
                 break
             continue
