@@ -16,6 +16,7 @@ from ropewalk import UserError
 from ropewalk.factors import RopeFacts, native_band
 from ropewalk.factors.search import (
     Budget,
+    Descent,
     Evolution,
     InProcess,
     Note,
@@ -92,6 +93,15 @@ def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
     assert spent == sorted(spent)
     losses = [loss for _, loss in outcome.history]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_descent_ends_when_hardly_anything_is_gained(monkeypatch):
+    steps = Descent(steps=200)
+    ended, reader, _ = run("gradient", 5000, descent=steps)
+    monkeypatch.setattr("ropewalk.factors.search.descent.WORTH_GOING_ON", 0)
+    whole, all_, _ = run("gradient", 5000, descent=steps)
+    assert len(reader.asked) < len(all_.asked)
+    assert ended.loss - whole.loss < 0.1 * (ended.yarn - whole.loss)
 
 
 def test_cma_needs_a_tenth_of_evolutions_evaluations():
