@@ -26,7 +26,7 @@ def open_locked(path: Path) -> int:
     Raises:
         UserError: a folder, no place to write, or open in another process.
     """
-    _check_place(path)
+    check_place(path)
     target = Path(os.path.realpath(path))
     while True:
         try:
@@ -56,6 +56,20 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 
 
+def is_torn(line: bytes, beginning: bytes) -> bool:
+    """Whether a line is the rest of a last one that begins so; a crash can leave zeros in its place."""
+    rest = line.rstrip(b"\0")
+    return not line.endswith(b"\n") and (rest.startswith(beginning) or beginning.startswith(rest))
+
+
+def close_log(fd: int, path: Path) -> None:
+    """Let go of the file, and of the lock; an empty one is removed."""
+    target = Path(os.path.realpath(path))
+    if os.fstat(fd).st_size == 0 and is_same(fd, target):
+        target.unlink()
+    os.close(fd)
+
+
 def write(fd: int, data: bytes) -> None:
     """Write all of `data`, however often that takes."""
     view = memoryview(data)
@@ -83,7 +97,12 @@ def is_same(fd: int, path: Path) -> bool:
         return False
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """Refuse a path where no file can be written.
+
+    Raises:
+        UserError: a folder, no regular file, or in a folder that does not exist.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
     python benchmarks/search_algorithms.py --text FILE... [--model FILE.gguf] [--context 10240] [--window 256]
                                            [--folder search-algorithms] [--algorithms cma,gradient] [--share 0.1]
-                                           [--evaluator torch] [--threads 2]
+                                           [--evaluator torch] [--workers 2]
 
 A real model and a short extension. What is evaluated is cheap, so that some 1,344 evaluations (64 + 40 x 32, arXiv
 2402.13753, appendix A) take about an hour: the last `window` tokens of one stretch of each text, over a cache that is
@@ -14,7 +14,7 @@ where it was: evaluations are kept in `folder`, and the curves are drawn in `fol
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ropewalk
@@ -22,9 +22,10 @@ from models import bundled_model
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors.search import (
     Budget,
+    Engine,
     Evaluator,
-    InProcess,
     Outcome,
+    Processes,
     Progress,
     Result,
     Settings,
@@ -50,7 +51,17 @@ class Windowed:
         return self.evaluator.evaluate(replace(task, fidelity="screen"))
 
 
-def run(engine: InProcess, space: Space, algorithm: str, evaluations: float, folder: Path) -> Outcome:
+@dataclass(frozen=True)
+class Recipe:
+    """Makes a `Windowed`, in any process."""
+
+    spec: EvaluatorSpec
+
+    def __call__(self) -> Windowed:
+        return Windowed(make_evaluator(self.spec))
+
+
+def run(engine: Engine, space: Space, algorithm: str, evaluations: float, folder: Path) -> Outcome:
     def tell(event: object) -> None:
         if isinstance(event, Progress):
             print(f"\r{algorithm} {event.step:24}{event.evaluations:8,.0f}{event.best:10.5f}", end="", flush=True)
@@ -97,7 +108,7 @@ def main() -> None:
     parser.add_argument("--algorithms", default="cma,gradient")
     parser.add_argument("--evaluator", choices=("llama", "torch"), default="torch")
     parser.add_argument("--share", type=float, default=0.1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     model = args.model or bundled_model()
@@ -107,13 +118,14 @@ def main() -> None:
     probes = make_probes(words, texts, args.context, len(texts), "tail", native.context, 0)
     space = Space(native.facts, native.bands[-1], args.context)
     base = space.band(space.seed("yarn"))
-    spec = EvaluatorSpec(str(model), probes, base, window=args.window, threads=args.threads, kind=args.evaluator)
-    engine = InProcess(Windowed(make_evaluator(spec)))
+    spec = EvaluatorSpec(str(model), probes, base, window=args.window, threads=1, kind=args.evaluator)
+    engine = Processes(Recipe(spec), args.workers)
     outcomes = {}
     for algorithm in args.algorithms.split(","):
         outcomes[algorithm] = run(engine, space, algorithm, BEFORE + args.share * PAPER, args.folder)
     outcomes["evolution"] = run(engine, space, "evolution", BEFORE + PAPER, args.folder)
     report(outcomes, args.folder)
+    engine.close()
 
 
 if __name__ == "__main__":

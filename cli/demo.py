@@ -34,7 +34,10 @@ def demo(
     from ..container import native_schedule, read_header, schedule_of
     from ..errors import UserError
     from .model import bundled_long, bundled_model
+    from .picture import check_picture_place
 
+    if plot is not None:
+        check_picture_place(plot)
     began = time.perf_counter()
     original = native_schedule(read_header(bundled_model()))
     model = bundled_long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from .terminal import Advance, out, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
-    from ..runtime.evaluation import Page, Reading
+    from ..runtime.evaluation import Difference, Page, Reading
     from ..runtime.probes import Text
 
 METHODS = "none,pi,ntk,yarn,schedule"
@@ -65,26 +65,30 @@ def evaluate(
     With -o, a run that was stopped goes on where it was.
     """
     from ..container import read_header, schedule_of, trained_schedule
-    from ..factors import read_schedule
+    from ..factors import check_matches, read_schedule
     from .model import model_path
+    from .picture import check_picture_place
 
     path = model_path(model)
     header = read_header(path)
     native, own = trained_schedule(header), read_schedule(schedule) if schedule else schedule_of(header)
+    check_matches(own, native.facts, str(schedule or path))
+    if plot is not None:
+        check_picture_place(plot)
     plan = _Plan(native, own, _contexts(contexts, native, own), _names(methods), pages, seed)
     plan.check()
     found = _read_all(path, plan, texts_of(text, more), kv, threads, output)
+    if as_json:
+        print(json.dumps(_facts(found, plan, path), ensure_ascii=False, indent=1))
+    else:
+        _show(found, native.context)
     if plot is not None:
         from .picture import save_figure
         from .picture_evaluation import draw_evaluation
 
         save_figure(draw_evaluation(found, native.context, f"{path.name}: perplexity and hidden keys"), plot)
-    if as_json:
-        print(json.dumps(_facts(found, plan, path), ensure_ascii=False, indent=1))
-    else:
-        _show(found, native.context)
-        if plot is not None:
-            out.print(f"drawn in {plot}")
+        if not as_json:
+            out.print(f"drawn in {plot}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,13 @@ def numbers_of(option: str, text: str) -> tuple[int, ...]:
     Raises:
         UserError: something else; names `option`.
     """
+    from ..factors.schedule import MAX_CONTEXT
+
     try:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         numbers = ()
-    if not numbers or numbers[0] < 1:
+    if not numbers or numbers[0] < 1 or numbers[-1] > MAX_CONTEXT:
         raise UserError(f"{option}: {text!r}, expected numbers of tokens like 4096,8192")
     return numbers
 
@@ -197,8 +203,19 @@ def _about(context: int, method: str, page: Page) -> dict[str, Any]:
     return {"context": context, "method": method, "page": page.name, "depth": page.depth}
 
 
+def _against_yarn(found: Found, context: int, method: str, original: int) -> Difference | None:
+    """A method compared with YaRN on the same pages, past the original context where there is a past."""
+    from ..runtime.evaluation import compared
+
+    if method == "yarn" or (context, "yarn") not in found:
+        return None
+    ours, theirs = ([reading for _, reading in found[context, name]] for name in (method, "yarn"))
+    return compared(ours, theirs, original if context > original else 0)
+
+
 def _facts(found: Found, plan: _Plan, path: Path) -> dict[str, Any]:
     original = plan.native.context
+    against = {key: _against_yarn(found, *key, original) for key in found}
     return {
         "model": str(path),
         "original_context": original,
@@ -210,6 +227,7 @@ def _facts(found: Found, plan: _Plan, path: Path) -> dict[str, Any]:
                 "perplexity": _perplexity(readings),
                 "by_quarter": [_perplexity(readings, *part) for part in _quarters(context)],
                 "past_original": _perplexity(readings, original) if context > original else None,
+                "against_yarn": asdict(difference) if (difference := against[context, method]) else None,
                 "keys": [
                     {"depth": page.depth, "found": r.key_found, "loss": r.key_loss, "said": r.said}
                     for page, r in readings
@@ -250,3 +268,14 @@ def _show(found: Found, original: int) -> None:
         )
         last = context
     out.print(table)
+    for context, method in found:
+        difference = _against_yarn(found, context, method, original)
+        if method == "schedule" and difference and context > original:
+            change, low, high = (
+                f"{math.expm1(x):+.2%}" for x in (difference.difference, difference.low, difference.high)
+            )
+            out.print(
+                f"{context:,}: the schedule's perplexity past {original:,} is {change} against YaRN's"
+                f" (95 %: {low} to {high})",
+                soft_wrap=True,
+            )

@@ -29,8 +29,9 @@ def inspect(
     schedule = schedule_of(header)
     facts = _gather(header, schedule)
     if plot is not None:
-        from .picture import draw_factors, save_figure
+        from .picture import check_picture_place, draw_factors, save_figure
 
+        check_picture_place(plot)
         save_figure(draw_factors(schedule, f"{facts['model']['name']}: rescale factors by band"), plot)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=1))

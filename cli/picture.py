@@ -96,6 +96,19 @@ def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, flo
     return figure
 
 
+def check_picture_place(path: Path) -> None:
+    """Refuse a place for a picture before work begins that is only drawn in the end.
+
+    Raises:
+        UserError: another kind of picture, a folder, or in a folder that does not exist.
+    """
+    from ..append_log import check_place
+
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--plot: {str(path)!r}, expected a name that ends in .png")
+    check_place(path)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all.
 

@@ -16,6 +16,7 @@ from .terminal import out
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..factors.search import Budget
+    from ..runtime.held_out import Verdict
     from ..runtime.searching import FoundBand, SearchPlan
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
@@ -45,8 +46,14 @@ def search(
         str, typer.Option(metavar="tail|all|needle", help="What counts, or a mix like tail+0.5*needle.")
     ] = "tail",
     budget: Annotated[str, typer.Option(help="How long to search: 45m, 2h, or a number of evaluations.")] = "45m",
-    documents: Annotated[int, typer.Option(min=1, help="Stretches of text to search on, for each band.")] = 3,
-    held_out: Annotated[int, typer.Option(min=1, help="Stretches to judge by, of texts never searched on.")] = 2,
+    documents: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stretches of text to search on, for each band.  [default: 3, if there is as much]"),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stretches to judge by, of texts never searched on.  [default: 2, if there is]"),
+    ] = None,
     window: Annotated[int, typer.Option(min=64, help="Tokens at a stretch's end that screening reads.")] = 1024,
     readjust: Annotated[bool, typer.Option(help="Search the model's own band, too (fine-tuned models).")] = False,
     evaluator: Annotated[str, typer.Option(metavar="auto|llama|torch", help="What reads; auto = the faster.")] = "auto",
@@ -67,6 +74,7 @@ def search(
     from ..runtime.searching import SearchPlan, default_contexts, search_schedule
     from .evaluate import numbers_of, texts_of
     from .model import searched_model
+    from .picture import check_picture_place
 
     if output is None:
         raise UserError("-o: missing, expected where the schedule goes")
@@ -74,6 +82,9 @@ def search(
     _check_choice("--engine", engine, ("local", "ray"))
     if ray_address is not None and engine != "ray":
         raise UserError("--ray-address: has no meaning without --engine ray")
+    _check_output(output)
+    if plot is not None:
+        check_picture_place(plot)
     path = searched_model(model)
     contexts = numbers_of("--bands", bands) if bands else default_contexts(path, context or 4 * _context_of(path))
     plan = SearchPlan(
@@ -101,11 +112,12 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
     from ..factors import write_schedule
     from .search_table import SearchTable
 
-    with SearchTable() as table:
-        try:
+    try:
+        with SearchTable() as table:
             schedule, found = search_schedule(plan, table.take)
-        except KeyboardInterrupt:
-            raise UserError(f"stopped; the same command goes on from {plan.folder}") from None
+    except KeyboardInterrupt:
+        typer.echo(f"ropewalk: stopped; the same command goes on from {plan.folder}", err=True)
+        raise SystemExit(130) from None
     write_schedule(schedule, output)
     if plot is not None:
         from .picture import draw_search, save_figure
@@ -114,14 +126,14 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
     if as_json:
         print(json.dumps(_facts(schedule, found, plan, output), ensure_ascii=False, indent=1))
     else:
-        _show(found, output, plot)
+        _show(schedule, found, plan, output, plot)
 
 
 def _settings(algorithm: str, seed: int, budget: str) -> Any:
-    from ..factors.search import ALGORITHMS, Settings
+    from ..factors.search import ALGORITHMS, Screening, Settings
 
     _check_choice("--algorithm", algorithm, tuple(ALGORITHMS))
-    return Settings(algorithm=algorithm, seed=seed, budget=parse_budget(budget))
+    return Settings(algorithm, seed, parse_budget(budget), screening=Screening(allowed=True))
 
 
 def parse_budget(text: str) -> Budget:
@@ -137,6 +149,19 @@ def parse_budget(text: str) -> Budget:
         raise UserError(f"--budget: {text!r}, expected a time like 45m or 2h, or a number of evaluations")
     amount, unit = float(match[1]), match[2]
     return Budget(seconds=amount * UNITS[unit]) if unit else Budget(evaluations=amount)
+
+
+def _check_output(path: Path) -> None:
+    """A search takes long: where its schedule cannot go is told before."""
+    from ..append_log import check_place
+    from ..factors import read_schedule
+
+    check_place(path)
+    if path.exists():
+        try:
+            read_schedule(path)
+        except UserError as error:
+            raise UserError(f"-o: would replace what is no schedule: {error}") from None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -176,10 +201,11 @@ def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, o
     }
 
 
-def _show(found: tuple[FoundBand, ...], output: Path, plot: Path | None) -> None:
+def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, output: Path, plot: Path | None) -> None:
     def say(line: str) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
+    original = schedule.facts.original_context
     for one in found:
         outcome, band = one.outcome, one.outcome.band
         n = f", n̂ {band.start_tokens}" if band.start_tokens else ""
@@ -189,16 +215,26 @@ def _show(found: tuple[FoundBand, ...], output: Path, plot: Path | None) -> None
             f" ({band.found.method}); {outcome.evaluations:.1f} evaluations in {_time(outcome.seconds)}"
         )
         if not outcome.beats_yarn:
-            say("  nothing was better than YaRN on the search's own texts: the band is YaRN's")
+            theirs = "the model's" if plan.readjust and one is found[0] else "YaRN's"
+            say(f"  nothing was better on the search's own texts: the band is {theirs}")
             continue
-        say(f"  texts searched on: perplexity {_change(outcome.loss - outcome.yarn)} against YaRN")
-        verdict = one.verdict
-        sure = "better" if verdict.is_better else "NOT surely better than YaRN"
-        say(
-            f"  texts held out: {_change(verdict.difference)} against YaRN (95 %: {_change(verdict.low)} to"
-            f" {_change(verdict.high)}): {sure}"
-        )
+        say(f"  texts searched on: {_change(outcome.loss - outcome.yarn)} against YaRN")
+        for part in one.verdict.parts:
+            say(f"  texts held out, {_compared(part, original)}")
+        sure = "better" if one.verdict.is_better else "NOT surely better than YaRN"
+        say(f"  texts held out, {_compared(one.verdict, original)}: {sure}")
     say(f"{output}" + (f"; drawn in {plot}" if plot else ""))
+
+
+def _compared(verdict: Verdict, original: int) -> str:
+    """One kind of loss on the texts held out, in the unit that is usual for it."""
+    change = f"{_change(verdict.difference)} against YaRN (95 %: {_change(verdict.low)} to {_change(verdict.high)})"
+    if verdict.kind == "needle":
+        return f"keys' digits: {verdict.loss:.2f} nats, YaRN's {verdict.against:.2f}"
+    if verdict.parts:
+        return f"{verdict.kind}: {change}"
+    where = f" past {original:,}" if verdict.kind == "tail" else ""
+    return f"perplexity{where}: {math.exp(verdict.loss):.2f}, {change}"
 
 
 def _change(difference: float) -> str:

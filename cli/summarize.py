@@ -70,12 +70,12 @@ def summarize(
         job = _Job(files, field, _digest(source, options, settings))
         folder = open_folder(prompt_cache, prompt_cache_size)
         with _stopping(job, results):
-            todo = _survey(job, results)
-            if todo:
+            unread = _survey(job, results)
+            if unread:
                 from ..runtime.summary import Summarizer
 
                 llm = load_model(source, options)
-                _work(job, todo, results, llm, Summarizer(llm, settings, open_cache(llm, folder)))
+                _work(job, unread, results, llm, Summarizer(llm, settings, open_cache(llm, folder)))
     _say_what_was_done(job, results)
     if job.n_failed:
         raise typer.Exit(1)
@@ -123,7 +123,7 @@ def _survey(job: _Job, results: Results | StandardOutput) -> dict[str, int]:
     from .documents import read_documents
 
     done = Counter(results.done)
-    todo: dict[str, int] = {}
+    unread: dict[str, int] = {}
     for document in read_documents(job.files, job.field):
         job.n_documents += 1
         key = (document.id, document.digest, job.settings)
@@ -131,18 +131,18 @@ def _survey(job: _Job, results: Results | StandardOutput) -> dict[str, int]:
             done[key] -= 1
             job.n_before += 1
         else:
-            todo[document.id] = todo.get(document.id, 0) + document.n_bytes
-    return todo
+            unread[document.id] = unread.get(document.id, 0) + document.n_bytes
+    return unread
 
 
 def _work(
-    job: _Job, todo: dict[str, int], results: Results | StandardOutput, llm: Llama, summarizer: Summarizer
+    job: _Job, unread: dict[str, int], results: Results | StandardOutput, llm: Llama, summarizer: Summarizer
 ) -> None:
     from .documents import read_documents
     from .terminal import progress
 
-    results.begin(set(todo))
-    total, before = sum(todo.values()), 0
+    results.begin(set(unread))
+    total, before = sum(unread.values()), 0
     with progress("Summarising", is_bytes=True) as advance:
         for document in read_documents(job.files, job.field):
             if document.error is None and results.take_done((document.id, document.digest, job.settings)):

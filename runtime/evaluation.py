@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..append_log import append_line, open_locked
+from ..append_log import append_line, close_log, is_torn, open_locked
 from ..container import read_header, trained_schedule
 from ..errors import UserError
 from ..factors import METHODS, Band, Schedule, extend
+from .held_out import BLOCK, draw_blocks, middle
 from .llama import Llama
+from .losses import Losses
 from .passkey import HiddenKey, plant_key
 from .probes import DEPTHS, Text, cut
 
@@ -68,11 +70,34 @@ class Reading:
 
     def mean(self, start: int = 0, stop: int | None = None) -> float:
         """Mean loss of the text's tokens at positions from `start` to `stop`, borders widened to whole bins."""
-        sizes = np.full(len(self.losses), BIN)
+        losses, shares = self.bins(start, stop)
+        return float(losses @ shares)
+
+    def bins(self, start: int = 0, stop: int | None = None) -> tuple[Losses, Losses]:
+        """The losses of that range's bins, and how much each counts: its share of the tokens."""
+        sizes = np.full(len(self.losses), float(BIN))
         sizes[-1] = self.n_scored - BIN * (len(sizes) - 1)
         first = min(start // BIN, len(sizes) - 1)
         within = slice(first, None if stop is None else max(first + 1, -(-stop // BIN)))
-        return float(np.average(self.losses[within], weights=sizes[within]))
+        return np.array(self.losses[within]), sizes[within] / sizes[within].sum()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss (nats a token) in one band less that in another on the same pages, and where it lies with 95 %."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def compared(ours: Sequence[Reading], theirs: Sequence[Reading], start: int = 0) -> Difference:
+    """Of the tokens at positions from `start` on; by a bootstrap over blocks of neighbours within each page."""
+    pairs = [(a.bins(start), b.bins(start)) for a, b in zip(ours, theirs, strict=True)]
+    differences, shares = [a - b for (a, _), (b, _) in pairs], [shares for (_, shares), _ in pairs]
+    low, high = middle(draw_blocks(differences, shares, block=BLOCK // BIN))
+    means = [d @ w for d, w in zip(differences, shares, strict=True)]
+    return Difference(float(np.mean(means)), low, high)
 
 
 def pages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int = 0) -> list[Page]:
@@ -106,7 +131,8 @@ def band_by_method(method: str, context: int, native: Schedule, own: Schedule | 
     if method != "none" and method not in METHODS:
         raise UserError(f"method: {method!r}, expected none, schedule, {', '.join(METHODS)}")
     if method == "none" or context <= native.context:
-        return native.bands[-1].model_copy(update={"context": max(context, native.context)})
+        band = native.bands[native.band_index(min(context, native.context))]
+        return band.model_copy(update={"context": max(context, band.context)})
     return extend(native, context, method, contexts=[context]).bands[-1]
 
 
@@ -194,9 +220,9 @@ class Readings:
                 try:
                     record = json.loads(line)
                     self._known[record["key"]] = _reading(record["reading"])
-                except (ValueError, TypeError, KeyError):
-                    if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
-                        return end  # torn by a crash
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    if is_torn(line, BEGINNING):
+                        return end
                     raise UserError(f"{self.path}: line {number} is no reading of ropewalk eval") from None
                 if not line.endswith(b"\n"):
                     return end
@@ -216,7 +242,7 @@ class Readings:
 
     def close(self) -> None:
         if self.path is not None:
-            os.close(self._fd)
+            close_log(self._fd, self.path)
 
 
 BEGINNING = b'{"key": '

@@ -12,6 +12,8 @@ from .results import model_digest
 
 WINDOW = 1024
 
+VERSION = 2  # raise it when the same band would be read to another loss than before
+
 Kind = Literal["llama", "torch"]
 
 
@@ -22,7 +24,7 @@ class EvaluatorSpec:
     Attributes:
         kind: what reads.
         base: the band in which screening reads what lies before the window.
-        window: tokens at a probe's end that screening reads.
+        window: tokens at a probe's end that screening reads; 0 = nothing will be screened.
         kv: cache type of llama.cpp's evaluator.
         threads: CPU threads; None = the machine's cores.
     """
@@ -39,7 +41,8 @@ class EvaluatorSpec:
     def key(self) -> str:
         """A digest of all that a loss depends on beside the band; threads are not of it."""
         base = self.base.model_dump_json(exclude={"found"})
-        parts = (model_digest(self.model), digest(self.probes), base, self.kind, self.window, self.kv)
+        kv = self.kv if self.kind == "llama" else None
+        parts = (VERSION, model_digest(self.model), digest(self.probes), base, self.kind, self.window, kv)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property

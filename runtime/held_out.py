@@ -11,7 +11,7 @@ from .losses import Losses
 from .probes import Probe
 
 BLOCK = 128
-"""Targets that follow each other and are drawn together: neighbours' losses are not independent."""
+"""Tokens that follow each other and are drawn together: neighbours' losses are not independent."""
 
 DRAWS = 2000
 
@@ -21,16 +21,21 @@ class Verdict:
     """Two bands on the same held-out probes; losses in nats a token, weighted as the probes are.
 
     Attributes:
+        kind: what the loss is of: the objective, or one part of it.
         difference: the loss of the found band less that of the other: below 0, the found one is better.
-        low, high: where the difference lies with 95 % confidence, by a bootstrap over blocks of neighbouring tokens.
+        low, high: where the difference lies with 95 % confidence, by a bootstrap over blocks of neighbouring tokens,
+            or over whole keys for `needle`.
+        parts: the same for each part, where the objective is a mix.
     """
 
+    kind: str
     loss: float
     against: float
     difference: float
     low: float
     high: float
     n_probes: int
+    parts: tuple[Verdict, ...] = ()
 
     @property
     def is_better(self) -> bool:
@@ -38,32 +43,51 @@ class Verdict:
         return self.high < 0
 
 
-def verdict(losses: Sequence[tuple[Losses, Losses]], probes: Sequence[Probe], seed: int = 0) -> Verdict:
-    """From the losses of each probe's targets, in the band found and in the other."""
-    weights = [np.array(probe.weights) for probe in probes]
-    ours, theirs = (
-        float(np.mean([pair[k] @ weight for pair, weight in zip(losses, weights, strict=True)])) for k in (0, 1)
-    )
-    low, high = interval([pair[0] - pair[1] for pair in losses], weights, seed)
-    return Verdict(ours, theirs, ours - theirs, low, high, len(probes))
+def verdict(losses: Sequence[tuple[Losses, Losses]], probes: Sequence[Probe], objective: str, seed: int = 0) -> Verdict:
+    """From the losses of each probe's targets, in the band found and in the other; all probes have the same parts."""
+    differences = [ours - theirs for ours, theirs in losses]
+    parts, mixed = [], np.zeros(DRAWS)
+    for i, part in enumerate(probes[0].parts):
+        weights = [np.array(probe.parts[i].weights) for probe in probes]
+        ours, theirs = (
+            float(np.mean([pair[k] @ weight for pair, weight in zip(losses, weights, strict=True)])) for k in (0, 1)
+        )
+        # Each part with the same chance: parts of the same text are drawn together.
+        means = (draw_keys if part.kind == "needle" else draw_blocks)(differences, weights, seed)
+        mixed += part.share * means
+        parts.append(Verdict(part.kind, ours, theirs, ours - theirs, *middle(means), len(probes)))
+    if len(parts) == 1:
+        return parts[0]
+    shares = np.array([part.share for part in probes[0].parts])
+    ours, theirs = (float(shares @ [getattr(part, name) for part in parts]) for name in ("loss", "against"))
+    return Verdict(objective, ours, theirs, ours - theirs, *middle(mixed), len(probes), tuple(parts))
 
 
-def interval(
-    differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Where the mean over probes of ``weights @ differences`` lies, by a bootstrap over blocks within each probe.
+def draw_blocks(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0, block: int = BLOCK) -> Losses:
+    """The mean over probes of ``weights @ differences`` in each of `DRAWS` draws of blocks within each probe.
 
-    Blocks of `BLOCK` neighbouring targets are drawn with replacement, as many as a probe has; weights are made to add
+    Blocks of `block` neighbouring targets are drawn with replacement, as many as a probe has; weights are made to add
     up to 1 again, as a draw may hold more of what counts than another.
     """
-    chance = np.random.default_rng(seed)
-    means = np.zeros(DRAWS)
+    chance, means = np.random.default_rng(seed), np.zeros(DRAWS)
     for difference, weight in zip(differences, weights, strict=True):
-        starts = np.arange(0, len(difference), BLOCK)
+        starts = np.arange(0, len(difference), block)
         sums = np.add.reduceat(difference * weight, starts)
         counts = np.add.reduceat(weight, starts)
         drawn = chance.integers(len(starts), size=(DRAWS, len(starts)))
         means += sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) / len(differences)
+    return means
+
+
+def draw_keys(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0) -> Losses:
+    """The same where all that counts in a probe is one key: probes are drawn."""
+    means = np.array([weight @ difference for difference, weight in zip(differences, weights, strict=True)])
+    drawn = np.random.default_rng(seed).integers(len(means), size=(DRAWS, len(means)))
+    return np.asarray(means[drawn].mean(axis=1))
+
+
+def middle(means: Losses, confidence: float = 0.95) -> tuple[float, float]:
+    """Between which bounds that share of the draws lies."""
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, (tail, 100 - tail))
     return float(low), float(high)

@@ -58,8 +58,7 @@ class Interruptible:
             return work()
         call = _Call(work)
         try:
-            self._calls.put(call)
-            call.done.acquire()
+            self._hand_over(call)
         except BaseException:
             self._stop = True
             self._wait_for_all()
@@ -78,13 +77,15 @@ class Interruptible:
         finally:
             llama_cpp.llama_set_abort_callback(context, self._never, None)
 
+    def _hand_over(self, call: _Call) -> None:
+        self._calls.put(call)
+        call.done.acquire()
+
     def _wait_for_all(self) -> None:
         """What was handed to the thread still uses the context; it does one thing after the other."""
         while not self._closed:
-            last = _Call(int)
             try:
-                self._calls.put(last)
-                last.done.acquire()
+                self._hand_over(_Call(int))
             except BaseException:  # a second Ctrl-C
                 continue
             return

@@ -16,6 +16,7 @@ from ..factors.search.protocol import Fidelity, Result, Task
 from .evaluator_spec import EvaluatorSpec
 from .llama import Llama
 from .losses import Losses
+from .memory import check_room
 from .probes import Probe
 from .session import state_of
 
@@ -45,7 +46,7 @@ class LlamaEvaluator:
             n_threads_batch=spec.threads,
             verbose=False,
         )
-        self._windows = [probe.last(spec.window) for probe in spec.probes]
+        self._windows = [probe.last(spec.window) for probe in spec.probes if spec.window]
         self._states: dict[int, np.ndarray] = {}
 
     def evaluate(self, task: Task) -> Result:
@@ -61,17 +62,16 @@ class LlamaEvaluator:
 
     def losses(self, band: Band, document: int, fidelity: Fidelity = "full") -> Losses:
         """Of each target of the document's probe (in its window, when screening), in nats."""
+        if fidelity == "screen":
+            self._prepare(document)
         probe, llm = self._probe(document, fidelity), self._llm
         llm.reset()
         llm.set_schedule(self._alone(band, len(probe.tokens)))
         if fidelity == "screen":
-            self._prepare(document)
             prefix = np.array(probe.tokens[: -self._spec.window], dtype=np.int32)
             llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
         losses = llm.token_losses(probe.tokens, targets=probe.targets)
-        # What was read is what screening would have to read; bit for bit where the same tokens were read at once.
-        alike = _same(band, self._spec.base) and (len(probe.tokens) - self._spec.window) % llm.n_batch == 0
-        if fidelity == "full" and alike and document not in self._states:
+        if fidelity == "full" and self._windows and _same(band, self._spec.base) and document not in self._states:
             self._keep(document)
         return losses
 
@@ -87,18 +87,18 @@ class LlamaEvaluator:
         return Schedule(facts=self._facts, bands=(band,))
 
     def _prepare(self, document: int) -> None:
-        """Read a document up to its window in the base band, unless that is kept."""
-        if document in self._states:
-            return
-        tokens = self._spec.probes[document].tokens
-        self._llm.reset()
-        self._llm.set_schedule(self._alone(self._spec.base, len(tokens)))
-        self._llm.eval(tokens[: -self._spec.window])
-        self._keep(document)
+        """Read a document in the base band, unless that is kept.
+
+        In full, just as its loss is read: in other batches the state would differ in its last bits, and a search that
+        was killed could go another way.
+        """
+        if document not in self._states:
+            self.losses(self._spec.base, document)
 
     def _keep(self, document: int) -> None:
-        llm, n = self._llm, len(self._spec.probes[document].tokens) - self._spec.window
-        llm.n_tokens = n
+        llm, tokens = self._llm, self._spec.probes[document].tokens
+        llm.n_tokens = len(tokens) - self._spec.window
+        check_room(llm.plan.cache_bytes, len(self._spec.probes) - len(self._states))
         self._states[document] = state_of(llm)
 
 

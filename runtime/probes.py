@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,29 +38,51 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the things that count in a probe: its share of the whole, and weights of the probe's targets.
+
+    The weights add up to 1; the probe's own are the parts' weights, each times its share, added.
+    """
+
+    kind: str
+    share: float
+    weights: tuple[float, ...]
+
+    def within(self, first: int) -> Part:
+        """The same for the targets from the `first` on; all 0 if nothing of it is there."""
+        kept = self.weights[first:]
+        total = math.fsum(kept) or 1.0
+        return Part(self.kind, self.share, tuple(weight / total for weight in kept))
+
+
+@dataclass(frozen=True)
 class Probe:
     """One stretch of text and what is scored in it.
 
-    `targets` are rising positions in `tokens`, at least 1; `weights`, one each, add up to 1.
+    `targets` are rising positions in `tokens`, at least 1; `weights`, one each, add up to 1. `parts` says what they are
+    made up of.
     """
 
     name: str
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
     weights: tuple[float, ...]
+    parts: tuple[Part, ...] = ()
 
     def last(self, window: int) -> Probe:
-        """The same text, scored within its last `window` tokens but the first; each weight counts as much more.
+        """The same text, scored within its last `window` tokens but the first; each part keeps its share.
 
         Raises:
             UserError: nothing is scored there.
         """
-        first = len(self.tokens) - window
-        kept = [(at, weight) for at, weight in zip(self.targets, self.weights, strict=True) if at > first]
-        if not kept:
+        first = bisect_right(self.targets, len(self.tokens) - window)
+        parts = [part.within(first) for part in self.parts or (Part("all", 1.0, self.weights),)]
+        parts = [part for part in parts if any(part.weights)]
+        if not parts:
             raise UserError(f"{self.name}: nothing to predict in its last {window} tokens")
-        total = math.fsum(weight for _, weight in kept)
-        return Probe(self.name, self.tokens, tuple(a for a, _ in kept), tuple(w / total for _, w in kept))
+        shares = np.array([part.share for part in parts])
+        weights = shares / shares.sum() @ [part.weights for part in parts]
+        return Probe(self.name, self.tokens, self.targets[first:], tuple(weights.tolist()), tuple(parts))
 
 
 def parse_objective(name: str) -> dict[str, float]:
@@ -171,10 +194,20 @@ def _probe(
         scored["needle"] = range(len(tokens) - len(planted.digits), len(tokens))
     scored["all"] = range(1, end)
     scored["tail"] = range(original_context, end)
-    weights = np.zeros(len(tokens))
-    for kind, weight in parts.items():
+    weights, of_parts = np.zeros(len(tokens)), np.zeros((len(parts), len(tokens)))
+    for (kind, share), of_part in zip(parts.items(), of_parts, strict=True):
         if not scored[kind]:
             raise UserError(f"{name}: {len(tokens):,} tokens leave nothing to score as {kind}")
-        weights[list(scored[kind])] += weight / len(scored[kind])
+        of_part[list(scored[kind])] = 1 / len(scored[kind])
+        weights[list(scored[kind])] += share / len(scored[kind])
     targets = np.flatnonzero(weights)
-    return Probe(name, tuple(tokens), tuple(targets.tolist()), tuple(weights[targets].tolist()))
+    return Probe(
+        name,
+        tuple(tokens),
+        tuple(targets.tolist()),
+        tuple(weights[targets].tolist()),
+        tuple(
+            Part(kind, share, tuple(of_part[targets].tolist()))
+            for (kind, share), of_part in zip(parts.items(), of_parts, strict=True)
+        ),
+    )

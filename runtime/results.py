@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..append_log import append_line, is_same, lock, open_locked, write
+from ..append_log import append_line, close_log, is_torn, lock, open_locked, write
 from ..container import model_parts, read_header
 from ..errors import UserError
 
@@ -73,9 +73,7 @@ class Results:
         """Let go of the file, and of the lock; an empty one is removed."""
         if self._fd < 0:
             return
-        if os.fstat(self._fd).st_size == 0 and is_same(self._fd, self._target):
-            self._target.unlink()
-        os.close(self._fd)
+        close_log(self._fd, self._target)
         self._fd = -1
 
     def take_done(self, key: Key) -> bool:
@@ -111,8 +109,7 @@ class Results:
         for number, line in enumerate(self._lines(), 1):
             record = _parse(line)
             if record is None:
-                torn = not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line))
-                if torn or not line.strip(b"\0"):
+                if is_torn(line, BEGINNING):
                     return end, False
                 raise UserError(
                     f"{self.path}: line {number} is no result of ropewalk summarize;"

@@ -7,10 +7,10 @@ band, and the held-out readings. A search that was killed goes on from there and
 from __future__ import annotations
 
 import hashlib
-import math
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,6 @@ from ..factors.search import (
     Engine,
     Event,
     InProcess,
-    Note,
     Outcome,
     Processes,
     Screening,
@@ -42,7 +41,11 @@ from .held_out import Verdict, verdict
 from .llama import Llama
 from .llama_evaluator import LlamaEvaluator
 from .losses import Losses
+from .memory import check_kv_type
 from .probes import Probe, Text, digest, make_probes, split_texts
+from .results import model_digest
+
+DOCUMENTS, HELD_DOCUMENTS = 3, 2  # stretches of text for each band, where the texts hold as many
 
 LATER = 1.3
 """How much more a token at a probe's end costs to read than one on average: it sees more."""
@@ -56,7 +59,8 @@ class SearchPlan:
         model: a GGUF file; bands go beyond the last one that it carries.
         texts: some to search on, others to judge by (`split_texts`).
         contexts: of the bands, rising.
-        documents, held_documents: stretches of text to search on and to judge by, for each band.
+        documents, held_documents: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
+            as many as the texts hold.
         budget: for all bands together.
         evaluator: llama, torch, or auto = the faster one here.
         engine: local = this process, or several if `workers` says so; ray = a cluster.
@@ -68,10 +72,10 @@ class SearchPlan:
     texts: tuple[Text, ...]
     contexts: tuple[int, ...]
     folder: Path
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = field(default_factory=lambda: Settings(screening=Screening(allowed=True)))
     objective: str = "tail"
-    documents: int = 3
-    held_documents: int = 2
+    documents: int | None = None
+    held_documents: int | None = None
     window: int = 1024
     kv: str = "f16"
     evaluator: Literal["auto", "llama", "torch"] = "auto"
@@ -122,26 +126,20 @@ def search_schedule(
     """
     base = schedule_of(read_header(plan.model))
     _check(plan, base)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    words = Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)
-    searched, held = split_texts(plan.texts, plan.settings.seed)
+    contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
+    works = [_work_on(plan, base, context, contexts) for context in contexts]  # too short a text is told first of all
+    _make_folder(plan.folder)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None
     correlation: float | None = None
-    contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
-    for context in contexts:
-        space = Space(base.facts, base.bands[-1], context)
-        budget = _share(plan.settings.budget, context, contexts)
-        make = _Probes(words, plan, base.facts.original_context, context)
-        outcome = _search_band(plan, space, budget, make(searched, plan.documents), start, correlation, on_event)
-        verdict_ = _judge(plan, space, outcome.band, make(held, plan.held_documents), on_event)
-        found.append(FoundBand(outcome, verdict_))
-        if context == base.context:
-            bands[-1] = outcome.band
-        else:
+    for work in works:
+        outcome = _search_band(plan, work, start, correlation, on_event)
+        found.append(FoundBand(outcome, _judge(plan, work, outcome.band, on_event)))
+        if work.space.context > base.context:
             bands.append(outcome.band)
-            start, correlation = (space, outcome.band), outcome.correlation
-    words.close()
+            start, correlation = (work.space, outcome.band), outcome.correlation
+        elif outcome.beats_yarn:  # or else the model's own stays as it is
+            bands[-1] = outcome.band
     return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
 
 
@@ -162,6 +160,8 @@ def _check(plan: SearchPlan, base: Schedule) -> None:
     if not plan.contexts or not rising or plan.contexts[0] <= base.context:
         named = ", ".join(map(str, plan.contexts)) or "none"
         raise UserError(f"contexts: {named}, expected rising numbers above the {base.context:,} that the model holds")
+    if check_kv_type(plan.kv) == "auto":
+        raise UserError("kv: 'auto', expected a type by name: what is measured must not depend on the memory left over")
     if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
         raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
 
@@ -176,29 +176,53 @@ def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
 
 
 @dataclass(frozen=True)
-class _Probes:
-    """Makes the probes of one band."""
+class _Work:
+    """One band to be searched: where, by what, for how long, on which texts, and by which to judge."""
 
-    words: Llama
-    plan: SearchPlan
-    original: int
-    context: int
+    space: Space
+    objective: str
+    budget: Budget
+    probes: tuple[Probe, ...]
+    held: tuple[Probe, ...]
 
-    def __call__(self, texts: Sequence[Text], count: int) -> tuple[Probe, ...]:
-        plan = self.plan
-        objective = plan.objective if self.context > self.original else "all"
-        return make_probes(self.words, texts, self.context, count, objective, self.original, plan.settings.seed)
+
+def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[int]) -> _Work:
+    """Cut the texts for one band.
+
+    Raises:
+        UserError: they are too short.
+    """
+    original, seed = base.facts.original_context, plan.settings.seed
+    objective = plan.objective if context > original else "all"
+
+    def make(texts: Sequence[Text], count: int | None, most: int) -> tuple[Probe, ...]:
+        for n in [count] if count else range(most, 1, -1):
+            try:
+                return make_probes(words, texts, context, n, objective, original, seed)
+            except UserError:
+                if count:
+                    raise
+        return make_probes(words, texts, context, 1, objective, original, seed)
+
+    searched, held = split_texts(plan.texts, seed)
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
+        return _Work(
+            space=Space(base.facts, base.bands[-1], context),
+            objective=objective,
+            budget=_share(plan.settings.budget, context, contexts),
+            probes=make(searched, plan.documents, DOCUMENTS),
+            held=make(held, plan.held_documents, HELD_DOCUMENTS),
+        )
 
 
 def _search_band(
     plan: SearchPlan,
-    space: Space,
-    budget: Budget,
-    probes: tuple[Probe, ...],
+    work: _Work,
     start: tuple[Space, Band] | None,
     correlation: float | None,
     on_event: Callable[[SearchEvent], None],
 ) -> Outcome:
+    space, probes = work.space, work.probes
     spec = EvaluatorSpec(
         model=str(plan.model),
         probes=probes,
@@ -212,10 +236,9 @@ def _search_band(
     spec = replace(spec, kind=kind)
     settings = replace(
         plan.settings,
-        budget=budget,
-        screening=plan.settings.screening if plan.settings.screening.allowed else Screening(allowed=True),
+        budget=work.budget,
         screen_cost=round(LATER * spec.window / len(probes[0].tokens), 3),
-        objective=plan.objective,
+        objective=work.objective,
         data_digest=digest(probes),
     )
     seeds = [carried(start[0], start[1], space)] if start else []
@@ -236,13 +259,12 @@ def _choose(plan: SearchPlan, spec: EvaluatorSpec) -> tuple[Kind, dict[Kind, flo
         return "torch", {}
     if plan.evaluator != "auto":
         return plan.evaluator, {}
-    kept = plan.folder / "evaluator"
-    if kept.exists() and kept.read_text() in ("llama", "torch"):
-        return ("torch" if kept.read_text() == "torch" else "llama"), {}
+    kept, model = plan.folder / "evaluator", model_digest(plan.model)
+    known = kept.read_text().split() if kept.is_file() else []
+    if known in (["llama", model], ["torch", model]):
+        return ("torch" if known[0] == "torch" else "llama"), {}
     kind, speeds = faster(spec)
-    part = kept.with_suffix(".part")
-    part.write_text(kind)
-    part.replace(kept)
+    _put(kept, f"{kind} {model}\n".encode())
     return kind, speeds
 
 
@@ -261,16 +283,11 @@ def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
             yield here
 
 
-def _judge(
-    plan: SearchPlan,
-    space: Space,
-    band: Band,
-    probes: tuple[Probe, ...],
-    on_event: Callable[[SearchEvent], None],
-) -> Verdict:
+def _judge(plan: SearchPlan, work: _Work, band: Band, on_event: Callable[[SearchEvent], None]) -> Verdict:
     """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder."""
+    space, probes = work.space, work.held
     yarn = space.band(space.seed("yarn"))
-    spec = EvaluatorSpec(str(plan.model), probes, yarn, window=64, kv=plan.kv, threads=plan.threads)
+    spec = EvaluatorSpec(str(plan.model), probes, yarn, window=0, kv=plan.kv, threads=plan.threads)
     kept = _Kept(plan.folder, spec)
     losses: list[tuple[Losses, Losses]] = []
     for i in range(len(probes)):
@@ -280,7 +297,7 @@ def _judge(
         on_event(Judging(space.context, 2 * i + 2, 2 * len(probes)))
         losses.append((ours, theirs))
     kept.close()
-    return verdict(losses, probes, plan.settings.seed)
+    return verdict(losses, probes, work.objective, plan.settings.seed)
 
 
 class _Kept:
@@ -299,17 +316,34 @@ class _Kept:
         if self._evaluator is None:
             self._evaluator = LlamaEvaluator(self._spec)
         losses = self._evaluator.losses(band, document)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, losses)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        data = io.BytesIO()
+        np.save(data, losses)
+        _put(path, data.getvalue())
         return losses
 
     def close(self) -> None:
         if self._evaluator is not None:
             self._evaluator.close()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot keep there what is found out: {error.strerror or error}") from None
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 
 
 def _load(path: Path, n: int) -> Losses | None:
@@ -320,21 +354,3 @@ def _load(path: Path, n: int) -> Losses | None:
         return None
     good = losses.shape == (n,) and losses.dtype == np.float64 and bool(np.isfinite(losses).all())
     return losses if good else None
-
-
-def perplexity_change(difference: float) -> float:
-    """A difference of losses (nats) as a share of perplexity."""
-    return math.expm1(difference)
-
-
-__all__ = [
-    "FoundBand",
-    "Judging",
-    "Note",
-    "SearchEvent",
-    "SearchPlan",
-    "Searching",
-    "default_contexts",
-    "perplexity_change",
-    "search_schedule",
-]

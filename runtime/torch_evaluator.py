@@ -15,6 +15,7 @@ from ..factors import Band
 from ..factors.search.protocol import Fidelity, Result, Task
 from .evaluator_spec import EvaluatorSpec
 from .losses import Losses
+from .memory import check_room
 from .torch_model import PrefixState, load_torch_model
 
 
@@ -30,8 +31,9 @@ class TorchEvaluator:
         self.weights = spec.weights
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_torch_model(spec.model, device=device, threads=spec.threads)
-        self._windows = [probe.last(spec.window) for probe in spec.probes]
+        self._windows = [probe.last(spec.window) for probe in spec.probes if spec.window]
         self._states: dict[int, PrefixState] = {}
+        self._model.check_room(max(len(probe.tokens) for probe in spec.probes))
 
     def evaluate(self, task: Task) -> Result:
         """The weighted mean loss of a task's band on its document, and its derivatives if they are asked for."""
@@ -60,5 +62,6 @@ class TorchEvaluator:
     def _state(self, document: int) -> PrefixState:
         if document not in self._states:
             prefix = self._spec.probes[document].tokens[: -self._spec.window]
+            check_room(self._model.state_bytes(len(prefix)), len(self._spec.probes) - len(self._states))
             self._states[document] = self._model.prefix_state(prefix, self._spec.base)
         return self._states[document]

@@ -156,6 +156,19 @@ class TorchModel:
             parts = list(self._decoder.keys_and_values(text, dtype or self._weights.embedding.dtype))
             return PrefixState(tuple(tokens), band, *(tuple(kind) for kind in zip(*parts, strict=True)))
 
+    def state_bytes(self, n_tokens: int) -> int:
+        """What a `PrefixState` of so many tokens takes."""
+        s, element = self._weights.shape, self._weights.embedding.element_size()
+        return 2 * s.n_layer * s.n_head_kv * s.head_size * n_tokens * element
+
+    def check_room(self, n_tokens: int) -> None:
+        """Refuse a text that would be too long to read here.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        self._check_memory(n_tokens, n_tokens, gradient=False)
+
     # --- one call
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from gguf import GGMLQuantizationType
 
-from ..container import GGUFError, Header, rope_facts
+from ..container import GGUFError, Header, trained_schedule
 from ..container import Tensor as TensorInfo
 from ..errors import UserError
 from ..factors import RopeFacts
@@ -135,7 +135,7 @@ def read_shape(header: Header) -> Shape:
             raise UserError(f"{header.path}: {arch}.{key}: {header.get(f'{arch}.{key}')}, expected none or 0")
     if header.get(f"{arch}.attention.causal") is False:
         raise UserError(f"{header.path}: {arch}.attention.causal: False, expected a causal model")
-    facts = rope_facts(header)
+    facts = trained_schedule(header).facts
     n_embd, n_head = (_size(header, key) for key in ("embedding_length", "attention.head_count"))
     head_size = _size(header, "attention.key_length", n_embd // n_head)
     n_head_kv = _size(header, "attention.head_count_kv", n_head)

@@ -44,10 +44,8 @@ def search(start: Start) -> Search:
         better = score.loss < best.loss
         best, since = (score, 0) if better else (best, since + 1)
         bests.append(best.loss)
-        if better and len(bests) > settings.patience:
-            gained = bests[-1 - settings.patience] - best.loss
-            if gained < WORTH_GOING_ON * (begin - best.loss):
-                break
+        if better and _hardly_better(bests[-1 - settings.patience :], settings.patience, begin):
+            break
         if since > settings.patience:
             adam, genes, since, bests = _Adam(adam.n, adam.rate / 2), best.genes, 0, [best.loss]
             if adam.rate < settings.rate / 8:
@@ -55,6 +53,11 @@ def search(start: Start) -> Search:
             continue
         genes = _moved(space, score, adam, settings)
     yield from walk_start_tokens(space, best, left, left)
+
+
+def _hardly_better(bests: list[float], steps: int, begin: float) -> bool:
+    """Whether the last `steps` steps brought next to nothing of what was gained since the loss was `begin`."""
+    return len(bests) > steps and bests[0] - bests[-1] < WORTH_GOING_ON * (begin - bests[-1])
 
 
 @dataclass

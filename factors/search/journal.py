@@ -16,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ...append_log import append_line, open_locked
+from ...append_log import append_line, is_torn, open_locked
 from ...errors import UserError
 from .protocol import Fidelity, Result, Task
 from .space import band_key
 
 HEADER = "ropewalk_search"
 VERSION = 1
+ELSEWHERE = "give another output, or remove this file"
 HEADER_BEGINNING, LINE_BEGINNING = b'{"ropewalk_search": ', b'{"band": "'
 
 
@@ -105,7 +106,8 @@ class Journal:
             file.seek(0)
             data = file.read()
         end = data.find(b"\n") + 1
-        if not end and _is_torn(data, HEADER_BEGINNING):  # or empty
+        torn = not end and is_torn(data, HEADER_BEGINNING)  # or empty
+        if torn or (end == len(data) and _version(data) == VERSION):  # nothing was evaluated: nobody's journal yet
             os.ftruncate(self._fd, 0)
             append_line(self._fd, path, json.dumps({HEADER: VERSION, "digest": digest}).encode() + b"\n")
             return
@@ -113,10 +115,10 @@ class Journal:
         for number, line in enumerate(data[end:].splitlines(keepends=True), 2):
             known = _parse(line)
             if known is None:
-                if not line.endswith(b"\n") and _is_torn(line, LINE_BEGINNING):
+                if is_torn(line, LINE_BEGINNING):
                     os.ftruncate(self._fd, end)
                     return
-                raise UserError(f"{path}: line {number} is no evaluation of ropewalk search; name another journal")
+                raise UserError(f"{path}: line {number} is no evaluation of ropewalk search; {ELSEWHERE}")
             self.lines.setdefault(*known)
             end += len(line)
         if not data.endswith(b"\n"):
@@ -129,19 +131,24 @@ def digest_of(values: Mapping[str, Any]) -> str:
 
 
 def _check_header(path: Path, line: bytes, digest: str) -> None:
+    version = _version(line)
+    if version is None:
+        raise UserError(f"{path}: is no journal of ropewalk search; {ELSEWHERE}")
+    if version != VERSION:
+        raise UserError(f"{path}: journal version {version}, expected {VERSION}; {ELSEWHERE}")
+    if json.loads(line).get("digest") != digest:
+        raise UserError(
+            f"{path}: the journal of another search (model, documents, context, settings or seed differ); {ELSEWHERE}"
+        )
+
+
+def _version(line: bytes) -> Any:
+    """Of the journal that begins with that line; None if none does."""
     try:
         header = json.loads(line)
     except ValueError:
-        header = None
-    if not isinstance(header, dict) or HEADER not in header:
-        raise UserError(f"{path}: is no journal of ropewalk search; name another file")
-    if header[HEADER] != VERSION:
-        raise UserError(f"{path}: journal version {header[HEADER]}, expected {VERSION}; name another file")
-    if header.get("digest") != digest:
-        raise UserError(
-            f"{path}: the journal of another search (model, documents, context, settings or seed differ);"
-            " name another file, or remove this one"
-        )
+        return None
+    return header.get(HEADER) if isinstance(header, dict) else None
 
 
 def _line_of(entry: Entry, line: Line) -> bytes:
@@ -150,12 +157,6 @@ def _line_of(entry: Entry, line: Line) -> bytes:
     if entry.gradient:
         values |= {"by_log_factors": result.by_log_factors, "by_log_attention": result.by_log_attention}
     return json.dumps(values).encode() + b"\n"
-
-
-def _is_torn(line: bytes, beginning: bytes) -> bool:
-    """Whether a last line without its end is the rest of one of ours; a crash can leave zeros in its place."""
-    line = line.rstrip(b"\0")
-    return line.startswith(beginning) or beginning.startswith(line)
 
 
 def _parse(line: bytes) -> tuple[Entry, Line] | None:

@@ -118,9 +118,8 @@ def search(
     algorithm = ALGORITHMS.get(settings.algorithm)
     if algorithm is None:
         raise UserError(f"algorithm: {settings.algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
-    identity = {"engine": engine.key, "space": repr(space), "seeds": repr(tuple(seeds)), **settings.identity()}
-    if correlation is not None:
-        identity["correlation"] = correlation
+    # What was evaluated stays true whatever the search started from: that of a longer band follows from the budget.
+    identity = {"engine": engine.key, "space": repr(space), **settings.identity()}
     with Journal(journal, digest_of(identity)) as kept:
         run = _Run(engine, space, settings, kept, on_event, correlation)
         return run.whole(algorithm, [space.project(seed) for seed in seeds])

@@ -4,13 +4,18 @@ import json
 import math
 import os
 import pydoc_data.topics
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
+import ropewalk
+from ropewalk.container import native_schedule, read_header
 
+CONTEXT_KEY = b"llama.context_length"
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 
 
@@ -32,18 +37,28 @@ def text(tmp_path_factory):
     return path
 
 
-def test_beyond_its_context_the_model_needs_factors_and_finds_keys(smollm2, tmp_path):
-    kept, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
-    arguments = [smollm2, "--contexts", "768", "--methods", "none,pi,yarn", "--pages", 2, "-o", kept, "--json"]
+def test_methods_are_read_in_their_bands_and_what_is_alike_once(smollm2, tmp_path):
+    """The model as if it were trained for 512 tokens: it reads 768 best as it is, by PI worst."""
+    model, kept, picture = tmp_path / "short.gguf", tmp_path / "r.jsonl", tmp_path / "r.png"
+    data = bytearray(smollm2.read_bytes())
+    at = data.index(CONTEXT_KEY) + len(CONTEXT_KEY)
+    assert struct.unpack_from("<II", data, at) == (4, 8192)  # a 32-bit number
+    struct.pack_into("<I", data, at + 4, 512)
+    model.write_bytes(data)
+    arguments = [model, "--contexts", "256,768", "--methods", "none,pi,yarn", "--pages", 2, "-o", kept, "--json"]
     found = json.loads(run(*arguments, "--plot", picture).stdout)
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    rows = {row["method"]: row for row in found["rows"]}
-    assert found["original_context"] == 8192 and set(rows) == {"none", "pi", "yarn"}
-    for row in rows.values():  # below the original context nothing is changed
-        assert row["perplexity"] == rows["none"]["perplexity"] and 3 < row["perplexity"] < 40
-        assert [key["found"] for key in row["keys"]] == [True, True] and row["past_original"] is None
+    assert found["original_context"] == 512
+    rows = {(row["context"], row["method"]): row for row in found["rows"]}
+    for method in ("none", "pi", "yarn"):  # up to the original context nothing is changed
+        row = rows[256, method]
+        assert row["perplexity"] == rows[256, "none"]["perplexity"] and row["past_original"] is None
         assert len(row["by_quarter"]) == 4 and all(map(math.isfinite, row["by_quarter"]))
-    assert len(kept.read_text().splitlines()) == 2  # what is alike is read once
+    none, pi, yarn = (rows[768, method]["past_original"] for method in ("none", "pi", "yarn"))
+    assert 3 < none < yarn < pi < 100
+    assert [key["found"] for key in rows[768, "none"]["keys"]] == [True, True]
+    assert rows[768, "pi"]["against_yarn"]["low"] > 0 > rows[768, "none"]["against_yarn"]["high"]
+    assert len(kept.read_text().splitlines()) == 2 + 6  # what is alike is read once
     again = json.loads(run(*arguments).stdout)
     assert again == found
 
@@ -58,7 +73,7 @@ def test_killed_it_goes_on_with_the_same_result(tiny, text, tmp_path):
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     with kept.open("ab") as file:
-        file.write(b'{"key": "torn')
+        file.write(b'{"key": "torn' + b"\0" * 9)
     found = json.loads(run(*arguments, "-o", kept).stdout)
     for ours, theirs in zip(found["rows"], expected["rows"], strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
@@ -66,18 +81,38 @@ def test_killed_it_goes_on_with_the_same_result(tiny, text, tmp_path):
     assert len(keys) == len(set(keys)) == 9
 
 
-def test_the_table_names_contexts_methods_and_keys(tiny, text):
-    shown = run(tiny, "--text", text, "--contexts", "256,1024", "--methods", "none,yarn", "--pages", 1)
+def test_the_table_names_contexts_methods_and_keys(tiny, text, tmp_path):
+    schedule = tmp_path / "s.json"
+    ropewalk.write_schedule(ropewalk.extend(native_schedule(read_header(tiny)), 1024, "ntk"), schedule)
+    options = ["--contexts", "256,1024", "--methods", "none,yarn,schedule", "--pages", 2, "--schedule", schedule]
+    kept = ["-o", tmp_path / "r.jsonl"]
+    shown = run(tiny, "--text", text, *options, *kept)
     assert shown.returncode == 0 and shown.stderr == ""
-    head, *rows = shown.stdout.splitlines()
+    head, *rows, last = shown.stdout.splitlines()
     assert "past 512" in head and "keys found" in head
-    assert [row.split()[:2] for row in rows[::2]] == [["256", "none"], ["1,024", "none"]]
+    assert [row.split()[:2] for row in rows[::3]] == [["256", "none"], ["1,024", "none"]]
+    change, low, high = (float(x) for x in re.findall(r"([+-][\d.]+)%", last))
+    assert last.startswith("1,024: the schedule's perplexity past 512 is ") and low <= change <= high and low < high
+    facts = json.loads(run(tiny, "--text", text, *options, *kept, "--json").stdout)["rows"]
+    past = {row["method"]: row["past_original"] for row in facts if row["context"] == 1024}
+    assert change == pytest.approx(100 * (past["schedule"] / past["yarn"] - 1), abs=0.006)
+    assert facts[2]["against_yarn"] == {"difference": 0, "low": 0, "high": 0} and facts[1]["against_yarn"] is None
 
 
 def test_mistakes_are_one_line(tiny, text, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"id": "x"}\n')
+    foreign = tmp_path / "foreign.json"
+    native = native_schedule(read_header(tiny))
+    facts = native.facts.model_copy(update={"freq_base": 5e5})
+    ropewalk.write_schedule(native.model_copy(update={"facts": facts}), foreign)
+    fresh = tmp_path / "fresh.jsonl"
     cases = [
+        (["--methods", "schedule", "--schedule", foreign], "the schedule is for freq_base 500000, the model has"),
+        (["--contexts", "3000000000"], "--contexts: '3000000000', expected numbers"),
+        (["--plot", tmp_path / "no" / "x.png"], "its folder does not exist"),
+        (["--plot", "x.pdf"], "expected a name that ends in .png"),
+        (["--contexts", "65536", "--methods", "yarn", "-o", fresh], "too few for"),
         (["--contexts", "x"], "--contexts: 'x', expected numbers"),
         (["--contexts", "0"], "--contexts: '0', expected numbers"),
         (["--methods", "magic"], "method: 'magic', expected none, schedule"),
@@ -92,4 +127,6 @@ def test_mistakes_are_one_line(tiny, text, tmp_path):
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
         assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("ropewalk: ")
     assert run(tiny, "--text", tmp_path / "none.txt").returncode == 2
-    assert other.read_text() == '{"id": "x"}\n'
+    assert other.read_text() == '{"id": "x"}\n' and not fresh.exists()
+    other.write_text('{"key": "x", "reading": "abc"}\n')
+    assert "line 1 is no reading" in run(tiny, "--text", text, "--contexts", "512", "-o", other).stderr

@@ -55,7 +55,7 @@ def test_a_picture_is_drawn(extended, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     assert list(tmp_path.iterdir()) == [picture]
     result = run(extended, "--plot", tmp_path / "no" / "x.png")
-    assert result.returncode == 2 and "cannot write the picture" in result.stderr
+    assert result.returncode == 2 and "its folder does not exist" in result.stderr
 
 
 def test_what_a_file_says_cannot_take_the_terminal_over(tiny_llama, tmp_path):

@@ -158,11 +158,42 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
         ([model, *rest, *out, "--context", "200"], "expected more than the 256"),
         ([model, *rest, *out, "--bands", "100,512"], "expected rising numbers above the 256"),
         ([model, *rest, *out, "--bands", "8192", "--budget", "50"], "too few for"),
+        ([model, *rest, *out, "--bands", "512,8192", "--budget", "50"], "too few for"),
+        ([model, *rest, *out, "--kv", "magic"], "kv: 'magic', expected"),
+        ([model, *rest, *out, "--kv", "auto"], "kv: 'auto', expected a type by name"),
+        ([model, *rest, *out, "--plot", "s.svg"], "--plot: 's.svg', expected a name that ends in .png"),
+        ([model, *rest, *out, "--plot", tmp_path / "no" / "s.png"], "its folder does not exist"),
+        ([model, *rest, "-o", tmp_path], "is a folder"),
+        ([model, *rest, "-o", tmp_path / "no" / "s.json"], "its folder does not exist"),
+        ([model, *rest, "-o", model], "-o: would replace what is no schedule"),
         ([tmp_path / "none.gguf", *rest, *out], "none.gguf"),
     ]
     for arguments, message in cases:
         assert message in mistake(*arguments), arguments
     assert not (tmp_path / "s.json").exists()
+
+
+def test_a_longer_budget_goes_on_in_every_band(tiny, texts, tmp_path):
+    options = [tiny, "--bands", "512,768", "--text", texts, "--window", 64, "--threads", 1, "-o", tmp_path / "s.json"]
+    lines = []
+    for budget in (24, 40):
+        done = run(*options, "--evaluator", "torch", "--budget", budget, "--json")
+        assert done.returncode == 0, done.stderr
+        assert [band["context"] for band in json.loads(done.stdout)["bands"]] == [512, 768]
+        lines.append([path.read_text().splitlines() for path in sorted((tmp_path / "s.json.search").glob("*.journal"))])
+    for before, after in zip(*lines, strict=True):
+        assert after[: len(before)] == before and len(after) > len(before)
+
+
+def test_stopped_by_a_signal(options, tmp_path):
+    job = subprocess.Popen(command(*options, "--budget", "1h", "-o", tmp_path / "s.json"), stderr=subprocess.PIPE)
+    journal, give_up = tmp_path / "s.json.search" / "512.journal", time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    said = f"ropewalk: stopped; the same command goes on from {tmp_path / 's.json.search'}\n"
+    assert job.communicate()[1].decode() == said and job.returncode == 130
 
 
 def test_the_journal_of_another_search_is_refused(mistake, options, plain, tmp_path):

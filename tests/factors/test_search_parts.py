@@ -396,6 +396,15 @@ def test_another_searchs_journal_is_refused(tmp_path):
         Journal(path, "a")
 
 
+def test_a_journal_without_an_evaluation_is_nobodys(tmp_path):
+    path = tmp_path / "journal"
+    write(path, 0, "of a search that was refused")
+    write(path, 2, "b")
+    assert len(results(path, "b")) == 2
+    with pytest.raises(UserError, match="the journal of another search"):
+        Journal(path, "of a search that was refused")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"dear diary\n", b"dear diary", b"{}\n", b"[1, 2]\n", b'{"a": 1}\n', b"\x89PNG\r\n\x1a\n\0\0", b"\n", b"3\n"],

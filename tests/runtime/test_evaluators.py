@@ -9,8 +9,10 @@ import pytest
 import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
+from ropewalk.convert import convert_model
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
+from ropewalk.runtime import memory
 from ropewalk.runtime.evaluator_spec import EvaluatorSpec
 from ropewalk.runtime.evaluators import faster, make_evaluator
 from ropewalk.runtime.probes import Text, make_probes
@@ -93,6 +95,40 @@ def test_screening_is_exact_in_the_base_band_and_near_it_elsewhere(evaluators, s
     assert evaluator.evaluate(Task(away, 0, "screen")).loss == pytest.approx(screened @ np.array(window.weights))
 
 
+def test_a_kept_state_is_the_same_however_it_came_to_be(smollm2, band):
+    """Bit for bit: a search that was killed finds full readings in its journal and makes the states anew."""
+    words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
+    probes = make_probes(words, [Text("a", TEXT)], 640, 1, "tail", 256)
+    words.close()
+    for kind in ("llama", "torch"):
+        losses = []
+        for tasks in ([Task(band, 0), Task(other(band), 0, "screen")], [Task(other(band), 0, "screen")]):
+            evaluator = make_evaluator(EvaluatorSpec(str(smollm2), probes, band, kind, window=128, threads=2))
+            losses.append([evaluator.evaluate(task).loss for task in tasks][-1])
+            assert evaluator.losses(other(band), 0, "screen").mean() == pytest.approx(losses[-1], rel=1e-9)
+            evaluator.close()
+        assert losses[0] == losses[1]
+
+
+def test_the_first_tokens_keep_the_models_own_factors_in_both(tiny_llama, tmp_path):
+    """In a file whose short band was searched, too, the own factors are not those of its first band."""
+    source, target = tiny_llama(tmp_path / "m.gguf", context_length=256), tmp_path / "long.gguf"
+    native = native_schedule(read_header(source))
+    short = native.bands[0].model_copy(update={"rescale_factors": (1.5,) * (native.facts.n_rot // 2)})
+    long = extend(native, 512).bands[-1].model_copy(update={"start_tokens": 64})
+    convert_model(source, target, schedule=native.model_copy(update={"bands": (short, long)}))
+    words = ropewalk.Llama(target, vocab_only=True, n_ctx=1, verbose=False)
+    probes = make_probes(words, [Text("a", TEXT)], 512, 1, "all", 256)
+    words.close()
+    losses = {}
+    for path, kind in ((source, "torch"), (target, "torch"), (target, "llama")):
+        evaluator = make_evaluator(EvaluatorSpec(str(path), probes, long, kind, window=0, kv="f32"))
+        losses[path, kind] = evaluator.losses(long, 0)
+        evaluator.close()
+    np.testing.assert_array_equal(losses[target, "torch"], losses[source, "torch"])
+    assert losses[target, "torch"].mean() == pytest.approx(losses[target, "llama"].mean(), rel=2e-4)
+
+
 def test_order_does_not_matter(evaluators, band):
     for evaluator in evaluators.values():
         tasks = [Task(band, 0), Task(other(band, 16), 1, "screen"), Task(band, 0, "screen"), Task(other(band), 0)]
@@ -128,6 +164,15 @@ def test_keys_name_all_that_a_loss_depends_on(spec, band):
         replace(spec, kv="q8_0"),
     ]
     assert same.key == spec.key and len({spec.key, *(one.key for one in others)}) == 6
+    assert replace(spec, kind="torch", kv="q8_0").key == replace(spec, kind="torch").key  # torch has no such cache
+
+
+def test_what_is_kept_for_screening_must_fit_into_memory(evaluators, spec, band, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
+    for evaluator in evaluators.values():
+        evaluator._states.clear()
+        with pytest.raises(UserError, match=r"not enough memory to screen 2 documents: [1-9]"):
+            evaluator.evaluate(Task(band, 0, "screen"))
 
 
 def test_the_faster_one_is_measured(spec):

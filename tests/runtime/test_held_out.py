@@ -2,7 +2,12 @@
 
 import numpy as np
 import pytest
-from ropewalk.runtime.held_out import interval
+from ropewalk.runtime.held_out import draw_blocks, middle, verdict
+from ropewalk.runtime.probes import Part, Probe
+
+
+def interval(differences, weights, seed=0):
+    return middle(draw_blocks(differences, weights, seed))
 
 
 def test_it_covers_the_truth_nineteen_times_in_twenty():
@@ -31,3 +36,26 @@ def test_weights_count_and_the_seed_decides():
     assert -1 <= low < -0.5 and high <= 0
     assert interval([differences], [weights], seed=5) == (low, high)
     assert interval([np.full(300, -0.2)], [np.full(300, 1 / 300)]) == pytest.approx((-0.2, -0.2))
+
+
+def test_each_part_of_a_mix_is_judged_by_itself():
+    """Two probes of 1,000 words and a key of 4 digits: words a little better and surely so, one key lost."""
+    chance, n = np.random.default_rng(3), 1000
+    words, digits = np.r_[np.full(n, 1 / n), np.zeros(4)], np.r_[np.zeros(n), np.full(4, 0.25)]
+    parts = (Part("tail", 0.8, tuple(words)), Part("needle", 0.2, tuple(digits)))
+    weights = tuple(0.8 * words + 0.2 * digits)
+    probes = [Probe(name, (0,) * (n + 5), tuple(range(1, n + 5)), weights, parts) for name in "ab"]
+    theirs = [chance.normal(3, 1, n + 4) for _ in probes]
+    ours = [x - np.r_[chance.normal(0.1, 0.2, n), np.full(4, key)] for x, key in zip(theirs, (2.0, -1.0), strict=True)]
+    found = verdict(list(zip(ours, theirs, strict=True)), probes, "tail+0.25*needle")
+    tail, needle = found.parts
+    assert found.kind == "tail+0.25*needle" and (tail.kind, needle.kind) == ("tail", "needle")
+    assert found.loss == pytest.approx(np.mean([weights @ x for x in ours]))
+    assert found.difference == pytest.approx(0.8 * tail.difference + 0.2 * needle.difference)
+    assert tail.is_better and tail.difference == pytest.approx(-0.1, abs=0.02) and tail.low < tail.difference
+    assert needle.difference == pytest.approx(-0.5) and (needle.low, needle.high) == pytest.approx((-2, 1))
+    assert not needle.is_better and not found.is_better
+
+    alone = [Probe(p.name, p.tokens, p.targets, p.parts[0].weights, p.parts[:1]) for p in probes]
+    judged = verdict(list(zip(ours, theirs, strict=True)), alone, "tail")
+    assert (judged.kind, judged.parts) == ("tail", ()) and judged.difference == pytest.approx(tail.difference)

@@ -400,8 +400,8 @@ def test_a_signal_while_writing_is_never_lost(tiny, load):
     hook, sys.unraisablehook = sys.unraisablehook, lost.append
     try:
         for i in range(60):
-            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0003 * i)
             with pytest.raises(Stop):
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0003 * i)
                 for _ in range(500):
                     llm.n_tokens = 0
                     llm.eval(TOKENS[:3])

@@ -42,15 +42,24 @@ def test_each_objective_scores_its_tokens(words):
     weights = dict(zip(mix.targets, mix.weights, strict=True))
     assert math.isclose(sum(weights[i] for i in needle.targets), 0.25)
     assert mix.targets[0] == 256
+    assert [(part.kind, part.share) for part in mix.parts] == [("tail", 0.75), ("needle", 0.25)]
+    assert all(math.isclose(sum(part.weights), 1) for part in mix.parts)
+    for i, weight in enumerate(mix.weights):
+        assert weight == pytest.approx(sum(part.share * part.weights[i] for part in mix.parts))
 
 
-def test_the_last_window_keeps_the_weights_proportions(words):
-    (probe,) = make_probes(words, [Text("doc", TEXT)], 400, 1, "tail+needle", 256)
+def test_in_the_last_window_each_part_keeps_its_share(words):
+    """Digits stand at the end: were all weights scaled alike, a short window would be about little else."""
+    (probe,) = make_probes(words, [Text("doc", TEXT)], 400, 1, "tail+0.25*needle", 256)
     window = probe.last(50)
     assert window.targets[0] == 351 and math.isclose(sum(window.weights), 1)
-    whole = dict(zip(probe.targets, probe.weights, strict=True))
-    ratios = {round(w / whole[at], 9) for at, w in zip(window.targets, window.weights, strict=True)}
-    assert len(ratios) == 1
+    digits = {at for at, weight in zip(probe.targets, probe.parts[1].weights, strict=True) if weight}
+    assert len(digits) == 5 and digits < set(window.targets)
+    of_digits = [w for at, w in zip(window.targets, window.weights, strict=True) if at in digits]
+    assert sum(of_digits) == pytest.approx(0.2) and len({round(w, 12) for w in window.weights}) == 2
+    (tail,) = make_probes(words, [Text("doc", TEXT)], 400, 1, "tail", 256)
+    assert tail.last(50).weights == pytest.approx([1 / 49] * 49)
+    assert {round(w, 12) for w in window.last(3).weights} == {round(1 / 2, 12)}  # only digits are left
     with pytest.raises(UserError, match="nothing to predict"):
         probe.last(0)
 
