@@ -68,7 +68,7 @@ def test_killed_it_goes_on_with_the_same_result(tiny, text, tmp_path):
     arguments = [tiny, "--text", text, "--contexts", "512,1024", "--methods", "none,ntk", "--pages", 3, "--json"]
     expected = json.loads(run(*arguments, "-o", whole).stdout)
     job = subprocess.Popen([sys.executable, "-m", "ropewalk", "eval", *map(str, arguments), "-o", str(kept)])
-    while not kept.exists() or kept.read_bytes().count(b"\n") < 2:
+    while job.poll() is None and (not kept.exists() or kept.read_bytes().count(b"\n") < 2):
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
