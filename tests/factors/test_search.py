@@ -229,7 +229,7 @@ RUN = """
             result = super().evaluate(task)
             with open({log!r}, "a") as file:
                 file.write(f"{{self.asked[-1]}}\\n")
-            time.sleep(0.004)
+            time.sleep(0.01)
             return result
 
     settings = Settings(algorithm={algorithm!r}, budget=Budget(evaluations=40), gradient_cost=2, seed=5)
