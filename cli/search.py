@@ -23,6 +23,10 @@ BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
 
+def _evolution(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="Of --algorithm evolution", show_default=False)
+
+
 def search(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
@@ -55,6 +59,9 @@ def search(
         typer.Option(min=1, help="Stretches to judge by, of texts never searched on.  [default: 2, if there is]"),
     ] = None,
     window: Annotated[int, typer.Option(min=64, help="Tokens at a stretch's end that screening reads.")] = 1024,
+    screen: Annotated[
+        bool, typer.Option(help="Let readings of the end alone stand in, where they rank candidates alike.")
+    ] = True,
     readjust: Annotated[bool, typer.Option(help="Search the model's own band, too (fine-tuned models).")] = False,
     evaluator: Annotated[str, typer.Option(metavar="auto|llama|torch", help="What reads; auto = the faster.")] = "auto",
     kv: Annotated[str, typer.Option(help="Cache type that llama.cpp reads with.")] = "f16",
@@ -65,6 +72,12 @@ def search(
     seed: Annotated[int, typer.Option(min=0, help="The same seed finds the same schedule.")] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against evaluations.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was found as one JSON object.")] = False,
+    population: Annotated[int | None, _evolution("The first generation.  [default: 64]")] = None,
+    parents: Annotated[int | None, _evolution("How many of the best have children.  [default: 32]")] = None,
+    mutations: Annotated[int | None, _evolution("Children by mutation, a generation.  [default: 16]")] = None,
+    crossovers: Annotated[int | None, _evolution("Children by crossover, a generation.  [default: 16]")] = None,
+    generations: Annotated[int | None, _evolution("Generations after the first.  [default: 40]")] = None,
+    probability: Annotated[float | None, _evolution("That a gene is mutated, or crossed over.  [default: 0.3]")] = None,
 ) -> None:
     """Search the rescale factors for a longer context, on your texts, for the very file that will run.
 
@@ -87,12 +100,20 @@ def search(
         check_picture_place(plot)
     path = searched_model(model)
     contexts = numbers_of("--bands", bands) if bands else default_contexts(path, context or 4 * _context_of(path))
+    evolution = {
+        "population": population,
+        "parents": parents,
+        "mutations": mutations,
+        "crossovers": crossovers,
+        "generations": generations,
+        "probability": probability,
+    }
     plan = SearchPlan(
         model=path,
         texts=tuple(texts_of(text, more)),
         contexts=contexts,
         folder=output.with_name(f"{output.name}.search"),
-        settings=_settings(algorithm, seed, budget),
+        settings=_settings(algorithm, seed, budget, screen, evolution),
         objective=objective,
         documents=documents,
         held_documents=held_out,
@@ -129,11 +150,15 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
         _show(schedule, found, plan, output, plot)
 
 
-def _settings(algorithm: str, seed: int, budget: str) -> Any:
-    from ..factors.search import ALGORITHMS, Screening, Settings
+def _settings(algorithm: str, seed: int, budget: str, screen: bool, evolution: dict[str, Any]) -> Any:
+    from ..factors.search import ALGORITHMS, Evolution, Screening, Settings
 
     _check_choice("--algorithm", algorithm, tuple(ALGORITHMS))
-    return Settings(algorithm, seed, parse_budget(budget), screening=Screening(allowed=True))
+    given = {name: value for name, value in evolution.items() if value is not None}
+    if given and algorithm != "evolution":
+        raise UserError(f"--{next(iter(given))}: has no meaning without --algorithm evolution")
+    screening, found = Screening(allowed=screen), parse_budget(budget)
+    return Settings(algorithm, seed, found, screening=screening, evolution=Evolution(**given))
 
 
 def parse_budget(text: str) -> Budget:

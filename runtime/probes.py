@@ -108,7 +108,7 @@ def parse_objective(name: str) -> dict[str, float]:
 def make_probes(
     llm: Llama, texts: Sequence[Text], context: int, count: int, objective: str, original_context: int, seed: int = 0
 ) -> tuple[Probe, ...]:
-    """Cut `count` stretches of `context` tokens from the texts, each text giving as many, spread evenly over it.
+    """Cut `count` stretches of `context` tokens from the texts (see `cut`), and say what is scored in them.
 
     Args:
         llm: its vocabulary is used, nothing else (`vocab_only` will do).
@@ -155,23 +155,34 @@ def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[
 
 
 def cut(llm: Llama, texts: Sequence[Text], length: int, count: int) -> Iterator[tuple[str, list[int]]]:
-    """`count` stretches of `length` tokens with their names, shared out among the texts, spread evenly over each.
+    """`count` stretches of `length` tokens with their names, spread evenly over each text.
+
+    Texts give as many each, as far as they hold so many: the shorter ones give what they have.
 
     Raises:
-        UserError: a text is too short for its share; says how much is missing.
+        UserError: they do not hold so many; says how much is missing.
     """
-    for i, text in enumerate(texts):
-        share = count // len(texts) + (i < count % len(texts))
-        words = llm.tokenize(text.text.encode(), add_bos=False) if share else []
-        if len(words) < length * share:
-            raise UserError(
-                f"{text.name}: {len(words):,} tokens, {length * share - len(words):,} too few for"
-                f" {share} {'stretch' if share == 1 else 'stretches'} of {length:,}"
-            )
+    tokenised = [llm.tokenize(text.text.encode(), add_bos=False) for text in texts]
+    for text, words, share in zip(texts, tokenised, _shares(texts, tokenised, length, count), strict=True):
         gap = (len(words) - length * share) // max(share, 1)
         for j in range(share):
             name = text.name if share == 1 else f"{text.name} ({j + 1} of {share})"
             yield name, words[j * (length + gap) : j * (length + gap) + length]
+
+
+def _shares(texts: Sequence[Text], tokenised: Sequence[list[int]], length: int, count: int) -> list[int]:
+    """How many of `count` stretches each text gives."""
+    room = [len(words) // length for words in tokenised]
+    if sum(room) < count:
+        at = max(range(len(texts)), key=lambda i: len(tokenised[i]))
+        name = texts[at].name if len(texts) == 1 else f"{len(texts)} texts, the longest {texts[at].name}"
+        missing = length * (count - sum(room)) - max(len(words) % length for words in tokenised)
+        stretches = "1 stretch" if count == 1 else f"{count} stretches"
+        raise UserError(f"{name}: {len(tokenised[at]):,} tokens, {missing:,} too few for {stretches} of {length:,}")
+    shares = [0] * len(texts)
+    for _ in range(count):
+        shares[min((i for i in range(len(texts)) if shares[i] < room[i]), key=lambda i: shares[i])] += 1
+    return shares
 
 
 def _probe(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import psutil
@@ -26,6 +26,7 @@ from ..factors.search import (
     Engine,
     Event,
     InProcess,
+    Note,
     Outcome,
     Processes,
     Screening,
@@ -39,11 +40,14 @@ from .evaluator_spec import EvaluatorSpec, Kind
 from .evaluators import EvaluatorRecipe, faster, make_evaluator
 from .held_out import Verdict, verdict
 from .llama import Llama
-from .llama_evaluator import LlamaEvaluator
 from .losses import Losses
 from .memory import check_kv_type
 from .probes import Probe, Text, digest, make_probes, split_texts
 from .results import model_digest
+
+if TYPE_CHECKING:
+    from .llama_evaluator import LlamaEvaluator
+    from .torch_evaluator import TorchEvaluator
 
 DOCUMENTS, HELD_DOCUMENTS = 3, 2  # stretches of text for each band, where the texts hold as many
 
@@ -60,8 +64,8 @@ class SearchPlan:
         texts: some to search on, others to judge by (`split_texts`).
         contexts: of the bands, rising.
         documents, held_documents: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
-            as many as the texts hold.
-        budget: for all bands together.
+            as many as the texts hold, and as the time allows if neither is given.
+        settings: its budget is for all bands together; a time includes the judging.
         evaluator: llama, torch, or auto = the faster one here.
         engine: local = this process, or several if `workers` says so; ray = a cluster.
         readjust: search the model's own band as well, at its own context, as for a model that was fine-tuned.
@@ -127,14 +131,15 @@ def search_schedule(
     base = schedule_of(read_header(plan.model))
     _check(plan, base)
     contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
+    plan = replace(plan, texts=_long_enough(plan, contexts[-1], on_event))
     works = [_work_on(plan, base, context, contexts) for context in contexts]  # too short a text is told first of all
     _make_folder(plan.folder)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None
     correlation: float | None = None
     for work in works:
-        outcome = _search_band(plan, work, start, correlation, on_event)
-        found.append(FoundBand(outcome, _judge(plan, work, outcome.band, on_event)))
+        outcome, kind = _search_band(plan, work, start, correlation, on_event)
+        found.append(FoundBand(outcome, _judge(plan, work, outcome, _judge_kind(kind), on_event)))
         if work.space.context > base.context:
             bands.append(outcome.band)
             start, correlation = (work.space, outcome.band), outcome.correlation
@@ -164,6 +169,18 @@ def _check(plan: SearchPlan, base: Schedule) -> None:
         raise UserError("kv: 'auto', expected a type by name: what is measured must not depend on the memory left over")
     if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
         raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
+
+
+def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent], None]) -> tuple[Text, ...]:
+    """The texts that hold the longest context; all, if none does, for the error to say so."""
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
+        long = [text for text in plan.texts if len(words.tokenize(text.text.encode(), add_bos=True)) >= context]
+    if len(long) in (0, len(plan.texts)):
+        return plan.texts
+    on_event(
+        Note(f"{len(plan.texts) - len(long)} of {len(plan.texts)} texts are shorter than {context:,} tokens: not used")
+    )
+    return tuple(long)
 
 
 def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
@@ -221,7 +238,7 @@ def _search_band(
     start: tuple[Space, Band] | None,
     correlation: float | None,
     on_event: Callable[[SearchEvent], None],
-) -> Outcome:
+) -> tuple[Outcome, Kind]:
     space, probes = work.space, work.probes
     spec = EvaluatorSpec(
         model=str(plan.model),
@@ -240,11 +257,13 @@ def _search_band(
         screen_cost=round(LATER * spec.window / len(probes[0].tokens), 3),
         objective=work.objective,
         data_digest=digest(probes),
+        held_documents=len(work.held),
+        fewer_documents=plan.documents is None and plan.held_documents is None,
     )
     seeds = [carried(start[0], start[1], space)] if start else []
     journal = plan.folder / f"{space.context}.journal"
     with _engine(plan, spec) as engine:
-        return search(engine, space, settings, journal, seeds, on_event, correlation)
+        return search(engine, space, settings, journal, seeds, on_event, correlation), kind
 
 
 def _window(plan: SearchPlan, space: Space) -> int:
@@ -283,11 +302,26 @@ def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
             yield here
 
 
-def _judge(plan: SearchPlan, work: _Work, band: Band, on_event: Callable[[SearchEvent], None]) -> Verdict:
-    """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder."""
-    space, probes = work.space, work.held
+def _judge_kind(searched: Kind) -> Kind:
+    """llama.cpp judges, as it will run the band; but where torch has searched on a GPU, it judges, too."""
+    if searched == "torch":
+        import torch
+
+        return "torch" if torch.cuda.is_available() else "llama"
+    return "llama"
+
+
+def _judge(
+    plan: SearchPlan, work: _Work, outcome: Outcome, kind: Kind, on_event: Callable[[SearchEvent], None]
+) -> Verdict:
+    """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder.
+
+    Where the time was too short to search on all documents, no more of them judge than were searched on.
+    """
+    space, band = work.space, outcome.band
+    probes = work.held if outcome.documents == len(work.probes) else work.held[: outcome.documents]
     yarn = space.band(space.seed("yarn"))
-    spec = EvaluatorSpec(str(plan.model), probes, yarn, window=0, kv=plan.kv, threads=plan.threads)
+    spec = EvaluatorSpec(str(plan.model), probes, yarn, kind, window=0, kv=plan.kv, threads=plan.threads)
     kept = _Kept(plan.folder, spec)
     losses: list[tuple[Losses, Losses]] = []
     for i in range(len(probes)):
@@ -305,7 +339,7 @@ class _Kept:
 
     def __init__(self, folder: Path, spec: EvaluatorSpec) -> None:
         self._folder, self._spec, self._key = folder, spec, spec.key
-        self._evaluator: LlamaEvaluator | None = None
+        self._evaluator: LlamaEvaluator | TorchEvaluator | None = None
 
     def losses(self, band: Band, document: int) -> Losses:
         name = hashlib.sha256(repr((self._key, band_key(band), document)).encode()).hexdigest()[:16]
@@ -314,7 +348,7 @@ class _Kept:
         if known is not None:
             return known
         if self._evaluator is None:
-            self._evaluator = LlamaEvaluator(self._spec)
+            self._evaluator = make_evaluator(self._spec)
         losses = self._evaluator.losses(band, document)
         data = io.BytesIO()
         np.save(data, losses)

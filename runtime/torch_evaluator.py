@@ -18,6 +18,8 @@ from .losses import Losses
 from .memory import check_room
 from .torch_model import PrefixState, load_torch_model
 
+TRIAL_TOKENS = 4096  # read twice to see whether 16 bits will do
+
 
 class TorchEvaluator:
     """Losses and gradients of bands on probes; see `Evaluator`.
@@ -34,6 +36,7 @@ class TorchEvaluator:
         self._windows = [probe.last(spec.window) for probe in spec.probes if spec.window]
         self._states: dict[int, PrefixState] = {}
         self._model.check_room(max(len(probe.tokens) for probe in spec.probes))
+        self._model.try_half(spec.probes[0].tokens[:TRIAL_TOKENS], spec.base)
 
     def evaluate(self, task: Task) -> Result:
         """The weighted mean loss of a task's band on its document, and its derivatives if they are asked for."""

@@ -53,9 +53,14 @@ class Targets:
 
 
 class Decoder:
-    """Computes with one model's weights; nothing of a text is kept."""
+    """Computes with one model's weights; nothing of a text is kept.
+
+    Attributes:
+        half: whether attention is computed in 16 bits (on a GPU; see `torch_attention`).
+    """
 
     def __init__(self, weights: Weights) -> None:
+        self.half = False
         self._weights, self._shape = weights, weights.shape
         self._scale = self._shape.head_size**-0.5
 
@@ -63,7 +68,7 @@ class Decoder:
         """``-ln p`` of each target, shape ``(targets,)``."""
         x = text.rows
         for i, layer in enumerate(self._weights.layers):
-            x = self._finish(layer, x, attend(*self._rotated(i, x, text.cos, text.sin, text), self._scale).out)
+            x = self._finish(layer, x, self._attend(self._rotated(i, x, text.cos, text.sin, text)).out)
         losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
         return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64)
 
@@ -76,13 +81,13 @@ class Decoder:
             yield tuple(part.to(dtype, memory_format=torch.contiguous_format, copy=True) for part in (k, v))  # type: ignore[misc]
             if i + 1 < len(self._weights.layers):
                 q, k = (rotate(part, text.cos, text.sin) for part in (q, k))
-                x = self._finish(layer, x, attend(q, k, v, self._scale).out)
+                x = self._finish(layer, x, self._attend((q, k, v)).out)
 
     def gradient(self, text: Text, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
         """The weighted mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
-            middles.append(attend(*self._rotated(i, inputs[-1], text.cos, text.sin, text), self._scale))
+            middles.append(self._attend(self._rotated(i, inputs[-1], text.cos, text.sin, text)))
             inputs.append(self._finish(layer, inputs[-1], middles[-1].out))
         loss, grad = self._head_gradient(inputs.pop(), targets)
         of_cos, of_sin = (torch.zeros_like(table, dtype=torch.float64) for table in (text.cos, text.sin))
@@ -118,6 +123,9 @@ class Decoder:
         first = k.shape[2] - q.shape[2]
         return rotate(q, cos[first:], sin[first:]), rotate(k, cos, sin), v
 
+    def _attend(self, heads: Heads) -> Attended:
+        return attend(*heads, self._scale, self.half)
+
     def _attention_gradient(
         self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Text
     ) -> tuple[torch.Tensor, ...]:
@@ -126,7 +134,8 @@ class Decoder:
         with torch.enable_grad():
             heads = self._rotated(i, leaves[0], leaves[1], leaves[2], text)
         q, k, v = (part.detach() for part in heads)
-        return torch.autograd.grad(heads, leaves, attend_backward(grad, q, k, v, attended, self._scale))
+        of_heads = attend_backward(grad, q, k, v, attended, self._scale, self.half)
+        return torch.autograd.grad(heads, leaves, of_heads)
 
     # --- the rest of a layer, row by row
 

@@ -103,7 +103,7 @@ def load_weights(header: Header, device: torch.device, dtype: torch.dtype, max_b
     for name in sorted({tensor.name for tensor in header.tensors} - planned.taken - ROPE_TENSORS):
         raise UserError(f"{header.path}: tensor {name!r} is not covered, expected those of {_supported()} alone")
     needed = sum(math.prod(t.shape) for t in header.tensors) * dtype.itemsize + 8 * _CHUNK_VALUES
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     allowed = free if max_bytes is None else min(free, max_bytes)
     if needed > allowed:
         raise UserError(
@@ -115,6 +115,14 @@ def load_weights(header: Header, device: torch.device, dtype: torch.dtype, max_b
             return _Builder(header, shape, device, dtype, file).weights()
     except OSError as error:
         raise UserError(f"{header.path}: cannot read the model: {error.strerror or error}") from None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take on a device."""
+    if device.type != "cuda":
+        return available_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it, for tensors
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def _supported() -> str:

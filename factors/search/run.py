@@ -23,7 +23,7 @@ from .evolution import EVOLUTION
 from .journal import Entry, Journal, digest_of, entry_of
 from .protocol import Array, Engine, Fidelity, Result, Task
 from .race import Indices, race
-from .settings import Settings
+from .settings import FINALS_SHARE, READING_SHARE, Settings
 from .space import Genes, Space
 
 ALGORITHMS: dict[str, Algorithm] = {"cma": CMA, "evolution": EVOLUTION, "gradient": GRADIENT}
@@ -76,6 +76,7 @@ class Outcome:
         loss, yarn: full losses of that band and of YaRN's.
         baselines: losses by method at the fidelity searched by.
         correlation: of screening with full fidelity (Spearman), None if it was not measured.
+        documents: how many were searched on.
         history: (evaluations, lowest loss), each time that it fell.
     """
 
@@ -85,6 +86,7 @@ class Outcome:
     baselines: dict[str, float]
     fidelity: Fidelity
     correlation: float | None
+    documents: int
     evaluations: float
     seconds: float
     dropped: int
@@ -151,7 +153,8 @@ class _Run:
         self.weights /= self.weights.sum()
         self.fidelity: Fidelity = "full"
         self.counted: set[Entry] = set()
-        self.spent = self.seconds = self.reserve = 0.0
+        self.spent = self.seconds = 0.0
+        self.finalists = 0
         self.whole_losses: dict[Genes, float] = {}
         self.losses: dict[Genes, Array] = {}
         self.baselines: dict[str, float] = {}
@@ -165,10 +168,11 @@ class _Run:
     def whole(self, algorithm: Algorithm, seeds: list[Genes]) -> Outcome:
         self._check_budget(algorithm)
         yarn = self.space.seed("yarn")
+        self._fit_documents(yarn)
         full_yarn = self._mean(self._measure([yarn], self._all(), "full")[0])
-        self._choose_fidelity(yarn)
+        self._choose_fidelity(yarn, algorithm)
         if self.fidelity == "screen":
-            self.reserve = float(self.settings.finalists)
+            self.finalists = max(1, min(self.settings.finalists, int(FINALS_SHARE * min(self._left(), 1e9))))
         self._baselines(yarn)
         self._check_time(algorithm)
         scores = [self._score(genes, self._losses_of(genes)) for genes in dict.fromkeys([yarn, *seeds])]
@@ -192,13 +196,27 @@ class _Run:
         seconds, cost = self.settings.budget.seconds, self._cost(self.fidelity)
         first = algorithm.first(self.settings, self.space) * cost
         if seconds is not None and self._left() < first:
-            needed = self.seconds * (self.spent + self.reserve + first) / self.spent
+            needed = self.seconds * (self.spent + self._reserve() + first) / self.spent
             raise UserError(
                 f"budget: {seconds / 60:.3g} minutes for {self.space.context:,} tokens, expected at least"
                 f" {math.ceil(needed / 60)} on this machine, or fewer or shorter documents; what was read is kept"
             )
 
-    def _choose_fidelity(self, yarn: Genes) -> None:
+    def _fit_documents(self, yarn: Genes) -> None:
+        """Leave out documents where the time is short, by how long the first one takes."""
+        seconds, n = self.settings.budget.seconds, len(self.weights)
+        if seconds is None or n == 1 or not self.settings.fewer_documents:
+            return
+        self._measure([yarn], np.array([0]), "full")
+        fitting = int(READING_SHARE * seconds / max(self.seconds, 1e-9))
+        if fitting < n:
+            self.weights = self.weights[: max(fitting, 1)] / self.weights[: max(fitting, 1)].sum()
+            self.spent, self.counted = 0.0, set()  # an evaluation is fewer readings now
+            self.tell(
+                Note(f"a reading takes {self.seconds:.0f} s here: {len(self.weights)} of {n} stretches are searched on")
+            )
+
+    def _choose_fidelity(self, yarn: Genes, algorithm: Algorithm) -> None:
         """Compare screening with full fidelity on the first document; use it if they rank bands alike."""
         screening = self.settings.screening
         if not screening.allowed:
@@ -208,7 +226,10 @@ class _Run:
             return
         n = min(screening.candidates, int(screening.share * self._left() * len(self.weights)))
         if n < 3:
-            self.tell(Note("too small a budget to compare screening with full readings: all are read in full"))
+            in_full = self._left() - len(BASELINES) >= algorithm.first(self.settings, self.space)
+            self.fidelity = "full" if in_full else "screen"
+            then = "all are read in full" if in_full else "it is used untried; the best are read in full"
+            self.tell(Note(f"too small a budget to compare screening with full readings: {then}"))
             return
         chance = np.random.default_rng([self.settings.seed, 2])
         near = [self.space.moved(yarn, _smooth(chance, self.space), chance.normal() * NEAR / 4) for _ in range(n)]
@@ -250,7 +271,7 @@ class _Run:
     def _outcome(self, yarn: Genes, full_yarn: float) -> Outcome:
         """The best few, and YaRN, at full fidelity."""
         ranked = sorted(self.whole_losses, key=lambda genes: (self.whole_losses[genes], genes.start_tokens))
-        finalists = ranked[: self.settings.finalists]
+        finalists = ranked[: self.finalists or self.settings.finalists]
         full, self.step = {yarn: full_yarn}, "finals"
         for genes in finalists:
             full[genes] = self._mean(self._measure([genes], self._all(), "full")[0])
@@ -272,6 +293,7 @@ class _Run:
             baselines=dict(self.baselines),
             fidelity=self.fidelity,
             correlation=self.correlation,
+            documents=len(self.weights),
             evaluations=self.spent,
             seconds=self.seconds,
             dropped=self.dropped,
@@ -371,12 +393,19 @@ class _Run:
         return cost * (self.settings.gradient_cost if gradient else 1.0)
 
     def _left(self) -> float:
-        """Evaluations that may be spent, less what the finals will take."""
+        """Evaluations that may be spent, less what the finals and the caller's judging will take."""
         budget = self.settings.budget
-        left = math.inf if budget.evaluations is None else budget.evaluations - self.spent
+        left = math.inf if budget.evaluations is None else budget.evaluations - self.spent - self.finalists
         if budget.seconds is not None and self.spent:
-            left = min(left, (budget.seconds - self.seconds) * self.spent / max(self.seconds, 1e-9))
-        return max(left - self.reserve, 0.0)
+            in_time = (budget.seconds - self.seconds) * self.spent / max(self.seconds, 1e-9)
+            left = min(left, in_time - self._reserve())
+        return max(left, 0.0)
+
+    def _reserve(self) -> float:
+        """Evaluations that come after the search proper, within the same time."""
+        held, n = self.settings.held_documents, len(self.weights)
+        held = min(held, n) if n < len(self.engine.weights) else held
+        return self.finalists + 2 * held / n
 
     def _reach(self) -> float:
         """How many candidates that is, at the fidelity searched by."""

@@ -8,6 +8,12 @@ from typing import Any
 
 from ...errors import UserError
 
+READING_SHARE = 0.12
+"""Of a budget in time, what a band's full reading of all documents may take, where there may be fewer of them."""
+
+FINALS_SHARE = 0.25
+"""Of what is left of a budget when the search proper begins, what the finals may take, if they are more than one."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -109,7 +115,8 @@ class Screening:
         allowed: whether to try.
         threshold: the rank correlation (Spearman) with full fidelity from which it is trusted.
         candidates: bands near YaRN to measure the correlation on, beside YaRN and NTK-aware.
-        share: of the budget that the measurement may cost; it is skipped if it would cost more.
+        share: of the budget that the measurement may cost. If that is too little for one, all is read in full; or, if
+            the budget is too small for that as well, screened without: the best are read in full in any case.
     """
 
     allowed: bool = False
@@ -125,7 +132,10 @@ class Settings:
     Attributes:
         algorithm: a name in `ALGORITHMS`.
         seed: the same seed finds the same band.
-        finalists: how many of the best are read again at full fidelity.
+        finalists: how many of the best are read again at full fidelity; fewer where they would take more than
+            `FINALS_SHARE` of a budget.
+        held_documents: how many the caller will read twice at full fidelity afterwards, within the same time.
+        fewer_documents: whether to search (and have the caller judge) on fewer where the time is short for all.
         screen_cost: what one screening of all documents counts, in evaluations.
         gradient_cost: what one gradient on all documents counts.
         objective: for the provenance: what the loss is.
@@ -141,6 +151,8 @@ class Settings:
     covariance: Covariance = Covariance()
     descent: Descent = Descent()
     finalists: int = 3
+    held_documents: int = 0
+    fewer_documents: bool = False
     screen_cost: float = 0.25
     gradient_cost: float = 4.0
     objective: str | None = None
@@ -157,6 +169,12 @@ class Settings:
         for name, value in counts.items():
             if value < 1:
                 raise UserError(f"{name}: {value}, expected at least 1")
+        evolution = self.evolution
+        for name in ("mutations", "crossovers", "generations"):
+            if (value := getattr(evolution, name)) < 0:
+                raise UserError(f"{name}: {value}, expected at least 0")
+        if not 0 < evolution.probability <= 1:
+            raise UserError(f"probability: {evolution.probability:g}, expected more than 0 and at most 1")
         if self.covariance.population is not None and self.covariance.population < 3:
             raise UserError(f"population: {self.covariance.population}, expected at least 3")
         for name, cost in (("screen_cost", self.screen_cost), ("gradient_cost", self.gradient_cost)):

@@ -16,6 +16,7 @@ from ropewalk import UserError
 from ropewalk.factors import RopeFacts, native_band
 from ropewalk.factors.search import (
     Budget,
+    Covariance,
     Descent,
     Evolution,
     InProcess,
@@ -135,7 +136,7 @@ def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
     assert len(full) < len(evaluator.asked) / 2
     bad, evaluator, _ = run(budget=100, evaluator=Valley(screen_noise=5), screening=Screening(allowed=True))
     assert bad.fidelity == "full" and bad.correlation < 0.8
-    _, evaluator, events = run(budget=5, evaluator=Valley(), screening=Screening(allowed=True))
+    _, evaluator, events = run(budget=12, evaluator=Valley(documents=1), screening=Screening(allowed=True))
     assert {asked[2] for asked in evaluator.asked} == {"full"}
     assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
 
@@ -188,6 +189,41 @@ def test_too_short_a_time_is_told_as_soon_as_it_is_known(tmp_path):
     evaluator = Valley()  # a longer time goes on from there
     assert search(InProcess(evaluator), SPACE, Settings(budget=Budget(evaluations=60)), journal).beats_yarn
     assert read and not read.intersection(evaluator.asked)
+
+
+def in_time(seconds, evaluator, **settings):
+    """A search by the clock, with what it said."""
+    events = []
+    settings = Settings(budget=Budget(seconds=seconds), screening=Screening(allowed=True), **settings)
+    outcome = search(InProcess(evaluator), SPACE, settings, on_event=events.append)
+    return outcome, [event.text for event in events if isinstance(event, Note)]
+
+
+def test_where_the_time_is_short_fewer_documents_are_read():
+    class Long(Valley):
+        def evaluate(self, task):
+            time.sleep(0.1 if task.fidelity == "full" else 0.01)
+            return super().evaluate(task)
+
+    reader = Long(documents=3)
+    outcome, said = in_time(2, reader, fewer_documents=True, held_documents=2, screen_cost=0.1)
+    assert outcome.documents in (1, 2) and f"{outcome.documents} of 3 stretches" in said[0]
+    assert {asked[1] for asked in reader.asked} == set(range(outcome.documents))
+    assert outcome.seconds < 2 - 2 * outcome.documents * 0.1  # what is kept for judging
+    with pytest.raises(UserError, match="minutes"):
+        in_time(0.5, Long(documents=3), held_documents=2)
+    whole, said = in_time(60, Valley(), fewer_documents=True, covariance=Covariance(smallest_step=0.03))
+    assert whole.documents == 3 and not any("stretches" in text for text in said)
+
+
+def test_screening_is_used_untried_where_the_budget_is_too_small_for_anything_else():
+    evaluator, events = Valley(documents=1), []
+    settings = Settings(budget=Budget(evaluations=7), screening=Screening(allowed=True), screen_cost=0.05)
+    outcome = search(InProcess(evaluator), SPACE, settings, on_event=events.append)
+    assert outcome.fidelity == "screen" and outcome.correlation is None and outcome.evaluations <= 7
+    assert any(isinstance(event, Note) and "untried; the best are read in full" in event.text for event in events)
+    assert sum(asked[2] == "screen" for asked in evaluator.asked) > 60
+    assert outcome.beats_yarn and sum(asked[2] == "full" for asked in evaluator.asked) >= 2
 
 
 def test_a_band_is_carried_to_a_longer_context():

@@ -71,6 +71,15 @@ def test_stretches_are_spread_and_do_not_overlap(words):
     assert digest(probes) == digest(probes) != digest(probes[:4])
 
 
+def test_shorter_texts_give_what_they_hold(words):
+    short = words.detokenize(words.tokenize(TEXT.encode(), add_bos=False)[:350]).decode()
+    texts = [Text("short", short), Text("none", short[:100]), Text("long", TEXT)]
+    names = [p.name for p in make_probes(words, texts, 300, 4, "all", 256)]
+    assert names == ["short", "long (1 of 3)", "long (2 of 3)", "long (3 of 3)"]
+    with pytest.raises(UserError, match=r"2 texts, the longest short: 3\d\d tokens, 2\d\d too few for 2 stretches of"):
+        make_probes(words, texts[:2], 300, 2, "all", 256)
+
+
 def test_a_text_that_is_too_short_says_how_much_is_missing(words):
     short = words.detokenize(words.tokenize(TEXT.encode(), add_bos=False)[:290]).decode()
     with pytest.raises(UserError, match=r"doc: 29\d tokens, 3\d\d too few for 2 stretches of"):

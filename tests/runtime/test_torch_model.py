@@ -9,7 +9,7 @@ import torch
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule, yarn, yarn_attention_factor
-from ropewalk.runtime import torch_attention, torch_layers, torch_model, torch_weights
+from ropewalk.runtime import torch_attention, torch_layers, torch_weights
 from ropewalk.runtime.torch_model import load_torch_model
 from ropewalk.runtime.torch_rope import rotate
 
@@ -284,7 +284,7 @@ def test_too_large_a_model_is_refused_before_it_is_read(tiny, monkeypatch):
 
 
 def test_a_text_that_does_not_fit_is_refused(exact, monkeypatch):
-    monkeypatch.setattr(torch_model, "available_memory", lambda: 300 << 20)
+    monkeypatch.setattr(torch_weights, "available_memory", lambda: 300 << 20)
     with pytest.raises(UserError, match=r"not enough memory for 149 tokens and a gradient: .* 300 MiB are free"):
         exact.loss_and_gradient(TOKENS, make_band(exact.facts), TARGETS)
 
