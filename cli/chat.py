@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 def chat(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Context in tokens; 0 = all that the last band holds.")] = 0,
     kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
     system: Annotated[str, typer.Option(help="A system message: how the model should answer.")] = "",
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer, in tokens.  [default: what the context leaves]")
+        int | None, typer.Option(min=1, help="The longest answer, in tokens.", show_default="what the context leaves")
     ] = None,
     temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.2,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to get the same answers again.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
     prompt_cache: CacheFolder = None,
     prompt_cache_size: CacheSize = DEFAULT_SIZE,
     as_json: Annotated[bool, typer.Option("--json", help="From a pipe: answer with a JSON object.")] = False,

@@ -16,7 +16,7 @@ from .terminal import out, progress, size
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..runtime import Llama
-    from ..runtime.passkey import HiddenKey, Reading
+    from ..runtime.measure.passkey import HiddenKey, Reading
 
 KV_TYPE = "q8_0"
 SUMMARY_TOKENS = 80
@@ -104,7 +104,7 @@ def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str
 def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
     import pydoc_data.topics
 
-    from ..runtime.passkey import hide_key
+    from ..runtime.measure.passkey import hide_key
 
     key = str(random.Random(seed).randrange(10_000, 100_000))
     text = "\n\n".join(pydoc_data.topics.topics.values())
@@ -119,7 +119,7 @@ def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
 def _read_twice(llm: Llama, hidden: HiddenKey, original: Schedule, extended: Schedule) -> tuple[Reading, Reading]:
     """As the model came and as it is extended; what both share, up to the original context, is read once."""
     from ..factors import Schedule
-    from ..runtime.passkey import read
+    from ..runtime.measure.passkey import read
 
     trained = original.context
     with _reading(llm, f"Both: the first {trained:,} tokens"):

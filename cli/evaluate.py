@@ -16,8 +16,8 @@ from .terminal import Advance, out, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
-    from ..runtime.evaluation import Difference, Page, Reading
-    from ..runtime.probes import Text
+    from ..runtime.measure.evaluation import Difference, Page, Reading
+    from ..runtime.measure.probes import Text
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
@@ -25,20 +25,21 @@ QUARTERS = 4
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[PATHS]...", hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="PATHS", hidden=True)] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
             "--text",
             metavar="PATHS...",
-            help="Texts to read: files, folders, quoted patterns.  [default: Python's documentation]",
+            help="Texts to read: files, folders, quoted patterns.",
+            show_default="Python's documentation",
         ),
     ] = None,
     contexts: Annotated[
         str | None,
-        typer.Option(metavar="4096,8192,…", help="Contexts to read in.  [default: half the original, doubled]"),
+        typer.Option(metavar="4096,8192,…", help="Contexts to read in.", show_default="half the original, doubled"),
     ] = None,
     methods: Annotated[str, typer.Option(metavar=METHODS, help="Whose factors to read by.")] = METHODS,
     schedule: Annotated[
@@ -48,7 +49,7 @@ def evaluate(
         int, typer.Option(min=1, help="Stretches of text a context, each with a key at another depth.")
     ] = 5,
     kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the keys.")] = 0,
     output: Annotated[
         Path | None,
@@ -103,7 +104,7 @@ class _Plan:
     seed: int
 
     def band(self, context: int, method: str) -> Band:
-        from ..runtime.evaluation import band_by_method
+        from ..runtime.measure.evaluation import band_by_method
 
         return band_by_method(method, context, self.native, self.own)
 
@@ -154,7 +155,7 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
     Raises:
         UserError: what is named is not there, or is no text.
     """
-    from ..runtime.probes import Text
+    from ..runtime.measure.probes import Text
     from .documents import find_files, read_document
 
     if not named and more:
@@ -174,7 +175,7 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
 
 def _read_all(path: Path, plan: _Plan, texts: list[Text], kv: str, threads: int | None, output: Path | None) -> Found:
     """Every page under every method, shortest contexts first; what `output` holds already is not read again."""
-    from ..runtime.evaluation import Readings, pages, read_page, reader, reading_key
+    from ..runtime.measure.evaluation import Readings, pages, read_page, reader, reading_key
     from ..runtime.results import model_digest
 
     found: Found = {}
@@ -205,7 +206,7 @@ def _about(context: int, method: str, page: Page) -> dict[str, Any]:
 
 def _against_yarn(found: Found, context: int, method: str, original: int) -> Difference | None:
     """A method compared with YaRN on the same pages, past the original context where there is a past."""
-    from ..runtime.evaluation import compared
+    from ..runtime.measure.evaluation import compared
 
     if method == "yarn" or (context, "yarn") not in found:
         return None

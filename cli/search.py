@@ -16,27 +16,27 @@ from .terminal import out
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..factors.search import Budget
-    from ..runtime.held_out import Verdict
-    from ..runtime.searching import FoundBand, SearchPlan
+    from ..runtime.measure.held_out import Verdict
+    from ..runtime.measure.searching import FoundBand, SearchPlan
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
 
-def _evolution(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel="Of --algorithm evolution", show_default=False)
+def _evolution(text: str, default: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="Of --algorithm evolution", show_default=default)
 
 
 def search(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file.  [default: the bundled SmolLM2]")
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[PATHS]...", hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="PATHS", hidden=True)] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="The longest context.  [default: four times the model's]")
+        int | None, typer.Option(metavar="TOKENS", help="The longest context.", show_default="four times the model's")
     ] = None,
     bands: Annotated[
-        str | None, typer.Option(metavar="16384,32768", help="Contexts to search bands for.  [default: doubling]")
+        str | None, typer.Option(metavar="16384,32768", help="Contexts to search bands for.", show_default="doubling")
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -49,14 +49,18 @@ def search(
     objective: Annotated[
         str, typer.Option(metavar="tail|all|needle", help="What counts, or a mix like tail+0.5*needle.")
     ] = "tail",
-    budget: Annotated[str, typer.Option(help="How long to search: 45m, 2h, or a number of evaluations.")] = "45m",
+    budget: Annotated[
+        str, typer.Option(metavar="45m|2h|200", help="How long to search: 45m, 2h, or a number of evaluations.")
+    ] = "45m",
     documents: Annotated[
         int | None,
-        typer.Option(min=1, help="Stretches of text to search on, for each band.  [default: 3, if there is as much]"),
+        typer.Option(
+            min=1, help="Stretches of text to search on, for each band.", show_default="3, if there is as much"
+        ),
     ] = None,
     held_out: Annotated[
         int | None,
-        typer.Option(min=1, help="Stretches to judge by, of texts never searched on.  [default: 2, if there is]"),
+        typer.Option(min=1, help="Stretches to judge by, of texts never searched on.", show_default="2, if there is"),
     ] = None,
     window: Annotated[int, typer.Option(min=64, help="Tokens at a stretch's end that screening reads.")] = 1024,
     screen: Annotated[
@@ -67,24 +71,24 @@ def search(
     kv: Annotated[str, typer.Option(help="Cache type that llama.cpp reads with.")] = "f16",
     engine: Annotated[str, typer.Option(metavar="local|ray", help="Where candidates are evaluated.")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray actors, that hold the model.")] = 1,
-    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster.  [default: one on this machine]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.  [default: its share]")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster.", show_default="one on this machine")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.", show_default="its share")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed finds the same schedule.")] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against evaluations.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was found as one JSON object.")] = False,
-    population: Annotated[int | None, _evolution("The first generation.  [default: 64]")] = None,
-    parents: Annotated[int | None, _evolution("How many of the best have children.  [default: 32]")] = None,
-    mutations: Annotated[int | None, _evolution("Children by mutation, a generation.  [default: 16]")] = None,
-    crossovers: Annotated[int | None, _evolution("Children by crossover, a generation.  [default: 16]")] = None,
-    generations: Annotated[int | None, _evolution("Generations after the first.  [default: 40]")] = None,
-    probability: Annotated[float | None, _evolution("That a gene is mutated, or crossed over.  [default: 0.3]")] = None,
+    population: Annotated[int | None, _evolution("The first generation.", "64")] = None,
+    parents: Annotated[int | None, _evolution("How many of the best have children.", "32")] = None,
+    mutations: Annotated[int | None, _evolution("Children by mutation, a generation.", "16")] = None,
+    crossovers: Annotated[int | None, _evolution("Children by crossover, a generation.", "16")] = None,
+    generations: Annotated[int | None, _evolution("Generations after the first.", "40")] = None,
+    probability: Annotated[float | None, _evolution("That a gene is mutated, or crossed over.", "0.3")] = None,
 ) -> None:
     """Search the rescale factors for a longer context, on your texts, for the very file that will run.
 
     A run that was stopped goes on where it was, with the same result. Then: ropewalk convert MODEL OUT.gguf
     --schedule S.json
     """
-    from ..runtime.searching import SearchPlan, default_contexts, search_schedule
+    from ..runtime.measure.searching import SearchPlan, default_contexts, search_schedule
     from .evaluate import numbers_of, texts_of
     from .model import searched_model
     from .picture import check_picture_place

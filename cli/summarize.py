@@ -33,17 +33,17 @@ def summarize(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the summaries go, as JSON Lines; - = stdout.")],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A GGUF file.  [default: the bundled SmolLM2]")
+        str | None, typer.Option("-m", "--model", help="A GGUF file.", show_default="the bundled SmolLM2")
     ] = None,
     field: Annotated[str | None, typer.Option(help="In JSON Lines: the field that holds the text.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask of each text.  [default: a few sentences]", show_default=False)
+        str | None, typer.Option(help="What to ask of each text.", show_default="a few sentences")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="The longest summary, in tokens.")] = 256,
     context: Annotated[int, typer.Option(min=0, help="Context in tokens; 0 = all that the last band holds.")] = 0,
     kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
     schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: one a core]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
     temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed, for temperatures above 0.")] = 0,
     prompt_cache: CacheFolder = None,

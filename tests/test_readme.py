@@ -5,6 +5,7 @@ import json
 import os
 import pydoc_data.topics
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import typer
+from ropewalk.cli.main import app
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
@@ -123,6 +126,14 @@ def test_the_commands(folder, checkpoint):
         else:
             written = json.loads((folder / "summaries.jsonl").read_text(encoding="utf-8"))
             assert len(written["summary"]) > 20
+
+
+def test_commands_that_take_long_are_at_least_understood():
+    commands = typer.main.get_command(app).commands
+    shown = re.findall(r"^ropewalk (\w+) (.*)$", README, flags=re.MULTILINE)
+    assert {"search", "eval"} <= {name for name, _ in shown}
+    for name, arguments in shown:
+        assert commands[name].make_context(name, shlex.split(arguments)).params, name
 
 
 def test_the_python(folder):

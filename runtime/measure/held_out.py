@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .losses import Losses
+from ..losses import Losses
 from .probes import Probe
 
 BLOCK = 128

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from ..container import read_header
-from ..errors import UserError
-from ..factors import Band, RopeFacts
-from .torch_layers import CHUNK_BYTES, Decoder, Targets, Text
-from .torch_rope import RopeTable
-from .torch_weights import Weights, free_memory, load_weights
+from ...container import read_header
+from ...errors import UserError
+from ...factors import Band, RopeFacts
+from .layers import CHUNK_BYTES, Decoder, Targets, Text
+from .rope import RopeTable
+from .weights import Weights, free_memory, load_weights
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +73,7 @@ def load_torch_model(
     `threads` is how many torch uses in this model's calls (default: the machine's physical cores).
 
     Raises:
-        UserError: not a GGUF, a model that is not covered (see `torch_weights`), no such device, or weights of more
+        UserError: not a GGUF, a model that is not covered (see `weights`), no such device, or weights of more
             than `max_bytes` (default: the memory that is free); no weight has been read then.
     """
     header = read_header(path)

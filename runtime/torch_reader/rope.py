@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..factors import Band, RopeFacts
+from ...factors import Band, RopeFacts
 
 Array = npt.NDArray[np.float64]
 

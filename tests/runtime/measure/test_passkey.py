@@ -7,7 +7,7 @@ import pytest
 import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
-from ropewalk.runtime.passkey import OPENING, hide_key, read
+from ropewalk.runtime.measure.passkey import OPENING, hide_key, read
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 

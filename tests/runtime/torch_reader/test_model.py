@@ -9,9 +9,9 @@ import torch
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule, yarn, yarn_attention_factor
-from ropewalk.runtime import torch_attention, torch_layers, torch_weights
-from ropewalk.runtime.torch_model import load_torch_model
-from ropewalk.runtime.torch_rope import rotate
+from ropewalk.runtime.torch_reader import attention, layers, weights
+from ropewalk.runtime.torch_reader.model import load_torch_model
+from ropewalk.runtime.torch_reader.rope import rotate
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 TOKENS = [(37 * i * i + 11 * i) % 260 + 3 for i in range(150)]
@@ -190,8 +190,8 @@ def test_pieces_make_no_difference(exact, monkeypatch):
     band, targets = make_band(exact.facts), [140, 20, 77, 20]
     losses, gradient = exact.token_losses(TOKENS, band, targets), exact.loss_and_gradient(TOKENS, band, targets)
     assert losses[1] == losses[3] and gradient.loss == pytest.approx(losses.mean(), rel=1e-12)
-    monkeypatch.setattr(torch_layers, "CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(torch_attention, "ROWS", 32)
+    monkeypatch.setattr(layers, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(attention, "ROWS", 32)
     pieces = exact.loss_and_gradient(TOKENS, band, targets)
     np.testing.assert_allclose(exact.token_losses(TOKENS, band, targets), losses, atol=1e-12)
     np.testing.assert_allclose(pieces.by_log_factors, gradient.by_log_factors, atol=1e-9)
@@ -203,14 +203,14 @@ def test_attention_is_the_same_by_either_way(monkeypatch, n_rows):
     q = torch.randn(2, 3, n_rows, 32, dtype=torch.float64)
     k, v = torch.randn(2, 2, 1, 200, 32, dtype=torch.float64)
     grad = torch.randn_like(q)
-    monkeypatch.setattr(torch_attention, "ROWS", 32)
-    fused = torch_attention.attend(q, k, v, 0.2)
-    plain = torch.cat([torch_attention._plain(*piece, 0.2) for piece in torch_attention._pieces(q, k, v)], dim=2)
+    monkeypatch.setattr(attention, "ROWS", 32)
+    fused = attention.attend(q, k, v, 0.2)
+    plain = torch.cat([attention._plain(*piece, 0.2) for piece in attention._pieces(q, k, v)], dim=2)
     torch.testing.assert_close(fused.out, plain)
-    forgotten = torch_attention.Attended(fused.out, None)
+    forgotten = attention.Attended(fused.out, None)
     for ours, theirs in zip(
-        torch_attention.attend_backward(grad, q, k, v, fused, 0.2),
-        torch_attention.attend_backward(grad, q, k, v, forgotten, 0.2),
+        attention.attend_backward(grad, q, k, v, fused, 0.2),
+        attention.attend_backward(grad, q, k, v, forgotten, 0.2),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
@@ -268,7 +268,7 @@ def test_threads_are_set_for_a_call_and_put_back(tiny, monkeypatch):
 )
 def test_a_model_that_is_not_covered_is_refused_in_one_line(tiny, monkeypatch, options, message):
     path = tiny(**options)
-    monkeypatch.setattr(torch_weights._Builder, "_read", None)  # before any data is read
+    monkeypatch.setattr(weights._Builder, "_read", None)  # before any data is read
     with pytest.raises(UserError, match=message) as caught:
         load_torch_model(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -276,7 +276,7 @@ def test_a_model_that_is_not_covered_is_refused_in_one_line(tiny, monkeypatch, o
 
 def test_too_large_a_model_is_refused_before_it_is_read(tiny, monkeypatch):
     path = tiny()
-    monkeypatch.setattr(torch_weights._Builder, "_read", None)
+    monkeypatch.setattr(weights._Builder, "_read", None)
     with pytest.raises(UserError, match=r"its weights take \d+ MiB as float32, expected at most 1 MiB"):
         load_torch_model(path, max_bytes=1 << 20)
     with pytest.raises(UserError, match="device: 'abacus' cannot be used"):
@@ -284,7 +284,7 @@ def test_too_large_a_model_is_refused_before_it_is_read(tiny, monkeypatch):
 
 
 def test_a_text_that_does_not_fit_is_refused(exact, monkeypatch):
-    monkeypatch.setattr(torch_weights, "available_memory", lambda: 300 << 20)
+    monkeypatch.setattr(weights, "available_memory", lambda: 300 << 20)
     with pytest.raises(UserError, match=r"not enough memory for 149 tokens and a gradient: .* 300 MiB are free"):
         exact.loss_and_gradient(TOKENS, make_band(exact.facts), TARGETS)
 

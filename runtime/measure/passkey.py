@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..factors import Schedule
-from .answer import piece
-from .template import ChatTemplate, Message
+from ...errors import UserError
+from ...factors import Schedule
+from ..answer import piece
+from ..template import ChatTemplate, Message
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 OPENING = "The secret pass key of the vault is"
 

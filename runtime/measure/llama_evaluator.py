@@ -9,16 +9,16 @@ import time
 
 import numpy as np
 
-from ..container import read_header, trained_schedule
-from ..errors import UserError
-from ..factors import Band, Schedule
-from ..factors.search.protocol import Fidelity, Result, Task
+from ...container import read_header, trained_schedule
+from ...errors import UserError
+from ...factors import Band, Schedule
+from ...factors.search.protocol import Fidelity, Result, Task
+from ..llama import Llama
+from ..losses import Losses
+from ..memory import check_room
+from ..session import state_of
 from .evaluator_spec import EvaluatorSpec
-from .llama import Llama
-from .losses import Losses
-from .memory import check_room
 from .probes import Probe
-from .session import state_of
 
 
 class LlamaEvaluator:

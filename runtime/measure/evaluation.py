@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..append_log import append_line, close_log, is_torn, open_locked
-from ..container import read_header, trained_schedule
-from ..errors import UserError
-from ..factors import METHODS, Band, Schedule, extend
+from ...append_log import append_line, close_log, is_torn, open_locked
+from ...container import read_header, trained_schedule
+from ...errors import UserError
+from ...factors import METHODS, Band, Schedule, extend
+from ..llama import Llama
+from ..losses import Losses
 from .held_out import BLOCK, draw_blocks, middle
-from .llama import Llama
-from .losses import Losses
 from .passkey import HiddenKey, plant_key
 from .probes import DEPTHS, Text, cut
 

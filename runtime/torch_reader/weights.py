@@ -13,12 +13,12 @@ from typing import BinaryIO
 import torch
 from gguf import GGMLQuantizationType
 
-from ..container import GGUFError, Header, trained_schedule
-from ..container import Tensor as TensorInfo
-from ..errors import UserError
-from ..factors import RopeFacts
-from . import ggml
-from .memory import available_memory
+from ...container import GGUFError, Header, trained_schedule
+from ...container import Tensor as TensorInfo
+from ...errors import UserError
+from ...factors import RopeFacts
+from .. import ggml
+from ..memory import available_memory
 
 ADJACENT_PAIRS = {"llama": True, "mistral3": True, "qwen2": False, "qwen3": False}
 """The architectures, and how dimensions pair up for rotation: neighbours, or a head's first half with its second."""

@@ -13,9 +13,9 @@ from ropewalk.convert import convert_model
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
 from ropewalk.runtime import memory
-from ropewalk.runtime.evaluator_spec import EvaluatorSpec
-from ropewalk.runtime.evaluators import faster, make_evaluator
-from ropewalk.runtime.probes import Text, make_probes
+from ropewalk.runtime.measure.evaluator_spec import EvaluatorSpec
+from ropewalk.runtime.measure.evaluators import faster, make_evaluator
+from ropewalk.runtime.measure.probes import Text, make_probes
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 CONTEXT = 384

@@ -11,12 +11,12 @@ import time
 import numpy as np
 import torch
 
-from ..factors import Band
-from ..factors.search.protocol import Fidelity, Result, Task
+from ...factors import Band
+from ...factors.search.protocol import Fidelity, Result, Task
+from ..losses import Losses
+from ..memory import check_room
+from ..torch_reader.model import PrefixState, load_torch_model
 from .evaluator_spec import EvaluatorSpec
-from .losses import Losses
-from .memory import check_room
-from .torch_model import PrefixState, load_torch_model
 
 TRIAL_TOKENS = 4096  # read twice to see whether 16 bits will do
 

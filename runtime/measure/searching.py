@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import psutil
 
-from ..container import read_header, schedule_of
-from ..errors import UserError
-from ..factors import Band, Schedule, doubling_contexts
-from ..factors.search import (
+from ...container import read_header, schedule_of
+from ...errors import UserError
+from ...factors import Band, Schedule, doubling_contexts
+from ...factors.search import (
     Budget,
     Engine,
     Event,
@@ -36,14 +36,14 @@ from ..factors.search import (
     carried,
     search,
 )
+from ..llama import Llama
+from ..losses import Losses
+from ..memory import check_kv_type
+from ..results import model_digest
 from .evaluator_spec import EvaluatorSpec, Kind
 from .evaluators import EvaluatorRecipe, faster, make_evaluator
 from .held_out import Verdict, verdict
-from .llama import Llama
-from .losses import Losses
-from .memory import check_kv_type
 from .probes import Probe, Text, digest, make_probes, split_texts
-from .results import model_digest
 
 if TYPE_CHECKING:
     from .llama_evaluator import LlamaEvaluator
@@ -290,7 +290,7 @@ def _choose(plan: SearchPlan, spec: EvaluatorSpec) -> tuple[Kind, dict[Kind, flo
 @contextmanager
 def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
     if plan.engine == "ray":
-        from ..factors.search.on_ray import Ray
+        from ...factors.search.on_ray import Ray
 
         with Ray(EvaluatorRecipe(spec), plan.workers, plan.ray_address) as cluster:
             yield cluster

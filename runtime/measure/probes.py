@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UserError
+from ...errors import UserError
 from .passkey import plant_key
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 OBJECTIVES = ("tail", "all", "needle")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)

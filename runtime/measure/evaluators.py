@@ -13,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from ..factors.search.protocol import Task
+from ...errors import UserError
+from ...factors.search.protocol import Task
 from .evaluator_spec import EvaluatorSpec, Kind
 from .llama_evaluator import LlamaEvaluator
 from .probes import Probe

@@ -8,7 +8,7 @@ import ropewalk
 import torch
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import extend
-from ropewalk.runtime.torch_model import load_torch_model
+from ropewalk.runtime.torch_reader.model import load_torch_model
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

@@ -6,8 +6,8 @@ import pydoc_data.topics
 import pytest
 import ropewalk
 from ropewalk import UserError
-from ropewalk.runtime.passkey import OPENING, plant_key
-from ropewalk.runtime.probes import Text, digest, make_probes, parse_objective, split_texts
+from ropewalk.runtime.measure.passkey import OPENING, plant_key
+from ropewalk.runtime.measure.probes import Text, digest, make_probes, parse_objective, split_texts
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear, silu
 
-from .torch_attention import Attended, attend, attend_backward
-from .torch_rope import rotate
-from .torch_weights import Layer, Weights
+from .attention import Attended, attend, attend_backward
+from .rope import rotate
+from .weights import Layer, Weights
 
 CHUNK_BYTES = 64 << 20
 """Of logits, or of a feed-forward's middle, at a time."""
@@ -56,7 +56,7 @@ class Decoder:
     """Computes with one model's weights; nothing of a text is kept.
 
     Attributes:
-        half: whether attention is computed in 16 bits (on a GPU; see `torch_attention`).
+        half: whether attention is computed in 16 bits (on a GPU; see `attention`).
     """
 
     def __init__(self, weights: Weights) -> None:

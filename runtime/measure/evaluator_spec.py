@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-from ..factors import Band
+from ...factors import Band
+from ..results import model_digest
 from .probes import Probe, digest
-from .results import model_digest
 
 WINDOW = 1024
 

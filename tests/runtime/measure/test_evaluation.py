@@ -3,7 +3,7 @@
 import pytest
 from ropewalk import UserError
 from ropewalk.factors import Band, RopeFacts, Schedule
-from ropewalk.runtime.evaluation import band_by_method
+from ropewalk.runtime.measure.evaluation import band_by_method
 
 FACTS = RopeFacts(n_rot=8, freq_base=10_000, original_context=256)
 SHORT, LONG = (Band(context=n, rescale_factors=(factor,) * 4) for n, factor in ((256, 1.1), (2048, 8.0)))
