@@ -225,13 +225,12 @@ def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f}"
 
 
-def check_room(n_bytes: int, count: int) -> None:
-    """Refuse to keep what a search reads before its windows, of `count` documents, where memory would run out.
+def check_room(n_bytes: int, count: int, free: int) -> None:
+    """Refuse to keep what a search reads before its windows, of `count` documents, in `free` bytes that are too few.
 
     Raises:
         UserError: with the numbers.
     """
-    free = available_memory()
     if n_bytes * count > free:
         raise UserError(
             f"not enough memory to screen {count} documents: {_mib(n_bytes)} MiB for each, and {_mib(free)} MiB are"

@@ -15,7 +15,7 @@ from ...factors import Band, Schedule
 from ...factors.search.protocol import Fidelity, Result, Task
 from ..llama import Llama
 from ..losses import Losses
-from ..memory import check_room
+from ..memory import available_memory, check_room
 from ..session import state_of
 from .evaluator_spec import EvaluatorSpec
 from .probes import Probe
@@ -71,7 +71,7 @@ class LlamaEvaluator:
             prefix = np.array(probe.tokens[: -self._spec.window], dtype=np.int32)
             llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
         losses = llm.token_losses(probe.tokens, targets=probe.targets)
-        if fidelity == "full" and self._windows and _same(band, self._spec.base) and document not in self._states:
+        if fidelity == "full" and self._windows and self._spec.is_base(band) and document not in self._states:
             self._keep(document)
         return losses
 
@@ -98,10 +98,5 @@ class LlamaEvaluator:
     def _keep(self, document: int) -> None:
         llm, tokens = self._llm, self._spec.probes[document].tokens
         llm.n_tokens = len(tokens) - self._spec.window
-        check_room(llm.plan.cache_bytes, len(self._spec.probes) - len(self._states))
+        check_room(llm.plan.cache_bytes, len(self._spec.probes) - len(self._states), available_memory())
         self._states[document] = state_of(llm)
-
-
-def _same(band: Band, other: Band) -> bool:
-    facts = ("rescale_factors", "start_tokens", "attention_factor")
-    return all(getattr(band, name) == getattr(other, name) for name in facts)

@@ -239,12 +239,12 @@ def _search_band(
     correlation: float | None,
     on_event: Callable[[SearchEvent], None],
 ) -> tuple[Outcome, Kind]:
-    space, probes = work.space, work.probes
+    space, probes, window = work.space, work.probes, _window(plan, work.space)
     spec = EvaluatorSpec(
         model=str(plan.model),
         probes=probes,
         base=space.band(space.seed("yarn")),
-        window=_window(plan, space),
+        window=window if plan.settings.screening.allowed else 0,
         kv=plan.kv,
         threads=plan.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // plan.workers),
     )
@@ -254,7 +254,7 @@ def _search_band(
     settings = replace(
         plan.settings,
         budget=work.budget,
-        screen_cost=round(LATER * spec.window / len(probes[0].tokens), 3),
+        screen_cost=round(LATER * window / len(probes[0].tokens), 3),
         objective=work.objective,
         data_digest=digest(probes),
         held_documents=len(work.held),

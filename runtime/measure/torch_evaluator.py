@@ -56,15 +56,25 @@ class TorchEvaluator:
         if fidelity == "screen":
             probe = self._windows[document]
             return self._model.window_losses(self._state(document), probe.tokens, band, probe.targets)
+        if self._windows and self._spec.is_base(band) and document not in self._states:
+            return self._read_base(document)
         probe = self._spec.probes[document]
         return self._model.token_losses(probe.tokens, band, probe.targets)
+
+    def _read_base(self, document: int) -> Losses:
+        """A document's losses in the base band; what screening needs is kept of the same reading."""
+        probe, left = self._spec.probes[document], len(self._spec.probes) - len(self._states)
+        n_prefix = len(probe.tokens) - self._spec.window
+        check_room(self._model.state_bytes(n_prefix), left, self._model.free_memory)
+        read = self._model.losses_and_state(probe.tokens, self._spec.base, probe.targets, n_prefix)
+        losses, self._states[document] = read
+        return losses
 
     def close(self) -> None:
         self._states.clear()
 
     def _state(self, document: int) -> PrefixState:
+        """What screening needs, always of a whole reading: in one of the prefix alone the last bits would differ."""
         if document not in self._states:
-            prefix = self._spec.probes[document].tokens[: -self._spec.window]
-            check_room(self._model.state_bytes(len(prefix)), len(self._spec.probes) - len(self._states))
-            self._states[document] = self._model.prefix_state(prefix, self._spec.base)
+            self._read_base(document)
         return self._states[document]

@@ -23,6 +23,7 @@ CHUNK_BYTES = 64 << 20
 """Of logits, or of a feed-forward's middle, at a time."""
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,30 +65,26 @@ class Decoder:
         self._weights, self._shape = weights, weights.shape
         self._scale = self._shape.head_size**-0.5
 
-    def losses(self, text: Text, targets: Targets) -> npt.NDArray[np.float64]:
-        """``-ln p`` of each target, shape ``(targets,)``."""
-        x = text.rows
-        for i, layer in enumerate(self._weights.layers):
-            x = self._finish(layer, x, self._attend(self._rotated(i, x, text.cos, text.sin, text)).out)
-        losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
-        return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64)
+    def losses(self, text: Text, targets: Targets, n_kept: int = 0) -> tuple[npt.NDArray[np.float64], list[KeysValues]]:
+        """``-ln p`` of each target, shape ``(targets,)``; and what each layer makes of the first `n_kept` rows.
 
-    def keys_and_values(self, text: Text, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's keys before rotation, and values, in `Text`'s shapes."""
-        x = text.rows
+        That is their keys before rotation, and values, in `Text`'s shapes.
+        """
+        x, kept = text.rows, []
         for i, layer in enumerate(self._weights.layers):
             q, k, v = self._heads(layer, x)
-            # Copies, as the heads are views of queries, keys and values together.
-            yield tuple(part.to(dtype, memory_format=torch.contiguous_format, copy=True) for part in (k, v))  # type: ignore[misc]
-            if i + 1 < len(self._weights.layers):
-                q, k = (rotate(part, text.cos, text.sin) for part in (q, k))
-                x = self._finish(layer, x, self._attend((q, k, v)).out)
+            if n_kept:  # copies, as the heads are views of queries, keys and values together
+                kept.append((_copy(k[:, :, :n_kept]), _copy(v[:, :, :n_kept])))
+            x = self._finish(layer, x, self._attend(self._rotated(i, (q, k, v), text.cos, text.sin, text)).out)
+        losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
+        return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64), kept
 
     def gradient(self, text: Text, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
         """The weighted mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
-            middles.append(self._attend(self._rotated(i, inputs[-1], text.cos, text.sin, text)))
+            heads = self._heads(layer, inputs[-1])
+            middles.append(self._attend(self._rotated(i, heads, text.cos, text.sin, text)))
             inputs.append(self._finish(layer, inputs[-1], middles[-1].out))
         loss, grad = self._head_gradient(inputs.pop(), targets)
         of_cos, of_sin = (torch.zeros_like(table, dtype=torch.float64) for table in (text.cos, text.sin))
@@ -115,9 +112,9 @@ class Decoder:
         q, k, v = (part.reshape(shape).permute(1, 2, 0, 3) for part in (q, k, v))
         return q, k, v
 
-    def _rotated(self, i: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, text: Text) -> Heads:
+    def _rotated(self, i: int, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, text: Text) -> Heads:
         """The same as layer `i`'s attention takes them, after the keys and values that `text` brings."""
-        q, k, v = self._heads(self._weights.layers[i], x)
+        q, k, v = heads
         if text.keys:
             k, v = torch.cat((text.keys[i].to(k), k), dim=2), torch.cat((text.values[i].to(v), v), dim=2)
         first = k.shape[2] - q.shape[2]
@@ -132,7 +129,8 @@ class Decoder:
         """Gradients in layer `i`'s input and in both tables, for `grad` of what its attention gave."""
         leaves = [part.detach().requires_grad_() for part in (x, text.cos, text.sin)]
         with torch.enable_grad():
-            heads = self._rotated(i, leaves[0], leaves[1], leaves[2], text)
+            heads = self._heads(self._weights.layers[i], leaves[0])
+            heads = self._rotated(i, heads, leaves[1], leaves[2], text)
         q, k, v = (part.detach() for part in heads)
         of_heads = attend_backward(grad, q, k, v, attended, self._scale, self.half)
         return torch.autograd.grad(heads, leaves, of_heads)
@@ -199,3 +197,7 @@ class Decoder:
 def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm over the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

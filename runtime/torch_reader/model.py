@@ -101,6 +101,11 @@ class TorchModel:
     def facts(self) -> RopeFacts:
         return self._weights.shape.facts
 
+    @property
+    def free_memory(self) -> int:
+        """Bytes that are free where the model is."""
+        return free_memory(self._weights.embedding.device)
+
     def try_half(self, tokens: Sequence[int], band: Band) -> bool:
         """On a GPU, compute attention in 16 bits and products in TF32, if that leaves the losses of `tokens` alike.
 
@@ -168,17 +173,28 @@ class TorchModel:
         """
         return self._gradient(state, tokens, band, targets, weights)
 
-    def prefix_state(self, tokens: Sequence[int], band: Band, dtype: torch.dtype | None = None) -> PrefixState:
-        """What `window_losses` needs of a text's beginning, `tokens`, kept in `dtype` (default: the model's).
+    def losses_and_state(
+        self, tokens: Sequence[int], band: Band, targets: Sequence[int], n_prefix: int
+    ) -> tuple[Array, PrefixState]:
+        """`token_losses`, and of the same reading what `window_losses` needs of the first `n_prefix` tokens.
 
         Raises:
             UserError: as for `token_losses`.
         """
         with self._working():
-            self._check(tokens, band)
-            text, _ = self._embed(None, tokens, band, gradient=False)
-            parts = list(self._decoder.keys_and_values(text, dtype or self._weights.embedding.dtype))
-            return PrefixState(tuple(tokens), band, *(tuple(kind) for kind in zip(*parts, strict=True)))
+            wanted = self._targets(None, tokens, band, targets)
+            text, _ = self._embed(None, tokens[: max(*targets, n_prefix)], band, gradient=False)
+            losses, kept = self._decoder.losses(text, wanted, n_prefix)
+            keys, values = zip(*kept, strict=True)
+            return losses, PrefixState(tuple(tokens[:n_prefix]), band, keys, values)
+
+    def prefix_state(self, tokens: Sequence[int], band: Band) -> PrefixState:
+        """What `window_losses` needs of a text's beginning, `tokens`.
+
+        Raises:
+            UserError: as for `token_losses`.
+        """
+        return self.losses_and_state(tokens, band, [len(tokens) - 1], len(tokens))[1]
 
     def state_bytes(self, n_tokens: int) -> int:
         """What a `PrefixState` of so many tokens takes."""
@@ -213,7 +229,7 @@ class TorchModel:
         with self._working():
             wanted = self._targets(state, tokens, band, targets)
             text, _ = self._embed(state, tokens[: max(targets)], band, gradient=False)
-            return self._decoder.losses(text, wanted)
+            return self._decoder.losses(text, wanted)[0]
 
     def _gradient(
         self,
@@ -284,7 +300,7 @@ class TorchModel:
         row = kept + (10 if gradient else 4) * (s.n_embd + wide)
         key = 2 * s.head_size * (4 * s.n_head_kv + (2 * s.n_head if gradient else 0)) + 8 * s.facts.n_rot
         needed = weights.element_size() * (rows * row + keys * key) + 6 * CHUNK_BYTES
-        free = free_memory(weights.device)
+        free = self.free_memory
         if needed > free:
             raise UserError(
                 f"not enough memory for {keys:,} tokens{' and a gradient' if gradient else ''}:"

@@ -12,10 +12,11 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import convert_model
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
-from ropewalk.runtime import memory
+from ropewalk.runtime.measure import llama_evaluator
 from ropewalk.runtime.measure.evaluator_spec import EvaluatorSpec
 from ropewalk.runtime.measure.evaluators import faster, make_evaluator
 from ropewalk.runtime.measure.probes import Text, make_probes
+from ropewalk.runtime.torch_reader import weights
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 CONTEXT = 384
@@ -129,6 +130,20 @@ def test_the_first_tokens_keep_the_models_own_factors_in_both(tiny_llama, tmp_pa
     assert losses[target, "torch"].mean() == pytest.approx(losses[target, "llama"].mean(), rel=2e-4)
 
 
+def test_what_screening_keeps_is_the_same_by_whichever_way(spec, band):
+    """A search that was killed reads the base band again when it screens; it must find the same bits."""
+    candidate = other(band, 8)
+    for kind in ("llama", "torch"):
+        losses = []
+        for before in ([Task(band, 1)], [Task(candidate, 1), Task(band, 0)], []):
+            evaluator = make_evaluator(replace(spec, kind=kind))
+            for task in before:
+                evaluator.evaluate(task)
+            losses.append(evaluator.evaluate(Task(candidate, 1, "screen")).loss)
+            evaluator.close()
+        assert len(set(losses)) == 1
+
+
 def test_order_does_not_matter(evaluators, band):
     for evaluator in evaluators.values():
         tasks = [Task(band, 0), Task(other(band, 16), 1, "screen"), Task(band, 0, "screen"), Task(other(band), 0)]
@@ -168,7 +183,8 @@ def test_keys_name_all_that_a_loss_depends_on(spec, band):
 
 
 def test_what_is_kept_for_screening_must_fit_into_memory(evaluators, spec, band, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
+    for place in (llama_evaluator, weights):
+        monkeypatch.setattr(place, "available_memory", lambda: 1 << 20)
     for evaluator in evaluators.values():
         evaluator._states.clear()
         with pytest.raises(UserError, match=r"not enough memory to screen 2 documents: [1-9]"):
