@@ -220,6 +220,7 @@ def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, o
                 "baselines": one.outcome.baselines,
                 "fidelity": one.outcome.fidelity,
                 "rank_correlation": one.outcome.correlation,
+                "documents": one.outcome.documents,
                 "evaluations": one.outcome.evaluations,
                 "seconds": one.outcome.seconds,
                 "history": one.outcome.history,

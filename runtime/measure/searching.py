@@ -256,14 +256,15 @@ def _search_band(
         budget=work.budget,
         screen_cost=round(LATER * window / len(probes[0].tokens), 3),
         objective=work.objective,
-        data_digest=digest(probes),
         held_documents=len(work.held),
         fewer_documents=plan.documents is None and plan.held_documents is None,
     )
     seeds = [carried(start[0], start[1], space)] if start else []
     journal = plan.folder / f"{space.context}.journal"
     with _engine(plan, spec) as engine:
-        return search(engine, space, settings, journal, seeds, on_event, correlation), kind
+        outcome = search(engine, space, settings, journal, seeds, on_event, correlation)
+    found = outcome.band.found.model_copy(update={"data_digest": digest(probes[: outcome.documents])})
+    return replace(outcome, band=outcome.band.model_copy(update={"found": found})), kind
 
 
 def _window(plan: SearchPlan, space: Space) -> int:

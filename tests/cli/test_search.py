@@ -55,7 +55,7 @@ def test_what_is_found_is_written_embedded_and_judged(options, tiny, tmp_path):
     assert [b.context for b in found.bands] == [256, 512] and set(found.bands[0].rescale_factors) == {1.0}
     assert list(found.bands[1].rescale_factors) == band["rescale_factors"] == sorted(band["rescale_factors"])
     assert found.bands[1].found.objective == "tail+0.5*needle" and found.bands[1].found.data_digest
-    assert band["evaluations"] <= 14 and band["searched_loss"] <= band["searched_loss_yarn"]
+    assert band["documents"] == 2 and band["evaluations"] <= 14 and band["searched_loss"] <= band["searched_loss_yarn"]
     held = band["held_out"]
     assert held["low"] <= held["difference"] <= held["high"] and held["is_better"] == (held["high"] < 0)
     assert picture.read_bytes()[:4] == b"\x89PNG"
