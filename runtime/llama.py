@@ -393,6 +393,7 @@ class Llama(llama_cpp.Llama):
     def _run_stopped(self, turn: Turn | None) -> int:
         """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
         assert self._graph is not None and self._rope is not None
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # llama_cpp.Llama rolls back by its own count alone
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
         with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_turn, turn=turn)}):
             code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))

@@ -278,6 +278,18 @@ def test_another_schedule_at_run_time_turns_the_cache(tiny_llama, tmp_path, load
     np.testing.assert_allclose(last(llm, TOKENS[90:100]), last(direct, TOKENS[90:100]), atol=2e-3)
 
 
+def test_another_schedule_after_a_rollback_turns_what_is_left(tiny_llama, tmp_path, load):
+    path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
+    schedule = three_bands(path)
+    other = schedule.model_copy(update={"bands": (schedule.bands[1].model_copy(update={"context": 250}),)})
+    llm, direct = load(path, schedule=schedule.only(2), kv="f32"), load(path, schedule=other, kv="f32")
+    llm.eval(TOKENS[:90])
+    llm.n_tokens = 60  # the cache holds 90 still
+    llm.set_schedule(other)
+    direct.eval(TOKENS[:60])
+    np.testing.assert_allclose(last(llm, TOKENS[60:70]), last(direct, TOKENS[60:70]), atol=2e-3)
+
+
 def test_ctrl_c_while_a_prompt_is_read_leaves_it_usable(smollm2, load):
     llm = load(smollm2, n_ctx=4096)
     tokens = llm.tokenize(TEXT[:20000].encode())[:3500]
