@@ -132,7 +132,8 @@ def search_schedule(
     _check(plan, base)
     contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
     plan = replace(plan, texts=_long_enough(plan, contexts[-1], on_event))
-    works = [_work_on(plan, base, context, contexts) for context in contexts]  # too short a text is told first of all
+    # Too short a text is told first of all, and how much the longest band misses.
+    works = [_work_on(plan, base, context, contexts) for context in reversed(contexts)][::-1]
     _make_folder(plan.folder)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None

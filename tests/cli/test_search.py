@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
         ([model, *rest, *out, "--context", "200"], "expected more than the 256"),
         ([model, *rest, *out, "--bands", "100,512"], "expected rising numbers above the 256"),
         ([model, *rest, *out, "--bands", "8192", "--budget", "50"], "too few for"),
-        ([model, *rest, *out, "--bands", "512,8192", "--budget", "50"], "too few for"),
+        ([model, *rest, *out, "--bands", "512,4096,8192", "--budget", "50"], "stretches of 8,191"),
         ([model, *rest, *out, "--kv", "magic"], "kv: 'magic', expected"),
         ([model, *rest, *out, "--kv", "auto"], "kv: 'auto', expected a type by name"),
         ([model, *rest, *out, "--plot", "s.svg"], "--plot: 's.svg', expected a name that ends in .png"),
