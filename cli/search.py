@@ -235,6 +235,7 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
     def say(line: str) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
+    say(f"{output}" + (f"; drawn in {plot}" if plot else ""))
     original = schedule.facts.original_context
     for one in found:
         outcome, band = one.outcome, one.outcome.band
@@ -253,7 +254,6 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
             say(f"  texts held out, {_compared(part, original)}")
         sure = "better" if one.verdict.is_better else "NOT surely better than YaRN"
         say(f"  texts held out, {_compared(one.verdict, original)}: {sure}")
-    say(f"{output}" + (f"; drawn in {plot}" if plot else ""))
 
 
 def _compared(verdict: Verdict, original: int) -> str:
