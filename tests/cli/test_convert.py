@@ -120,7 +120,7 @@ def test_mistakes_in_the_options(options, says, source, tiny_llama, tmp_path, le
     assert left("others") == []
 
 
-def test_mistakes_in_the_files(source, tiny_llama, tmp_path, left):
+def test_mistakes_in_the_files(mistake, source, tiny_llama, tmp_path, left):
     model, out = source.read_bytes(), tmp_path / "out.gguf"
     start = read_header(source).data_start
     wrong = {
@@ -132,21 +132,23 @@ def test_mistakes_in_the_files(source, tiny_llama, tmp_path, left):
     }
     for name, (raw, says) in wrong.items():
         (tmp_path / name).write_bytes(raw)
-        assert says in refused(tmp_path / name, out, "--context", 512)
-    assert "No such file" in refused(tmp_path / "none.gguf", out, "--context", 512)
-    assert "no config.json, expected a Hugging Face checkpoint" in refused(tmp_path, out, "--context", 512)
+        assert says in mistake("convert", tmp_path / name, out, "--context", 512)
+    assert "No such file" in mistake("convert", tmp_path / "none.gguf", out, "--context", 512)
+    assert "no config.json, expected a Hugging Face checkpoint" in mistake("convert", tmp_path, out, "--context", 512)
     bert = tiny_llama(tmp_path / "bert.gguf", arch="bert")
-    assert "architecture 'bert' has no RoPE" in refused(bert, out, "--context", 512)
+    assert "architecture 'bert' has no RoPE" in mistake("convert", bert, out, "--context", 512)
     assert left(*wrong, "bert.gguf") == []
 
 
-def test_mistakes_in_the_output(source, tmp_path, left):
+def test_mistakes_in_the_output(mistake, source, tmp_path, left):
     (tmp_path / "there.gguf").write_bytes(b"precious")
-    assert "exists already (--force replaces it)" in refused(source, tmp_path / "there.gguf", "--context", 512)
+    assert "exists already (--force replaces it)" in mistake(
+        "convert", source, tmp_path / "there.gguf", "--context", 512
+    )
     assert (tmp_path / "there.gguf").read_bytes() == b"precious"
-    assert "is a folder" in refused(source, tmp_path, "--context", 512)
-    assert "the output is the input" in refused(source, source, "--context", 512, "--force")
-    assert "no such folder" in refused(source, tmp_path / "none" / "out.gguf", "--context", 512)
+    assert "is a folder" in mistake("convert", source, tmp_path, "--context", 512)
+    assert "the output is the input" in mistake("convert", source, source, "--context", 512, "--force")
+    assert "no such folder" in mistake("convert", source, tmp_path / "none" / "out.gguf", "--context", 512)
     assert run(source, tmp_path / "there.gguf", "--context", 512, "--force").returncode == 0
     assert read_header(tmp_path / "there.gguf").get("llama.context_length") == 512
     assert left("there.gguf") == []

@@ -80,12 +80,10 @@ def test_a_name_on_the_hub_that_was_fetched_before(folder, tmp_path):
     )
 
 
-def test_mistakes(folder, tmp_path):
+def test_mistakes(mistake, folder, tmp_path):
     out = tmp_path / "out.gguf"
     (tmp_path / "empty").mkdir()
     cases = [
-        (["none/such/place", out], "No such file"),
-        (["none/such", out], "none/such: not a folder here, and cannot be fetched from the hub: "),
         ([tmp_path / "empty", out], "empty: no config.json, expected a Hugging Face checkpoint"),
         ([folder, out, "--type", "q99"], "type: 'q99', expected one of"),
         ([folder, out, "--context", 2], "context: 2, expected more than"),
@@ -96,7 +94,9 @@ def test_mistakes(folder, tmp_path):
         ([folder, tmp_path / "no" / "out.gguf"], "no such folder"),
     ]
     for arguments, says in cases:
-        assert says in refused(*arguments), arguments
+        assert says in mistake("convert", *arguments), arguments
+    assert "No such file" in mistake("convert", "none/such/place", out)
+    assert "none/such: not a folder here, and cannot be fetched from the hub: " in refused("none/such", out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     out.write_bytes(b"precious")
     assert "exists already (--force replaces it)" in refused(folder, out)

@@ -99,7 +99,7 @@ def test_the_table_names_contexts_methods_and_keys(tiny, text, tmp_path):
     assert facts[2]["against_yarn"] == {"difference": 0, "low": 0, "high": 0} and facts[1]["against_yarn"] is None
 
 
-def test_mistakes_are_one_line(tiny, text, tmp_path):
+def test_mistakes_are_one_line(mistake, tiny, text, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"id": "x"}\n')
     foreign = tmp_path / "foreign.json"
@@ -123,10 +123,8 @@ def test_mistakes_are_one_line(tiny, text, tmp_path):
         (["--contexts", "20"], "expected more than"),
     ]
     for options, message in cases:
-        failed = run(tiny, "--text", text, "--pages", 1, *options)
-        assert failed.returncode == 2 and message in failed.stderr, failed.stderr
-        assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("ropewalk: ")
-    assert run(tiny, "--text", tmp_path / "none.txt").returncode == 2
+        assert message in mistake("eval", tiny, "--text", text, "--pages", 1, *options), options
+    assert "none.txt" in mistake("eval", tiny, "--text", tmp_path / "none.txt", "--contexts", 512)
     assert other.read_text() == '{"id": "x"}\n' and not fresh.exists()
     other.write_text('{"key": "x", "reading": "abc"}\n')
-    assert "line 1 is no reading" in run(tiny, "--text", text, "--contexts", "512", "-o", other).stderr
+    assert "line 1 is no reading" in mistake("eval", tiny, "--text", text, "--contexts", "512", "-o", other)

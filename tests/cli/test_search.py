@@ -14,7 +14,6 @@ import time
 
 import pytest
 from ropewalk import read_schedule
-from ropewalk.cli.main import main
 
 TOPICS = "\n\n".join(pydoc_data.topics.topics.values())
 
@@ -135,24 +134,6 @@ def test_a_second_search_goes_on_from_what_the_first_has_embedded(options, plain
     assert max(new.rescale_factors) > max(old.rescale_factors)
 
 
-@pytest.fixture
-def mistake(monkeypatch, capsys):
-    """``mistake(*arguments)`` is the one line that the command says; in this process, which is faster."""
-    terminated = signal.getsignal(signal.SIGTERM)
-
-    def said(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ropewalk", "search", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert ended.value.code == 2 and printed.out == "", printed
-        assert printed.err.startswith("ropewalk: ") and printed.err.count("\n") == 1, printed.err
-        return printed.err
-
-    yield said
-    signal.signal(signal.SIGTERM, terminated)
-
-
 def test_mistakes_are_one_line(mistake, options, tmp_path):
     out = ["-o", tmp_path / "s.json"]
     model, *rest = options
@@ -183,7 +164,7 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
         ([tmp_path / "none.gguf", *rest, *out], "none.gguf"),
     ]
     for arguments, message in cases:
-        assert message in mistake(*arguments), arguments
+        assert message in mistake("search", *arguments), arguments
     assert not (tmp_path / "s.json").exists()
 
 
@@ -228,5 +209,5 @@ def test_stopped_by_a_signal(options, tmp_path):
 def test_the_journal_of_another_search_is_refused(mistake, options, plain, tmp_path):
     schedule = tmp_path / "s.json"
     shutil.copytree(f"{plain[1]}.search", f"{schedule}.search")
-    said = mistake(*options, "--evaluator", "llama", "-o", schedule, "--seed", 9)
+    said = mistake("search", *options, "--evaluator", "llama", "-o", schedule, "--seed", 9)
     assert "the journal of another search" in said and not schedule.exists()
