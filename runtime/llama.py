@@ -176,6 +176,7 @@ class Llama(llama_cpp.Llama):
             raise UserError("schedule: this model runs by llama.cpp's own rope options")
         check_matches(schedule, self._schedule.facts, "schedule")
         index = schedule.band_index(self.n_tokens)
+        self.drop_rolled_back()
         old = self._schedule
         self._schedule = schedule
         self._n_ctx = self.n_ctx()
@@ -258,7 +259,7 @@ class Llama(llama_cpp.Llama):
                 f"{total:,} tokens are more than the context of {self.n_ctx():,}"
                 f" (the model's last band holds {self._schedule.context:,})"
             )
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self.drop_rolled_back()
         if self._window_is_lost():
             self._read_again()
         index = self._schedule.band_index(max(total, 1))
@@ -280,7 +281,7 @@ class Llama(llama_cpp.Llama):
             self._raise_kept()
             self._prove()
         except BaseException:
-            self._ctx.kv_cache_seq_rm(-1, n_past, -1)
+            self.drop_rolled_back()
             if self._is_recurrent or self._is_hybrid:
                 self.reset()  # such a state cannot be taken back
             self._raise_kept()  # the reason behind llama_decode's return code
@@ -325,6 +326,10 @@ class Llama(llama_cpp.Llama):
                     " dimensions: the schedule cannot be applied"
                 )
             self._proved = True
+
+    def drop_rolled_back(self) -> None:
+        """Let the cache follow `n_tokens`: llama_cpp.Llama rolls back by its own count alone."""
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
 
     def _forget(self) -> None:
         self.n_tokens = 0
@@ -393,12 +398,11 @@ class Llama(llama_cpp.Llama):
     def _run_stopped(self, turn: Turn | None) -> int:
         """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
         assert self._graph is not None and self._rope is not None
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # llama_cpp.Llama rolls back by its own count alone
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
         with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_turn, turn=turn)}):
             code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
         self._graph.raise_kept()
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self.drop_rolled_back()
         return code
 
     # --- the rest of llama_cpp.Llama that must know of bands

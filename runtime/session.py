@@ -256,5 +256,5 @@ def _tokens_of(llm: Llama) -> Tokens:
 
 
 def _state_bytes(llm: Llama) -> int:
-    llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # what was rolled back is no part of it
+    llm.drop_rolled_back()
     return int(llama_cpp.llama_state_seq_get_size(llm._ctx.ctx, 0))
