@@ -176,7 +176,8 @@ class Llama(llama_cpp.Llama):
             raise UserError("schedule: this model runs by llama.cpp's own rope options")
         check_matches(schedule, self._schedule.facts, "schedule")
         index = schedule.band_index(self.n_tokens)
-        self.drop_rolled_back()
+        if self.n_tokens:  # an encoder has no cache
+            self.drop_rolled_back()
         old = self._schedule
         self._schedule = schedule
         self._n_ctx = self.n_ctx()
