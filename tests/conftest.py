@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Two processes of two threads share two cores here: a thread that waits should not keep a core busy with waiting.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and that is handed down to all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

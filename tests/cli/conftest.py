@@ -1,25 +1,74 @@
-"""What tests of the commands share."""
+"""What tests of the commands share: to run one here, in this process, where torch is loaded only once.
 
+A process of its own spends some three seconds of a core on that. Tests that kill, signal or need a terminal start one.
+"""
+
+import os
 import signal
+import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from ropewalk.cli.main import main
 
 
-@pytest.fixture
-def mistake(monkeypatch, capsys):
-    """``mistake(*arguments)`` is the one line that `ropewalk` says; in this process, which is faster."""
-    terminated = signal.getsignal(signal.SIGTERM)
+@contextmanager
+def standard_streams(*files):
+    """Input, output and errors are these files, for Python and for what C prints."""
+    kept, streams = [os.dup(number) for number in range(3)], (sys.stdin, sys.stdout, sys.stderr)
+    for number, file in enumerate(files):
+        os.dup2(file.fileno(), number)
+    options = {"encoding": "utf-8", "closefd": False}
+    try:
+        with (
+            open(0, **options) as sys.stdin,
+            open(1, "w", **options) as sys.stdout,
+            open(2, "w", **options) as sys.stderr,
+        ):
+            yield
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = streams
+        for number, file in enumerate(kept):
+            os.dup2(file, number)
+            os.close(file)
 
-    def said(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ropewalk", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert ended.value.code == 2 and printed.out == "", printed
-        assert printed.err.startswith("ropewalk: ") and printed.err.count("\n") == 1, printed.err
-        return printed.err
 
-    yield said
-    signal.signal(signal.SIGTERM, terminated)
+def run_here(*arguments, cwd=".", stdin=b""):
+    argv, folder, terminated = sys.argv, Path.cwd(), signal.getsignal(signal.SIGTERM)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(stdin)
+        given.seek(0)
+        try:
+            os.chdir(cwd)
+            sys.argv = ["ropewalk", *map(str, arguments)]
+            with standard_streams(given, out, err), pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            sys.argv = argv
+            os.chdir(folder)
+            signal.signal(signal.SIGTERM, terminated)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, ended.value.code, out.read().decode(), err.read().decode())
+
+
+@pytest.fixture(scope="session")
+def ropewalk_command():
+    """``ropewalk_command(*arguments, cwd=…, stdin=b"…")`` is a `subprocess.CompletedProcess`, its output as text."""
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def mistake():
+    """``mistake(*arguments)`` is the one line that `ropewalk` says to a user's mistake."""
+
+    def said(*arguments, **options):
+        done = run_here(*arguments, **options)
+        assert done.returncode == 2 and done.stdout == "", done
+        assert done.stderr.startswith("ropewalk: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    return said

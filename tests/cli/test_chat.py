@@ -26,25 +26,20 @@ LONG_TEXT = pydoc_data.topics.topics["with"]  # some 800 tokens
 
 TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
 
-Pipe = Callable[..., "subprocess.CompletedProcess[bytes]"]
+Pipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def pipe(tmp_path: Path, smollm2: Path) -> Pipe:
+def pipe(ropewalk_command: Pipe, tmp_path: Path, smollm2: Path) -> Pipe:
     """Run the command with something on its standard input."""
-
-    def pipe(stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-        command = [*COMMAND, str(smollm2), *FAST, *arguments]
-        return subprocess.run(command, input=stdin, cwd=tmp_path, capture_output=True, timeout=120)
-
-    return pipe
+    return lambda stdin, *arguments: ropewalk_command("chat", smollm2, *FAST, *arguments, cwd=tmp_path, stdin=stdin)
 
 
 def test_one_question_from_a_pipe(pipe: Pipe) -> None:
     question = "Who is Père Noël?\n\nTell me about him.\n".encode()
     plain = pipe(question, "--max-tokens", "12")
-    assert (plain.returncode, plain.stderr) == (0, b"")
-    answer = plain.stdout.decode()
+    assert (plain.returncode, plain.stderr) == (0, "")
+    answer = plain.stdout
     assert answer.endswith("\n") and len(answer.split()) >= 3 and "\x1b" not in answer
 
     done = pipe(question, "--max-tokens", "12", "--json", "--system", "You are a helpful assistant.")
@@ -72,15 +67,15 @@ def test_one_question_from_a_pipe(pipe: Pipe) -> None:
 )
 def test_mistakes_in_a_pipe(pipe: Pipe, stdin: bytes, arguments: list[str], words: str) -> None:
     done = pipe(stdin, *arguments)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode().startswith(f"ropewalk: {words}") and done.stderr.count(b"\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"ropewalk: {words}") and done.stderr.count("\n") == 1
 
 
 def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:
     def ask(question: str, *more: str) -> dict[str, Any]:
         arguments = ("--max-tokens", "8", "--json", "--prompt-cache", "prompts", *more)
         done = pipe(f"{LONG_TEXT}\n\n{question}".encode(), *arguments)
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert (done.returncode, done.stderr) == (0, "")
         return dict(json.loads(done.stdout))
 
     first = ask("What is a context manager?")
@@ -105,8 +100,8 @@ def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) 
 def test_mistakes_about_the_prompt_cache(pipe: Pipe, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "file").write_text("mine")
     done = pipe(b"hello", *arguments)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode().startswith(f"ropewalk: {words}") and done.stderr.count(b"\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"ropewalk: {words}") and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

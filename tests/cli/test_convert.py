@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,17 +10,9 @@ from ropewalk.container import embedded_schedule, native_schedule, read_header
 from ropewalk.factors import extend, write_schedule
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "ropewalk", "convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-
-
-def refused(*arguments, **options):
-    """Run, expect a mistake in one line, and return the line."""
-    done = run(*arguments, **options)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.startswith("ropewalk: ") and done.stderr.count("\n") == 1 and not done.stdout
-    return done.stderr
+@pytest.fixture(scope="module")
+def run(ropewalk_command):
+    return partial(ropewalk_command, "convert")
 
 
 @pytest.fixture
@@ -35,7 +26,7 @@ def left(tmp_path):
     return lambda *known: sorted({path.name for path in tmp_path.iterdir()} - {"in.gguf", *known})
 
 
-def test_a_closed_form(source, tmp_path, left):
+def test_a_closed_form(run, source, tmp_path, left):
     done = run(source, tmp_path / "out.gguf", "--context", 1000)
     assert done.returncode == 0 and done.stderr == ""
     for words in ("trained for 256 tokens, holds 1,000", "up to       512", "(yarn)", "stock llama.cpp:", "no factors"):
@@ -46,7 +37,7 @@ def test_a_closed_form(source, tmp_path, left):
     assert left() == ["out.gguf"]
 
 
-def test_as_json(source, tmp_path):
+def test_as_json(run, source, tmp_path):
     done = run(source, tmp_path / "out.gguf", "--context", 512, "--method", "pi", "--type", "q8_0", "--json")
     facts = json.loads(done.stdout)
     assert facts["bytes"] == (tmp_path / "out.gguf").stat().st_size < source.stat().st_size
@@ -57,7 +48,7 @@ def test_as_json(source, tmp_path):
     assert facts["context"] == 512 and facts["original_context"] == 256 and facts["stock_llama_cpp"]
 
 
-def test_a_schedule(source, tmp_path):
+def test_a_schedule(run, source, tmp_path):
     schedule = extend(native_schedule(read_header(source)), 2048, "ntk")
     write_schedule(schedule, tmp_path / "s.json")
     done = run(source, tmp_path / "out.gguf", "--schedule", tmp_path / "s.json")
@@ -65,13 +56,13 @@ def test_a_schedule(source, tmp_path):
     assert embedded_schedule(read_header(tmp_path / "out.gguf")) == schedule
 
 
-def test_only_a_type(source, tmp_path):
+def test_only_a_type(run, source, tmp_path):
     done = run(source, tmp_path / "out.gguf", "--type", "f16")
     assert done.returncode == 0, done.stderr
     assert read_header(tmp_path / "out.gguf").get("llama.context_length") == 256
 
 
-def test_what_becomes_of_factors_is_said(tiny_llama, tmp_path):
+def test_what_becomes_of_factors_is_said(run, tiny_llama, tmp_path):
     tiny_llama(tmp_path / "in.gguf", rope_freqs=[1.0] * 8 + [8.0] * 8)
     done = run(tmp_path / "in.gguf", tmp_path / "1.gguf", "--context", 512)
     assert "note: the model's own scaling (λ 1 to 8) is kept" in done.stdout
@@ -107,7 +98,7 @@ def test_what_becomes_of_factors_is_said(tiny_llama, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_mistakes_in_the_options(options, says, source, tiny_llama, tmp_path, left):
+def test_mistakes_in_the_options(mistake, options, says, source, tiny_llama, tmp_path, left):
     others = tmp_path / "others"
     others.mkdir()
     models = {"s": {}, "n_rot": {"n_embd": 128}, "base": {"freq_base": 5e5}}
@@ -116,7 +107,7 @@ def test_mistakes_in_the_options(options, says, source, tiny_llama, tmp_path, le
             schedule = native_schedule(read_header(tiny_llama(others / "model.gguf", **wanted)))
             write_schedule(extend(schedule, 1024), others / f"{name}.json")
     (others / "broken.json").write_text("{")
-    assert says in refused(source, tmp_path / "out.gguf", *options, cwd=others)
+    assert says in mistake("convert", source, tmp_path / "out.gguf", *options, cwd=others)
     assert left("others") == []
 
 
@@ -140,7 +131,7 @@ def test_mistakes_in_the_files(mistake, source, tiny_llama, tmp_path, left):
     assert left(*wrong, "bert.gguf") == []
 
 
-def test_mistakes_in_the_output(mistake, source, tmp_path, left):
+def test_mistakes_in_the_output(run, mistake, source, tmp_path, left):
     (tmp_path / "there.gguf").write_bytes(b"precious")
     assert "exists already (--force replaces it)" in mistake(
         "convert", source, tmp_path / "there.gguf", "--context", 512
@@ -155,9 +146,9 @@ def test_mistakes_in_the_output(mistake, source, tmp_path, left):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(source, tmp_path):
+def test_a_folder_that_may_not_be_written_to(mistake, source, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    assert "Permission denied" in refused(source, tmp_path / "closed" / "out.gguf", "--context", 512)
+    assert "Permission denied" in mistake("convert", source, tmp_path / "closed" / "out.gguf", "--context", 512)
 
 
 def test_random_damage_to_the_head_is_a_mistake_or_harmless(source, tmp_path):

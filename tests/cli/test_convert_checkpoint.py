@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,13 @@ def folder(tmp_path_factory):
     return checkpoints.write_checkpoint(case, tmp_path_factory.mktemp("checkpoint"))
 
 
-def run(*arguments, **environment):
+@pytest.fixture(scope="module")
+def run(ropewalk_command):
+    return partial(ropewalk_command, "convert")
+
+
+def offline(*arguments, **environment):
+    """In a process of its own: the hub's library reads its environment once."""
     return subprocess.run(
         [sys.executable, "-m", "ropewalk", "convert", *map(str, arguments)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -35,20 +42,20 @@ def run(*arguments, **environment):
 
 
 def refused(*arguments, **environment):
-    done = run(*arguments, **environment)
+    done = offline(*arguments, **environment)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.startswith("ropewalk: ") and done.stderr.count("\n") == 1 and not done.stdout
     return done.stderr
 
 
-def test_a_folder(folder, tmp_path):
+def test_a_folder(run, folder, tmp_path):
     done = run(folder, tmp_path / "out.gguf")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "out.gguf: " in done.stdout and "qwen3" in done.stdout and "not extended: --context" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_extended_and_as_json(folder, tmp_path):
+def test_extended_and_as_json(run, folder, tmp_path):
     trained = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     done = run(folder, tmp_path / "out.gguf", "--context", 4 * trained, "--type", "q8_0", "--json")
     facts = json.loads(done.stdout)
@@ -57,7 +64,7 @@ def test_extended_and_as_json(folder, tmp_path):
     assert facts["bytes"] == (tmp_path / "out.gguf").stat().st_size
 
 
-def test_several_files(folder, tmp_path):
+def test_several_files(run, folder, tmp_path):
     done = run(folder, tmp_path / "out.gguf", "--split-max-size", "100K", "--json")
     names = json.loads(done.stdout)["files"]
     assert len(names) > 1 and sorted(names) == sorted(str(path) for path in tmp_path.iterdir())
@@ -71,16 +78,16 @@ def test_a_name_on_the_hub_that_was_fetched_before(folder, tmp_path):
     (cache / "snapshots" / REVISION).symlink_to(folder)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(REVISION)
-    done = run("small/Qwen3-Tiny", tmp_path / "out.gguf", HF_HOME=str(tmp_path))
+    done = offline("small/Qwen3-Tiny", tmp_path / "out.gguf", HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert read_header(tmp_path / "out.gguf").get("general.name") == "Qwen3-Tiny"
-    assert run(f"small/Qwen3-Tiny@{REVISION}", tmp_path / "2.gguf", HF_HOME=str(tmp_path)).returncode == 0
+    assert offline(f"small/Qwen3-Tiny@{REVISION}", tmp_path / "2.gguf", HF_HOME=str(tmp_path)).returncode == 0
     assert "small/Qwen3-Tiny@other: not a folder here, and cannot be fetched" in refused(
         "small/Qwen3-Tiny@other", tmp_path / "3.gguf", HF_HOME=str(tmp_path)
     )
 
 
-def test_mistakes(mistake, folder, tmp_path):
+def test_mistakes(mistake, run, folder, tmp_path):
     out = tmp_path / "out.gguf"
     (tmp_path / "empty").mkdir()
     cases = [
@@ -99,5 +106,5 @@ def test_mistakes(mistake, folder, tmp_path):
     assert "none/such: not a folder here, and cannot be fetched from the hub: " in refused("none/such", out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     out.write_bytes(b"precious")
-    assert "exists already (--force replaces it)" in refused(folder, out)
+    assert "exists already (--force replaces it)" in mistake("convert", folder, out)
     assert run(folder, out, "--force").returncode == 0

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from ropewalk import read_schedule
@@ -22,8 +23,9 @@ def command(*arguments):
     return [sys.executable, "-m", "ropewalk", "search", *map(str, arguments)]
 
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def run(ropewalk_command):
+    return partial(ropewalk_command, "search")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def options(tiny, texts):
     return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--documents", 2, "--window", 64, "--threads", 1]
 
 
-def test_what_is_found_is_written_embedded_and_judged(options, tiny, tmp_path):
+def test_what_is_found_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
     schedule, picture = tmp_path / "s.json", tmp_path / "s.png"
     done = run(*options, "-o", schedule, "--plot", picture, "--objective", "tail+0.5*needle", "--json")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -59,8 +61,7 @@ def test_what_is_found_is_written_embedded_and_judged(options, tiny, tmp_path):
     assert held["low"] <= held["difference"] <= held["high"] and held["is_better"] == (held["high"] < 0)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     long = tmp_path / "long.gguf"
-    convert = [sys.executable, "-m", "ropewalk", "convert", str(tiny), str(long), "--schedule", str(schedule)]
-    assert subprocess.run(convert, capture_output=True).returncode == 0
+    assert ropewalk_command("convert", tiny, long, "--schedule", schedule).returncode == 0
 
 
 def kept(schedule):
@@ -73,7 +74,7 @@ def kept(schedule):
 
 
 @pytest.mark.parametrize("algorithm", ["cma", "gradient"])
-def test_killed_at_any_moment_it_ends_with_the_same_schedule(options, tmp_path, algorithm):
+def test_killed_at_any_moment_it_ends_with_the_same_schedule(run, options, tmp_path, algorithm):
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     more = ["--algorithm", algorithm, "--evaluator", "torch", "--seed", 4]
     assert run(*options, *more, "-o", whole).returncode == 0
@@ -96,7 +97,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_schedule(options, tmp_path, 
 
 
 @pytest.fixture(scope="module")
-def plain(options, tmp_path_factory):
+def plain(run, options, tmp_path_factory):
     """A search by llama.cpp with no more options: what it said, and its schedule."""
     schedule = tmp_path_factory.mktemp("plain") / "s.json"
     done = run(*options, "--evaluator", "llama", "-o", schedule)
@@ -113,16 +114,15 @@ def test_a_human_is_told_plainly(plain):
     assert "held out" in rest[-1] or "the band is YaRN's" in rest[-1]
 
 
-def test_two_workers_find_the_same(options, plain, tmp_path):
+def test_two_workers_find_the_same(run, options, plain, tmp_path):
     schedule = tmp_path / "s.json"
     assert run(*options, "--workers", 2, "--evaluator", "llama", "-o", schedule).returncode == 0
     assert schedule.read_bytes() == plain[1].read_bytes()
 
 
-def test_a_second_search_goes_on_from_what_the_first_has_embedded(options, plain, tiny, tmp_path):
+def test_a_second_search_goes_on_from_what_the_first_embedded(ropewalk_command, run, options, plain, tiny, tmp_path):
     long, schedule = tmp_path / "long.gguf", tmp_path / "s.json"
-    convert = [sys.executable, "-m", "ropewalk", "convert", str(tiny), str(long), "--schedule", str(plain[1])]
-    assert subprocess.run(convert, capture_output=True).returncode == 0
+    assert ropewalk_command("convert", tiny, long, "--schedule", plain[1]).returncode == 0
     _, _, _, *rest = options
     done = run(long, "--context", 1024, "--evaluator", "llama", *rest, "-o", schedule)
     assert done.returncode == 0, done.stderr
@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
     assert not (tmp_path / "s.json").exists()
 
 
-def test_evolution_as_it_is_told_without_screening_and_short_texts(tiny, texts, tmp_path):
+def test_evolution_as_it_is_told_without_screening_and_short_texts(run, tiny, texts, tmp_path):
     folder = shutil.copytree(texts, tmp_path / "texts")
     (folder / "short.txt").write_text(TOPICS[:300])
     schedule = tmp_path / "s.json"
@@ -183,7 +183,7 @@ def test_evolution_as_it_is_told_without_screening_and_short_texts(tiny, texts, 
     assert 6 < band["evaluations"] <= 3 + 1 + 6 + 2 * 3
 
 
-def test_a_longer_budget_goes_on_in_every_band(tiny, texts, tmp_path):
+def test_a_longer_budget_goes_on_in_every_band(run, tiny, texts, tmp_path):
     options = [tiny, "--bands", "512,768", "--text", texts, "--window", 64, "--threads", 1, "-o", tmp_path / "s.json"]
     lines = []
     for budget in (24, 40):

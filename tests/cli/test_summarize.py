@@ -36,12 +36,11 @@ def model(smollm2: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, model: list[str]) -> Run:
+def run(ropewalk_command: Run, tmp_path: Path, model: list[str]) -> Run:
     """Run the command in `tmp_path` on the bundled model."""
 
     def run(*arguments: str, fast: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, *arguments, *(model if "-m" not in arguments else []), *(FAST if fast else [])]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return ropewalk_command("summarize", *arguments, *model, *(FAST if fast else []), cwd=tmp_path)
 
     return run
 
@@ -205,13 +204,14 @@ def test_too_long_a_document_is_split(tmp_path: Path, run: Run) -> None:
     assert record["tokens"] > 480 and record["summary"]
 
 
-def test_the_bundled_model_made_long_is_the_default(tmp_path: Path, smollm2: Path) -> None:
+def test_the_bundled_model_made_long_is_the_default(
+    ropewalk_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text(FARM)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [*COMMAND, "a.txt", "-o", "-", *FAST]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def go() -> dict[str, Any]:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = ropewalk_command("summarize", "a.txt", "-o", "-", *FAST, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         return dict(json.loads(done.stdout))
 
@@ -258,15 +258,8 @@ def test_the_bundled_model_made_long_is_the_default(tmp_path: Path, smollm2: Pat
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    tmp_path: Path,
-    model: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: str,
-    words: str,
+    mistake: Callable[..., str], tmp_path: Path, model: list[str], arguments: str, words: str
 ) -> None:
-    from ropewalk.cli.main import main
-
     (tmp_path / "a.txt").write_text(FARM)
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "empty").mkdir()
@@ -275,15 +268,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "schedule.json").write_text("{}")
     os.mkfifo(tmp_path / "pipe")
     before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    monkeypatch.chdir(tmp_path)
     given = arguments.split()
-    monkeypatch.setattr(sys, "argv", ["ropewalk", "summarize", *given, *(model if "-m" not in given else [])])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    stdout, stderr = capsys.readouterr()
-    assert stop.value.code == 2
-    assert stderr.startswith(f"ropewalk: {words}") and stderr.count("\n") == 1
-    assert stdout == ""
+    said = mistake("summarize", *given, *(model if "-m" not in given else []), cwd=tmp_path)
+    assert said.startswith(f"ropewalk: {words}")
     assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
 
 
