@@ -17,7 +17,6 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import psutil
 from llama_cpp.llama import LlamaState as StockState
 
 from ..container import freq_scale, read_header
@@ -30,6 +29,7 @@ from .interrupt import Interruptible
 from .loading import check_context, key_turning_layout, resolve_schedule
 from .losses import Logits, Scored
 from .rope import BandChange, RopeHook, Turn, plan_turns
+from .threads import default_threads
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode takes so long that Ctrl-C should abort it
 
@@ -52,7 +52,7 @@ class Llama(llama_cpp.Llama):
         flash_attn: None = where the cache is quantised (without fast_prefill, where its V is).
         fast_prefill: with flash attention, compute long prompts' attention and products ourselves (see `fast`); the
             environment's ROPEWALK_FAST_PREFILL=0 turns it off, too.
-        threads default to the machine's physical cores.
+        threads default to the physical cores that this process may use.
 
     Attributes:
         plan: the `MemoryPlan` it was loaded by.
@@ -112,7 +112,6 @@ class Llama(llama_cpp.Llama):
         self.band = self._schedule.bands[0]
         self._proved = not hooked
         self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)
-        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
         log.listen()
         try:
@@ -122,8 +121,8 @@ class Llama(llama_cpp.Llama):
                     n_ctx=self._asked_ctx,
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
-                    n_threads=n_threads or cores,
-                    n_threads_batch=n_threads_batch or cores,
+                    n_threads=n_threads or default_threads(),
+                    n_threads_batch=n_threads_batch or default_threads(),
                     logits_all=logits_all,
                     flash_attn=self.plan.flash_attn,
                     type_k=memory.ggml_type(self.plan.type_k),

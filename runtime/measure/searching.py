@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import psutil
 
 from ...container import read_header, schedule_of
 from ...errors import UserError
@@ -40,6 +39,7 @@ from ..llama import Llama
 from ..losses import Losses
 from ..memory import check_kv_type
 from ..results import model_digest
+from ..threads import default_threads
 from .evaluator_spec import EvaluatorSpec, Kind
 from .evaluators import EvaluatorRecipe, faster, make_evaluator
 from .held_out import Verdict, verdict
@@ -247,7 +247,7 @@ def _search_band(
         base=space.band(space.seed("yarn")),
         window=window if plan.settings.screening.allowed else 0,
         kv=plan.kv,
-        threads=plan.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // plan.workers),
+        threads=plan.threads or max(1, default_threads() // plan.workers),
     )
     kind, speeds = _choose(plan, spec)
     on_event(Searching(space.context, kind, speeds))

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 
 from ...container import read_header
 from ...errors import UserError
 from ...factors import Band, RopeFacts
+from ..threads import default_threads
 from .layers import CHUNK_BYTES, Decoder, Targets, Text
 from .rope import RopeTable
 from .weights import Weights, free_memory, load_weights
@@ -70,7 +70,7 @@ def load_torch_model(
 ) -> TorchModel:
     """Read the model at `path` into `dtype` on `device`.
 
-    `threads` is how many torch uses in this model's calls (default: the machine's physical cores).
+    `threads` is how many torch uses in this model's calls (default: the physical cores that this process may use).
 
     Raises:
         UserError: not a GGUF, a model that is not covered (see `weights`), no such device, or weights of more
@@ -82,8 +82,7 @@ def load_torch_model(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return TorchModel(load_weights(header, place, dtype, max_bytes), threads or cores)
+    return TorchModel(load_weights(header, place, dtype, max_bytes), threads or default_threads())
 
 
 class TorchModel:

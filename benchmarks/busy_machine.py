@@ -1,0 +1,68 @@
+"""Speed of writing beside other busy processes, by how the engine's threads wait for each other.
+
+    python benchmarks/busy_machine.py [--model FILE.gguf] [--tokens 32] [--busy 0,2] [--rounds 3]
+
+A wait of libgomp's own length (`default`) keeps a core busy that another thread of the same model needs; ours is short
+(runtime/threads.py). Each reading is a process of its own, since libgomp decides as it is loaded; interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from models import bundled_model, text
+
+WAITS = {"default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+
+
+def read_speed(model: str, n_tokens: int) -> None:
+    import ropewalk
+
+    llm = ropewalk.Llama(model, n_ctx=512, verbose=False)
+    llm.eval(llm.tokenize(text(None)[:1000].encode()))
+    llm._sampler = llm._init_sampler(temp=0.0)
+    for n in (4, n_tokens):
+        started = time.perf_counter()
+        for _ in range(n):
+            llm.eval([llm.sample(temp=0)])
+    print(n_tokens / (time.perf_counter() - started))
+
+
+def speed(model: Path, n_tokens: int, wait: str) -> float:
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, __file__, "--read", str(model), "--tokens", str(n_tokens)]
+    return float(subprocess.check_output(command, env=environment | WAITS[wait], text=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--busy", default="0,2", help="how many busy processes beside it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--read", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read:
+        return read_speed(args.read, args.tokens)
+    model = args.model or bundled_model()
+    print(f"{'busy beside it':16}" + "".join(f"{wait:>12}" for wait in WAITS))
+    for n_busy in map(int, args.busy.split(",")):
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+        try:
+            rounds = [[speed(model, args.tokens, wait) for wait in WAITS] for _ in range(args.rounds)]
+        finally:
+            for other in others:
+                other.kill()
+        medians = map(statistics.median, zip(*rounds, strict=True))
+        print(f"{n_busy:<16}" + "".join(f"{each:10.1f}/s" for each in medians), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

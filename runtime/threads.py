@@ -1,0 +1,25 @@
+"""How many threads compute, and how they wait for each other. Imported before llama_cpp and torch are.
+
+llama.cpp's threads meet after each operation of its graph, some thousand times a token. libgomp, which both engines are
+built with on Linux, lets a thread that waits there keep its core busy for milliseconds, even where the one it waits for
+needs that very core: beside two busy processes on two cores, SmolLM2-135M wrote 5 tokens/s instead of 100. With a short
+wait of that kind, and sleep after it, it writes as fast as ever on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+# Microseconds, in which most threads have come; it is what libgomp takes where it knows that threads outnumber cores.
+SPINS = "1000"
+
+if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both once, when it is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def default_threads() -> int:
+    """The machine's physical cores, and no more than this process may run on (taskset, containers)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, allowed or 1)
