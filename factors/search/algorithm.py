@@ -48,7 +48,7 @@ class Ask:
         candidates: whom to score.
         rivals: those scored before that they are up against.
         places: how many of candidates and rivals matter to the algorithm; a candidate may be dropped once it is
-            unlikely to be one.
+            unlikely to be one. 0: each is up against the rivals alone, whatever the other candidates are.
         gradient: whether derivatives are wanted; then nobody is dropped.
     """
 

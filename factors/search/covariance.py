@@ -3,7 +3,7 @@
 The curve departs from the start's (YaRN's, or what the caller brought if that is better) by a line through a few knots,
 spread over the pairs that are searched; knots and attention factor are what CMA-ES (Hansen, arXiv 1604.00772; the
 package `cma`) moves. n̂ is no number to take means of: it is chosen by trying, once the curve stands. What the curve
-is too stiff for is found afterwards by stepping one pair at a time.
+is too stiff for is found afterwards by stepping single pairs.
 """
 
 from __future__ import annotations
@@ -88,26 +88,41 @@ def _population(settings: Covariance, n: int, left: float) -> int:
 
 
 def _pairs(space: Space, settings: Covariance, best: Score, left: float) -> Stage:
-    """One pair up or down, and whatever is better is kept; smaller steps when no pair gains any more."""
-    step, signs = settings.pair_step, np.ones(space.n_pairs - space.n_fixed)
+    """Single pairs up or down, and whatever is better is kept; smaller steps when no pair gains any more."""
+    step, n = settings.pair_step, space.n_pairs - space.n_fixed
+    moves = np.eye(n)
     while step >= settings.smallest_step and left >= 1:
         before = best
-        for i in range(len(signs)):
+        for first in range(0, n, settings.pairs_at_once):
+            pairs = list(range(first, min(first + settings.pairs_at_once, n)))
             for _ in range(2):
-                move = np.zeros(len(signs))
-                move[i] = signs[i] * step
-                candidate = space.moved(best.genes, move)
-                if candidate != best.genes:
-                    if left < 1:
-                        return best, left
-                    answer = yield Ask(f"pair {space.n_fixed + i}, {step:.1%}", (candidate,), (best.genes,))
-                    left = answer.left
-                    if best_of(answer.scores, best) is not best:
-                        best = answer.scores[0]
-                        break
-                signs[i] = -signs[i]
+                best, left, pairs = yield from _try_pairs(space, best, left, step, {i: step * moves[i] for i in pairs})
+                moves[pairs] = -moves[pairs]  # these have gained nothing
         step = step if best.loss < before.loss else step / 2
     return best, left
+
+
+def _try_pairs(
+    space: Space, best: Score, left: float, step: float, moves: dict[int, Array]
+) -> Generator[Ask, Answer, tuple[Score, float, list[int]]]:
+    """Each of the `moves` by itself, all at once for the workers' sake; then those that gain, together.
+
+    Returns the best score, how many candidates are left, and the pairs whose move has gained nothing.
+    """
+    asked = {i: space.moved(best.genes, move) for i, move in moves.items()}
+    asked = {i: genes for i, genes in asked.items() if genes != best.genes}
+    asked = dict(list(asked.items())[: int(left)])
+    if not asked:
+        return best, left, list(moves)
+    what = f"{step:.1%}, pair " + ", ".join(str(space.n_fixed + i) for i in asked)
+    answer = yield Ask(what, tuple(asked.values()), (best.genes,), places=0)
+    gains = [i for i, score in zip(asked, answer.scores, strict=True) if best_of([score], best) is not best]
+    found, left = best_of(answer.scores, best), answer.left
+    if len(gains) > 1 and left >= 1:
+        together = space.moved(best.genes, np.sum([moves[i] for i in gains], axis=0))
+        answer = yield Ask(f"{what} together", (together,), (found.genes,))
+        found, left = best_of(answer.scores, found), answer.left
+    return found, left, [i for i in moves if i not in gains]
 
 
 def _first(settings: Settings, space: Space) -> float:

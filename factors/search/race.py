@@ -34,7 +34,8 @@ def race(
         rivals: losses of those that have run before and hold the places, shape ``(rivals, documents)``.
         weights: how much each document counts.
         order: the documents in the order to read them; the rungs end after 1, 2, 4, 8, … of them.
-        places: how many of candidates and rivals count in the end; the last of these is what others must not be behind.
+        places: how many of candidates and rivals count in the end; the last of these is what others must not be behind;
+            0 where that is the best of the rivals, whatever the other candidates are.
     """
     losses = np.full((n_candidates, len(order)), np.nan)
     live: Indices = np.arange(n_candidates, dtype=np.intp)
@@ -57,18 +58,19 @@ def _rungs(n_documents: int) -> Iterator[tuple[int, int]]:
 
 def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: Racing) -> npt.NDArray[np.bool_]:
     """Which candidates are unlikely to be among the first `places`, by the documents seen so far."""
-    pool = np.concatenate([losses, rivals])
+    pool = np.concatenate([losses, rivals]) if places else rivals
     if len(pool) <= places:
         return np.zeros(len(losses), dtype=bool)
     weights = weights / weights.sum()
     means = pool @ weights
     ranking = np.argsort(means, kind="stable")
-    best, last = means[ranking[0]], means[ranking[places - 1]]
+    holder = ranking[max(places, 1) - 1]
+    best, last = means[ranking[0]], means[holder]
     if not np.isfinite(last):
         return np.zeros(len(losses), dtype=bool)
     n_seen = len(weights)
     with np.errstate(invalid="ignore"):
-        differences = losses - pool[ranking[places - 1]]
+        differences = losses - pool[holder]
         mean = differences @ weights
     if n_seen == 1:
         late = mean > racing.clear * (last - best)

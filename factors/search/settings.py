@@ -53,7 +53,7 @@ class Evolution:
 
 @dataclass(frozen=True)
 class Covariance:
-    """Of `cma`: a curve by a few knots first, then a pair at a time.
+    """Of `cma`: a curve by a few knots first, then single pairs.
 
     Attributes:
         knots: points of the curve of ln λ, spread evenly over the free pairs.
@@ -62,6 +62,7 @@ class Covariance:
         population: candidates a generation; by default by the budget and the number of knots.
         share: of the budget, for the curve; the rest is for the pairs.
         pair_step: first step of a single pair, in ln λ.
+        pairs_at_once: pairs that are tried at the same time, each by itself; as many workers have something to do.
         smallest_step: steps smaller than this end the search.
     """
 
@@ -71,6 +72,7 @@ class Covariance:
     population: int | None = None
     share: float = 0.7
     pair_step: float = 0.04
+    pairs_at_once: int = 4
     smallest_step: float = 0.002
 
 

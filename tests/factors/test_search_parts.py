@@ -288,6 +288,16 @@ def test_rivals_hold_places():
     assert not np.isnan(result[0]).any()
 
 
+def test_without_places_candidates_are_up_against_the_rivals_alone():
+    losses, incumbent = table(4, 8), table(1, 8, seed=0) + 0.03  # two are better, one is not, one is far behind
+    result, _ = run_race(losses, places=0, rivals=incumbent)
+    assert not np.isnan(result[:2]).any() and np.isnan(result[3]).any()
+    for alone in range(4):
+        result_alone, _ = run_race(losses[alone : alone + 1], rivals=incumbent)
+        assert np.isnan(result_alone).any() == np.isnan(result[alone]).any()
+    assert not np.isnan(run_race(losses, places=0)[0]).any()  # nobody to be behind
+
+
 def test_documents_without_weight_do_not_decide():
     losses = table(4, 8)
     misleading = losses.copy()
