@@ -1,4 +1,4 @@
-"""`cma`: the whole curve of λ first, by a few numbers, then a pair at a time.
+"""`cma`: the whole curve of λ first, by a few numbers, then single pairs.
 
 The curve departs from the start's (YaRN's, or what the caller brought if that is better) by a line through a few knots,
 spread over the pairs that are searched; knots and attention factor are what CMA-ES (Hansen, arXiv 1604.00772; the
