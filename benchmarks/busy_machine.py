@@ -1,9 +1,10 @@
 """Speed of writing beside other busy processes, by how the engine's threads wait for each other.
 
-    python benchmarks/busy_machine.py [--model FILE.gguf] [--tokens 32] [--busy 0,2] [--rounds 3]
+    python benchmarks/busy_machine.py [--model FILE.gguf] [--tokens 32] [--busy 0,1,2] [--rounds 3]
 
 A wait of libgomp's own length (`default`) keeps a core busy that another thread of the same model needs; ours is short
-(runtime/threads.py). Each reading is a process of its own, since libgomp decides as it is loaded; interleaved.
+(runtime/threads.py). What that costs differs from run to run, with where the system puts the threads. Each reading is
+a process of its own, since libgomp decides as it is loaded; interleaved.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from models import bundled_model, text
 
+BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(800, 800)\nwhile True: a @ a"
 WAITS = {"default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--busy", default="0,2", help="how many busy processes beside it")
+    parser.add_argument("--busy", default="0,1,2", help="how many busy processes beside it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--read", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,7 +55,7 @@ def main() -> None:
     model = args.model or bundled_model()
     print(f"{'busy beside it':16}" + "".join(f"{wait:>12}" for wait in WAITS))
     for n_busy in map(int, args.busy.split(",")):
-        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n_busy)]
         try:
             rounds = [[speed(model, args.tokens, wait) for wait in WAITS] for _ in range(args.rounds)]
         finally:

@@ -2,8 +2,9 @@
 
 llama.cpp's threads meet after each operation of its graph, some thousand times a token. libgomp, which both engines are
 built with on Linux, lets a thread that waits there keep its core busy for milliseconds, even where the one it waits for
-needs that very core: beside two busy processes on two cores, SmolLM2-135M wrote 5 tokens/s instead of 100. With a short
-wait of that kind, and sleep after it, it writes as fast as ever on a quiet machine.
+needs that very core: on two cores, beside one process that multiplies matrices, SmolLM2-135M wrote 4 tokens/s instead
+of 25, and beside a search by two workers not one (`benchmarks/busy_machine.py`). With a short wait of that kind, and
+sleep after it, it writes as fast as ever on a quiet machine.
 """
 
 from __future__ import annotations
