@@ -42,6 +42,19 @@ def speed(model: Path, n_tokens: int, wait: str) -> float:
     return float(subprocess.check_output(command, env=environment | WAITS[wait], text=True))
 
 
+def compare(model: Path, n_tokens: int, busy: list[int], n_rounds: int) -> None:
+    print(f"{'busy beside it':16}" + "".join(f"{wait:>12}" for wait in WAITS))
+    for n_busy in busy:
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n_busy)]
+        try:
+            rounds = [[speed(model, n_tokens, wait) for wait in WAITS] for _ in range(n_rounds)]
+        finally:
+            for other in others:
+                other.kill()
+        medians = map(statistics.median, zip(*rounds, strict=True))
+        print(f"{n_busy:<16}" + "".join(f"{each:10.1f}/s" for each in medians), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
@@ -51,19 +64,9 @@ def main() -> None:
     parser.add_argument("--read", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
-        return read_speed(args.read, args.tokens)
-    model = args.model or bundled_model()
-    print(f"{'busy beside it':16}" + "".join(f"{wait:>12}" for wait in WAITS))
-    for n_busy in map(int, args.busy.split(",")):
-        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n_busy)]
-        try:
-            rounds = [[speed(model, args.tokens, wait) for wait in WAITS] for _ in range(args.rounds)]
-        finally:
-            for other in others:
-                other.kill()
-        medians = map(statistics.median, zip(*rounds, strict=True))
-        print(f"{n_busy:<16}" + "".join(f"{each:10.1f}/s" for each in medians), flush=True)
-    return None
+        read_speed(args.read, args.tokens)
+    else:
+        compare(args.model or bundled_model(), args.tokens, [int(n) for n in args.busy.split(",")], args.rounds)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 A real model and a short extension. What is evaluated is cheap, so that some 1,344 evaluations (64 + 40 x 32, arXiv
 2402.13753, appendix A) take about an hour: the last `window` tokens of one stretch of each text, over a cache that is
 read once and whose keys are turned to each candidate. All algorithms minimise that same number, from the same start.
-The others get `share` of the evaluations, of which a gradient counts four; gradients need torch. Killed, it goes on
-where it was: evaluations are kept in `folder`, and the curves are drawn in `folder`/curves.png.
+The others get `share` of the evaluations, of which a gradient counts four; gradients need torch. The minutes of the
+first have the workers' reading of the texts in them, some five; the others find it done. Killed, it goes on where it
+was: evaluations are kept in `folder`, and the curves are drawn in `folder`/curves.png.
 """
 
 from __future__ import annotations

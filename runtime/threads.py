@@ -13,7 +13,8 @@ import os
 
 import psutil
 
-# Microseconds, in which most threads have come; it is what libgomp takes where it knows that threads outnumber cores.
+# Turns of its waiting loop: some microseconds, in which most threads have come. It is libgomp's own number where it
+# knows that threads outnumber cores.
 SPINS = "1000"
 
 if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both once, when it is loaded

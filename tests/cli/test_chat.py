@@ -65,10 +65,10 @@ def test_one_question_from_a_pipe(pipe: Pipe) -> None:
         (b"hello", ["--max-tokens", "0"], "Invalid value for '--max-tokens'"),
     ],
 )
-def test_mistakes_in_a_pipe(pipe: Pipe, stdin: bytes, arguments: list[str], words: str) -> None:
-    done = pipe(stdin, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"ropewalk: {words}") and done.stderr.count("\n") == 1
+def test_mistakes_in_a_pipe(
+    mistake: Callable[..., str], smollm2: Path, stdin: bytes, arguments: list[str], words: str
+) -> None:
+    assert mistake("chat", smollm2, *FAST, *arguments, stdin=stdin).startswith(f"ropewalk: {words}")
 
 
 def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:
@@ -97,11 +97,12 @@ def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) 
         (["--prompt-cache", "p", "--prompt-cache-size", "0"], "--prompt-cache-size: '0'"),
     ],
 )
-def test_mistakes_about_the_prompt_cache(pipe: Pipe, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_mistakes_about_the_prompt_cache(
+    mistake: Callable[..., str], smollm2: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     (tmp_path / "file").write_text("mine")
-    done = pipe(b"hello", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"ropewalk: {words}") and done.stderr.count("\n") == 1
+    said = mistake("chat", smollm2, *FAST, *arguments, cwd=tmp_path, stdin=b"hello")
+    assert said.startswith(f"ropewalk: {words}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
