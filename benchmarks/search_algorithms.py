@@ -34,9 +34,9 @@ from ropewalk.factors.search import (
     Task,
     search,
 )
-from ropewalk.runtime.measure.evaluator_spec import EvaluatorSpec
 from ropewalk.runtime.measure.evaluators import make_evaluator
-from ropewalk.runtime.measure.probes import Text, make_probes
+from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
+from ropewalk.runtime.measure.passages import Text, make_probes
 
 PAPER = 64 + 40 * 32
 BEFORE = 4  # the start and three closed forms are evaluated before an algorithm begins

@@ -17,9 +17,9 @@ import ropewalk
 from models import bundled_model, text
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors.search import Processes, Space, Task
-from ropewalk.runtime.measure.evaluator_spec import EvaluatorSpec
 from ropewalk.runtime.measure.evaluators import EvaluatorRecipe
-from ropewalk.runtime.measure.probes import Text, make_probes
+from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
+from ropewalk.runtime.measure.passages import Text, make_probes
 
 
 def seconds(engine: Processes, tasks: list[Task]) -> float:

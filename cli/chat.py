@@ -15,8 +15,8 @@ from .reading_bar import ReadingBar
 
 if TYPE_CHECKING:
     from ..runtime import Llama
-    from ..runtime.answer import Answer, Sampling
-    from ..runtime.conversation import Conversation
+    from ..runtime.chat.answer import Answer, Sampling
+    from ..runtime.chat.conversation import Conversation
 
 
 def chat(
@@ -51,8 +51,8 @@ def chat(
     options = LoadOptions(context=context, kv=kv, schedule=schedule, threads=threads)
     folder = open_folder(prompt_cache, prompt_cache_size)
 
-    from ..runtime.answer import Sampling
-    from ..runtime.conversation import Conversation
+    from ..runtime.chat.answer import Sampling
+    from ..runtime.chat.conversation import Conversation
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temp, seed=seed)
     if piped:

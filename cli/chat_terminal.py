@@ -17,8 +17,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..runtime.answer import Answer, ContextFull, Sampling
-from ..runtime.conversation import Conversation
+from ..runtime.chat.answer import Answer, ContextFull, Sampling
+from ..runtime.chat.conversation import Conversation
 from .chat_prompt import Command, prompt_session, saved_names, saved_place, typed_path, without_echo
 from .documents import DocumentError, read_document
 from .reading_bar import ReadingBar

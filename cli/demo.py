@@ -166,9 +166,9 @@ def _show_readings(before: Reading, after: Reading, hidden: HiddenKey, trained: 
 
 
 def _summarise(llm: Llama, hidden: HiddenKey) -> None:
-    from ..runtime.answer import Answer, Sampling
-    from ..runtime.summary import PROMPT
-    from ..runtime.template import ChatTemplate, Message
+    from ..runtime.chat.answer import Answer, Sampling
+    from ..runtime.chat.summary import PROMPT
+    from ..runtime.chat.template import ChatTemplate, Message
 
     prompt = ChatTemplate(llm).tokens([Message("user", f"{hidden.body}\n\n{PROMPT}")])
     answer = Answer(llm, prompt, Sampling(max_tokens=SUMMARY_TOKENS))

@@ -16,8 +16,8 @@ from .terminal import Advance, out, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
-    from ..runtime.measure.evaluation import Difference, Page, Reading
-    from ..runtime.measure.probes import Text
+    from ..runtime.measure.passages import Text
+    from ..runtime.measure.readings import Difference, Page, Reading
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
@@ -104,7 +104,7 @@ class _Plan:
     seed: int
 
     def band(self, context: int, method: str) -> Band:
-        from ..runtime.measure.evaluation import band_by_method
+        from ..runtime.measure.readings import band_by_method
 
         return band_by_method(method, context, self.native, self.own)
 
@@ -155,7 +155,7 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
     Raises:
         UserError: what is named is not there, or is no text.
     """
-    from ..runtime.measure.probes import Text
+    from ..runtime.measure.passages import Text
     from .documents import find_files, read_document
 
     if not named and more:
@@ -175,8 +175,8 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
 
 def _read_all(path: Path, plan: _Plan, texts: list[Text], kv: str, threads: int | None, output: Path | None) -> Found:
     """Every page under every method, shortest contexts first; what `output` holds already is not read again."""
-    from ..runtime.measure.evaluation import Readings, pages, read_page, reader, reading_key
-    from ..runtime.results import model_digest
+    from ..container import model_digest
+    from ..runtime.measure.readings import Readings, pages, read_page, reader, reading_key
 
     found: Found = {}
     digest = model_digest(path)
@@ -206,7 +206,7 @@ def _about(context: int, method: str, page: Page) -> dict[str, Any]:
 
 def _against_yarn(found: Found, context: int, method: str, original: int) -> Difference | None:
     """A method compared with YaRN on the same pages, past the original context where there is a past."""
-    from ..runtime.measure.evaluation import compared
+    from ..runtime.measure.readings import compared
 
     if method == "yarn" or (context, "yarn") not in found:
         return None

@@ -102,7 +102,7 @@ def check_picture_place(path: Path) -> None:
     Raises:
         UserError: another kind of picture, a folder, or in a folder that does not exist.
     """
-    from ..append_log import check_place
+    from ..files import check_place
 
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot: {str(path)!r}, expected a name that ends in .png")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..runtime.measure.evaluation import Page, Reading
+    from ..runtime.measure.readings import Page, Reading
 
 SMOOTH = 8
 """Bins of a reading whose losses are drawn as one point."""
@@ -40,7 +40,7 @@ def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
 
 
 def _draw_curves(axes: Axes, chosen: dict[str, list[tuple[Page, Reading]]], context: int, original: int) -> None:
-    from ..runtime.measure.evaluation import BIN
+    from ..runtime.measure.readings import BIN
 
     for method, readings in chosen.items():
         shortest = min(len(reading.losses) for _, reading in readings)

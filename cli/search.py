@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..factors import Schedule
     from ..factors.search import Budget
     from ..runtime.measure.held_out import Verdict
-    from ..runtime.measure.searching import FoundBand, SearchPlan
+    from ..runtime.measure.search_schedule import FoundBand, SearchPlan
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
@@ -88,7 +88,7 @@ def search(
     A run that was stopped goes on where it was, with the same result. Then: ropewalk convert MODEL OUT.gguf
     --schedule S.json
     """
-    from ..runtime.measure.searching import SearchPlan, default_contexts, search_schedule
+    from ..runtime.measure.search_schedule import SearchPlan, default_contexts, search_schedule
     from .evaluate import numbers_of, texts_of
     from .model import searched_model
     from .picture import check_picture_place
@@ -182,8 +182,8 @@ def parse_budget(text: str) -> Budget:
 
 def _check_output(path: Path) -> None:
     """A search takes long: where its schedule cannot go is told before."""
-    from ..append_log import check_place
     from ..factors import read_schedule
+    from ..files import check_place
 
     check_place(path)
     if path.exists():

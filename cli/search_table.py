@@ -12,7 +12,7 @@ from rich.table import Table
 from .terminal import err
 
 if TYPE_CHECKING:
-    from ..runtime.measure.searching import SearchEvent
+    from ..runtime.measure.search_schedule import SearchEvent
 
 
 class SearchTable:
@@ -40,7 +40,7 @@ class SearchTable:
     def take(self, event: SearchEvent) -> None:
         """Show one event."""
         from ..factors.search import Note, Progress
-        from ..runtime.measure.searching import Judging, Searching
+        from ..runtime.measure.search_schedule import Judging, Searching
 
         if isinstance(event, Searching):
             self._context = event.context

@@ -17,8 +17,8 @@ from .prompt_cache import DEFAULT_SIZE, CacheFolder, CacheSize, open_cache, open
 
 if TYPE_CHECKING:
     from ..runtime import Llama
-    from ..runtime.results import Results, StandardOutput
-    from ..runtime.summary import Summarizer, Summary
+    from ..runtime.chat.results import Results, StandardOutput
+    from ..runtime.chat.summary import Summarizer, Summary
     from .documents import Document
 
 RECORD_VERSION = 1  # raise it when the same settings would give other summaries than before
@@ -56,7 +56,7 @@ def summarize(
     longer than the context is split at paragraphs, and the parts' summaries are summarised together.
     Exit code 1: some documents could not be summarised; their lines say why.
     """
-    from ..runtime.summary import PROMPT, SummarySettings
+    from ..runtime.chat.summary import PROMPT, SummarySettings
     from .documents import find_files
     from .model import LoadOptions, load_model, model_path
 
@@ -72,7 +72,7 @@ def summarize(
         with _stopping(job, results):
             unread = _survey(job, results)
             if unread:
-                from ..runtime.summary import Summarizer
+                from ..runtime.chat.summary import Summarizer
 
                 llm = load_model(source, options)
                 _work(job, unread, results, llm, Summarizer(llm, settings, open_cache(llm, folder)))
@@ -95,15 +95,16 @@ class _Job:
 
 
 def _open_output(output: Path, force: bool) -> Results | StandardOutput:
-    from ..runtime.results import Results, StandardOutput
+    from ..runtime.chat.results import Results, StandardOutput
 
     return StandardOutput() if str(output) == "-" else Results(output, force=force)
 
 
 def _digest(source: Path, options: Any, settings: Any) -> str:
     """A name for all that a summary depends on beside its text; threads and the place of the model are not of it."""
+    from ..container import model_digest
     from ..factors import read_schedule
-    from ..runtime.results import model_digest, settings_digest
+    from ..runtime.chat.results import settings_digest
 
     schedule = read_schedule(options.schedule).model_dump(mode="json") if options.schedule else None
     return settings_digest(

@@ -6,6 +6,7 @@ from .architectures import (
     has_rope,
     takes_native_factors,
 )
+from .digest import model_digest
 from .facts import freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
 from .parts import model_parts
@@ -26,6 +27,7 @@ __all__ = [
     "embedded_schedule",
     "freq_scale",
     "has_rope",
+    "model_digest",
     "model_parts",
     "native_schedule",
     "plain_context",

@@ -3,7 +3,7 @@
 from .checkpoint import checkpoint_folder, is_checkpoint
 from .embed import embed_schedule
 from .from_checkpoint import convert_checkpoint
-from .model import convert_model
+from .from_gguf import convert_model
 from .plan import EXISTING, Plan, plan_extension, plan_given
 from .requantise import WEIGHT_TYPES, quantised_types
 from .split import in_parts, parse_size, split_model

@@ -28,10 +28,10 @@ from ..container import (
 )
 from ..container.facts import FREQS, LONG, SHORT
 from ..container.values import F32, STRING, U32, encode
+from ..container.writer import Advance, Chunks, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from .output import check_space, output_file
-from .writer import Advance, Chunks, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 
 FOLDED_KEYS = (
     "rope.scale_linear",

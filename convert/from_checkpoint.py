@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 
 from ..container import Header, Value, read_header, schedule_values
 from ..container.reader import DEFAULT_ALIGNMENT
+from ..container.writer import Advance, MetadataSource, TensorSource, gguf_bytes, write_gguf, write_gguf_head
 from ..factors import Schedule
 from .checkpoint import Architecture, Checkpoint, Config, architecture_of, open_checkpoint, read_config
 from .checkpoint.metadata import model_values
@@ -23,11 +24,10 @@ from .checkpoint.quantise import quantised, tensor_bytes
 from .checkpoint.rope import rope_tensors
 from .checkpoint.tensors import Planned, first_matrix_type, plan_tensors
 from .embed import encoded, write_embedded
-from .model import Bar, no_bar
+from .from_gguf import Bar, no_bar
 from .output import check_space, output_file
 from .requantise import check_weight_type, requantise
 from .tokeniser import tokeniser_values
-from .writer import Advance, MetadataSource, TensorSource, gguf_bytes, write_gguf, write_gguf_head
 
 STREAMED = {
     "f32": GGMLQuantizationType.F32,

@@ -19,9 +19,9 @@ from gguf import GGMLQuantizationType
 
 from ..container import GGUFError, Header, read_header
 from ..container.reader import DEFAULT_ALIGNMENT
+from ..container.writer import Advance
 from ..errors import UserError
 from .output import check_space
-from .writer import Advance
 
 WEIGHT_TYPES = {
     "f32": "ALL_F32",

@@ -12,11 +12,11 @@ from typing import BinaryIO
 from gguf import GGUFValueType
 
 from ..container import GGUFError, Header, Tensor, Value, read_header
+from ..container.writer import Advance, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 from ..errors import UserError
 from .embed import check_source, encoded
-from .model import Bar, no_bar
+from .from_gguf import Bar, no_bar
 from .output import check_space, output_file
-from .writer import Advance, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 MAX_PARTS = 65535  # counted in 16 bits, and named in five digits

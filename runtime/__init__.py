@@ -1,8 +1,8 @@
 """llama-cpp-python made long: rope callback, band switching, KV cache, memory, evaluation."""
 
 from . import threads as threads  # first: it says how the engines are loaded
+from .graph.rope import BandChange
 from .llama import Llama
 from .memory import KV_TYPES, MemoryPlan, choose_kv, plan_memory
-from .rope import BandChange
 
 __all__ = ["KV_TYPES", "BandChange", "Llama", "MemoryPlan", "choose_kv", "plan_memory"]

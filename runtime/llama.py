@@ -23,12 +23,12 @@ from ..container import freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
-from .fast import FastNodes, switched_off
-from .graph import GraphHook, Handler
+from .graph.fast import FastNodes, switched_off
+from .graph.hook import GraphHook, Handler
+from .graph.rope import BandChange, RopeHook, Turn, plan_turns
 from .interrupt import Interruptible
 from .loading import check_context, key_turning_layout, resolve_schedule
 from .losses import Logits, Scored
-from .rope import BandChange, RopeHook, Turn, plan_turns
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # from so many tokens on, a decode takes so long that Ctrl-C should abort it

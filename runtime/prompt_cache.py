@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import llama_cpp
 import numpy as np
 
+from ..container import model_digest
 from ..errors import UserError
 from . import session
 from .loading import ROPE_OPTIONS
 from .memory import available_memory
-from .results import model_digest
 
 if TYPE_CHECKING:
     from .llama import Llama

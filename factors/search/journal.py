@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ...append_log import append_line, is_torn, open_locked
 from ...errors import UserError
+from ...files import append_line, is_torn, open_locked
 from .protocol import Fidelity, Result, Task
 from .space import band_key
 

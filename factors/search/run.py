@@ -17,9 +17,9 @@ import numpy as np
 from ...errors import UserError
 from ..schedule import Band, Provenance
 from .algorithm import Algorithm, Answer, Ask, Score, Start
-from .covariance import CMA
-from .descent import GRADIENT
+from .cma import CMA
 from .evolution import EVOLUTION
+from .gradient import GRADIENT
 from .journal import Entry, Journal, digest_of, entry_of
 from .protocol import Array, Engine, Fidelity, Result, Task
 from .race import Indices, race

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..losses import Losses
-from .probes import Probe
+from .passages import Probe
 
 BLOCK = 128
 """Tokens that follow each other and are drawn together: neighbours' losses are not independent."""

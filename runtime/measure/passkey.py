@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from ...errors import UserError
 from ...factors import Schedule
-from ..answer import piece
-from ..template import ChatTemplate, Message
+from ..chat.answer import piece
+from ..chat.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
     from ..llama import Llama

@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     import resource
 
     from ropewalk.errors import UserError
-    from ropewalk.runtime.results import Results
+    from ropewalk.runtime.chat.results import Results
 
     def record(name: str) -> dict[str, str]:
         return {"id": name, "digest": "d", "settings": "s", "summary": "x" * 3000}
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 def test_a_killed_runs_lock_is_gone(tmp_path: Path) -> None:
     from ropewalk.errors import UserError
-    from ropewalk.runtime.results import Results
+    from ropewalk.runtime.chat.results import Results
 
     path = tmp_path / "out.jsonl"
     with path.open("w") as holder:

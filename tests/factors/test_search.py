@@ -99,7 +99,7 @@ def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
 def test_a_descent_ends_when_hardly_anything_is_gained(monkeypatch):
     steps = Descent(steps=200)
     ended, reader, _ = run("gradient", 5000, descent=steps)
-    monkeypatch.setattr("ropewalk.factors.search.descent.WORTH_GOING_ON", 0)
+    monkeypatch.setattr("ropewalk.factors.search.gradient.WORTH_GOING_ON", 0)
     whole, all_, _ = run("gradient", 5000, descent=steps)
     assert len(reader.asked) < len(all_.asked)
     assert ended.loss - whole.loss < 0.1 * (ended.yarn - whole.loss)

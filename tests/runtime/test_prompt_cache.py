@@ -20,10 +20,10 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.errors import UserError
 from ropewalk.factors import extend
 from ropewalk.runtime import Llama, session
-from ropewalk.runtime.answer import Answer, Sampling
-from ropewalk.runtime.conversation import Conversation
+from ropewalk.runtime.chat.answer import Answer, Sampling
+from ropewalk.runtime.chat.conversation import Conversation
+from ropewalk.runtime.chat.summary import Summarizer, Summary, SummarySettings
 from ropewalk.runtime.prompt_cache import PromptCache, PromptFolder
-from ropewalk.runtime.summary import Summarizer, Summary, SummarySettings
 
 GIB = 1 << 30
 TOKENS = np.random.default_rng(0).integers(3, 90, 3000).tolist()

@@ -13,10 +13,10 @@ from ropewalk.convert import convert_model
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
 from ropewalk.runtime.measure import llama_evaluator
-from ropewalk.runtime.measure.evaluator_spec import EvaluatorSpec
 from ropewalk.runtime.measure.evaluators import faster, make_evaluator
-from ropewalk.runtime.measure.probes import Text, make_probes
-from ropewalk.runtime.torch_reader import weights
+from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
+from ropewalk.runtime.measure.passages import Text, make_probes
+from ropewalk.runtime.measure.torch_reader import weights
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 CONTEXT = 384

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ropewalk.runtime.measure.held_out import draw_blocks, middle, verdict
-from ropewalk.runtime.measure.probes import Part, Probe
+from ropewalk.runtime.measure.passages import Part, Probe
 
 
 def interval(differences, weights, seed=0):

@@ -1,0 +1,42 @@
+"""What tells one model from another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from .parts import model_parts
+from .reader import read_header
+
+WHOLE_DIGEST_BYTES = 256 << 20
+SAMPLE_BYTES, SAMPLE_EVERY = 4096, 1 << 20
+
+
+def model_digest(path: str | os.PathLike[str]) -> str:
+    """What tells one model from another, in one file or several.
+
+    All of a file up to 256 MiB; of a larger one its size, its first 16 MiB (the head) and a page in every MiB, which
+    reaches into every large tensor: another fine-tune or quantisation differs in all of them.
+
+    Raises:
+        UserError: a file cannot be read, or is no GGUF.
+    """
+    digest = hashlib.sha256()
+    for part in model_parts(read_header(path)):
+        try:
+            _add(part.path, digest)
+        except OSError as error:
+            raise UserError(f"{part.path}: cannot read the model: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+def _add(path: Path, digest: hashlib._Hash) -> None:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        whole = size if size <= WHOLE_DIGEST_BYTES else 16 << 20
+        for start in range(0, size, SAMPLE_EVERY):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_EVERY if start < whole else SAMPLE_BYTES))

@@ -1,0 +1,1 @@
+"""Text in, text out: chat template, answer, conversation, summary, and the results of a batch."""

@@ -1,0 +1,137 @@
+"""Messages → the tokens in which a model was taught to read them.
+
+The model's own chat template does the wording; a model without one gets plain `User:` and `Assistant:` lines. What
+the messages say can never pass for the template's control tokens: a document that contains `<|im_end|>` is read as
+those characters. The same messages give the same tokens on any day, so that a cached prefix stays one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING, Any, Literal
+
+import llama_cpp
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role != 'system' %}{{ message.role | capitalize }}: {% endif %}{{ message.content }}\n\n"
+    "{% endfor %}Assistant:"
+)
+PLAIN_STOPS = ("\nUser:", "\nAssistant:")
+
+CUT = "\ufdd0"  # a code point that no text may contain: marks where a control token's spelling is cut in two
+
+EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C is heard between them
+
+CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatTemplate:
+    """How one model wants messages worded.
+
+    Args:
+        llm: the model; its template, vocabulary and tokenizer are used.
+        today: the date that templates which name one are given.
+
+    Attributes:
+        stops: texts that end an answer, beside the model's own end tokens.
+    """
+
+    def __init__(self, llm: Llama, today: date | None = None) -> None:
+        self._llm = llm
+        self._today = today or date.today()
+        template = llm.metadata.get("tokenizer.chat_template")
+        self.stops: tuple[str, ...] = () if template else PLAIN_STOPS
+        self._formatter = Jinja2ChatFormatter(
+            template=template or PLAIN_TEMPLATE, eos_token=self._text(llm.token_eos()), bos_token=self._bos
+        )
+        self._formatter.strftime_now = self._today.strftime
+        self._control = _spellings(llm)
+
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks the model for the message after these.
+
+        Raises:
+            UserError: the model's template does not take such messages.
+        """
+        guarded = [
+            {"role": message.role, "content": self._control.sub(_cut, message.content.replace(CUT, ""))}
+            for message in messages
+        ]
+        pieces = self._render(guarded).split(CUT)
+        tokens = [
+            token
+            for piece in pieces
+            for token in self._llm.tokenize(piece.encode("utf-8", "replace"), add_bos=False, special=True)
+        ]
+        bos = self._llm.token_bos()
+        if self._llm._model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    def opening(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens that stay the same whatever is appended, as a new paragraph, to the last message."""
+        *before, last = messages
+        first, second = (
+            self.tokens([*before, Message(last.role, f"{last.content}\n\n{word}")]) for word in ("What", "In")
+        )
+        return first[: self._llm.longest_token_prefix(first, second)]
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self._format(messages)
+        except Exception as error:  # a template is the model file's own program, and may raise anything
+            if len(messages) > 1 and messages[0]["role"] == "system":  # some know no system message
+                system, first, *rest = messages
+                return self._render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+            raise UserError(f"{self._llm.model_path}: its chat template fails: {error}") from None
+
+    def _format(self, messages: list[dict[str, str]]) -> str:
+        # A model that can think aloud is asked not to: what it thinks would be taken for the answer.
+        return str(self._formatter(messages=messages, enable_thinking=False).prompt)
+
+    @property
+    def _bos(self) -> str:
+        return self._text(self._llm.token_bos())
+
+    def _text(self, token: int) -> str:
+        return "" if token == -1 else str(self._llm._model.token_get_text(token))
+
+
+def count_tokens(llm: Llama, text: str) -> int:
+    """Tokens of `text` by itself; of a very long one, the sum over its pieces."""
+    pieces = (text[i : i + EXACT_CHARACTERS] for i in range(0, len(text), EXACT_CHARACTERS))
+    return sum(len(llm.tokenize(piece.encode("utf-8", "replace"), add_bos=False, special=False)) for piece in pieces)
+
+
+def _spellings(llm: Llama) -> re.Pattern[str]:
+    """What finds the spelling of a control token in a text."""
+    vocab = llm._model.vocab
+    texts = {
+        llama_cpp.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+        for token in range(llm.n_vocab())
+        if llama_cpp.llama_vocab_get_attr(vocab, token) & CONTROL
+    }
+    longest_first: list[Any] = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or r"(?!)")
+
+
+def _cut(found: re.Match[str]) -> str:
+    return f"{found[0][0]}{CUT}{found[0][1:]}"

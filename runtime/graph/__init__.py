@@ -1,0 +1,1 @@
+"""llama.cpp's graph, seen and set: what nodes read, and nodes that are computed here."""

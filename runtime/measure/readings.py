@@ -1,0 +1,263 @@
+"""How well a model reads long texts in one band: perplexity by position, and whether it finds a hidden key.
+
+Both come of one reading: the key stands in the text whose tokens are scored, and is asked for at its end. A reading is
+small data, so that many of them, over methods, contexts and texts, can be kept as lines of JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...container import read_header, trained_schedule
+from ...errors import UserError
+from ...factors import METHODS, Band, Schedule, extend
+from ...files import append_line, close_log, is_torn, open_locked
+from ..llama import Llama
+from ..losses import Losses
+from .held_out import BLOCK, draw_blocks, middle
+from .passages import DEPTHS, Text, cut
+from .passkey import HiddenKey, plant_key
+
+VERSION = 1  # raise it when the same page would be read to other numbers than before
+
+BIN = 64
+"""Tokens whose losses are kept as one mean."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One stretch of a text with a key hidden in it, `depth` of the way through."""
+
+    name: str
+    depth: float
+    hidden: HiddenKey
+    begin: tuple[int, ...]
+    """What the model wants before any text."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.begin, *self.hidden.tokens]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of a page.
+
+    Attributes:
+        losses: mean loss (nats) of each `BIN` tokens of the text from its second on, the last of what is left.
+        n_scored: tokens of the text that were scored.
+        key_loss: mean loss on the key's digits.
+        key_found: whether it names the key when asked.
+    """
+
+    losses: tuple[float, ...]
+    n_scored: int
+    key_loss: float
+    key_found: bool
+    said: str
+    seconds: float
+
+    def mean(self, start: int = 0, stop: int | None = None) -> float:
+        """Mean loss of the text's tokens at positions from `start` to `stop`, borders widened to whole bins."""
+        losses, shares = self.bins(start, stop)
+        return float(losses @ shares)
+
+    def bins(self, start: int = 0, stop: int | None = None) -> tuple[Losses, Losses]:
+        """The losses of that range's bins, and how much each counts: its share of the tokens."""
+        sizes = np.full(len(self.losses), float(BIN))
+        sizes[-1] = self.n_scored - BIN * (len(sizes) - 1)
+        first = min(start // BIN, len(sizes) - 1)
+        within = slice(first, None if stop is None else max(first + 1, -(-stop // BIN)))
+        return np.array(self.losses[within]), sizes[within] / sizes[within].sum()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss (nats a token) in one band less that in another on the same pages, and where it lies with 95 %."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def compared(ours: Sequence[Reading], theirs: Sequence[Reading], start: int = 0) -> Difference:
+    """Of the tokens at positions from `start` on; by a bootstrap over blocks of neighbours within each page."""
+    pairs = [(a.bins(start), b.bins(start)) for a, b in zip(ours, theirs, strict=True)]
+    differences, shares = [a - b for (a, _), (b, _) in pairs], [shares for (_, shares), _ in pairs]
+    low, high = middle(draw_blocks(differences, shares, block=BLOCK // BIN))
+    means = [d @ w for d, w in zip(differences, shares, strict=True)]
+    return Difference(float(np.mean(means)), low, high)
+
+
+def pages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int = 0) -> list[Page]:
+    """`count` pages of `context` tokens, keys in turn at each of `DEPTHS`.
+
+    Raises:
+        UserError: the texts are too short; says how much is missing.
+    """
+    chance = random.Random(seed)
+    begin = llm.tokenize(b"", add_bos=True)
+    made: list[Page] = []
+    for name, words in cut(llm, texts, context - len(begin), count):
+        depth = DEPTHS[len(made) % len(DEPTHS)]
+        hidden = plant_key(llm, words, str(chance.randrange(10_000, 100_000)), depth)
+        made.append(Page(name, depth, hidden, tuple(begin)))
+    return made
+
+
+def band_by_method(method: str, context: int, native: Schedule, own: Schedule | None) -> Band:
+    """The band that `method` (none, schedule, or a closed form's name) reads `context` tokens in.
+
+    `native` is what the model was trained with; closed forms leave it as it is up to its own context.
+
+    Raises:
+        UserError: no such method, no schedule, or one too short.
+    """
+    if method == "schedule":
+        if own is None:
+            raise UserError("method schedule: the model carries none and none was given")
+        return own.bands[own.band_index(context)]
+    if method != "none" and method not in METHODS:
+        raise UserError(f"method: {method!r}, expected none, schedule, {', '.join(METHODS)}")
+    if method == "none" or context <= native.context:
+        band = native.bands[native.band_index(min(context, native.context))]
+        return band.model_copy(update={"context": max(context, band.context)})
+    return extend(native, context, method, contexts=[context]).bands[-1]
+
+
+def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None) -> Llama:
+    """A model loaded to read pages of up to `n_ctx` tokens, in whatever band.
+
+    Raises:
+        UserError: as `Llama`.
+    """
+    native = trained_schedule(read_header(path))
+    band = native.bands[-1].model_copy(update={"context": max(n_ctx, native.context)})
+    return Llama(
+        path,
+        schedule=Schedule(facts=native.facts, bands=(band,)),
+        n_ctx=n_ctx,
+        kv=kv,
+        flash_attn=True,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+
+
+def read_page(llm: Llama, page: Page, band: Band) -> Reading:
+    """Read a page from its first token in `band`, score its text, and ask for the key.
+
+    Raises:
+        UserError: the page does not fit.
+    """
+    started = time.perf_counter()
+    tokens, n_digits = page.tokens, len(page.hidden.digits)
+    end = len(page.begin) + len(page.hidden.text)
+    band = band.model_copy(update={"context": max(band.context, len(tokens))})
+    llm.reset()
+    llm.set_schedule(Schedule(facts=llm.schedule.facts, bands=(band,)))
+    first = max(len(page.begin), 1)
+    losses = llm.token_losses(tokens, targets=[*range(first, end), *range(len(tokens) - n_digits, len(tokens))])
+    text, digits = losses[:-n_digits], losses[-n_digits:]
+    said = _asked(llm, tokens[:-n_digits], n_digits + 2)
+    return Reading(
+        losses=tuple(float(text[at : at + BIN].mean()) for at in range(0, len(text), BIN)),
+        n_scored=len(text),
+        key_loss=float(digits.mean()),
+        key_found=said.startswith(page.hidden.key),
+        said=said,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _asked(llm: Llama, tokens: list[int], most: int) -> str:
+    """What the model goes on with, the likeliest token each time."""
+    said: list[int] = []
+    for token in llm.generate(tokens, temp=0.0, repeat_penalty=1.0, top_k=1):
+        said.append(token)
+        if len(said) >= most or token == llm.token_eos() or len(tokens) + len(said) >= llm.n_ctx():
+            break
+    return str(llm.detokenize(said).decode(errors="ignore")).strip()
+
+
+class Readings:
+    """Readings kept in a file of JSON lines (None = nowhere), whatever runs they are of: none is done twice.
+
+    Raises:
+        UserError: a file that is something else, cannot be written, or is being written by another run.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[str, Reading] = {}
+        if path is None:
+            return
+        self._fd = open_locked(path)
+        try:
+            os.ftruncate(self._fd, self._take_in())
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_in(self) -> int:
+        """Read what is there; bytes up to the end of the last whole line."""
+        end = 0
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                    self._known[record["key"]] = _reading(record["reading"])
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    if is_torn(line, BEGINNING):
+                        return end
+                    raise UserError(f"{self.path}: line {number} is no reading of ropewalk eval") from None
+                if not line.endswith(b"\n"):
+                    return end
+                end += len(line)
+        return end
+
+    def find(self, key: str) -> Reading | None:
+        return self._known.get(key)
+
+    def add(self, key: str, about: dict[str, Any], reading: Reading) -> Reading:
+        """Put one on the disk, and give it back; `about` says for people what it is of."""
+        self._known[key] = reading
+        if self.path is not None:
+            record = {"key": key, "about": about, "reading": asdict(reading)}
+            append_line(self._fd, self.path, json.dumps(record).encode() + b"\n")
+        return reading
+
+    def close(self) -> None:
+        if self.path is not None:
+            close_log(self._fd, self.path)
+
+
+BEGINNING = b'{"key": '
+
+
+def reading_key(model: str, kv_type: str, band: Band, page: Page) -> str:
+    """A name for all that a reading depends on; `model` is the file's digest."""
+    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens"})
+    return hashlib.sha256(repr((VERSION, BIN, model, kv_type, facts, page.tokens)).encode()).hexdigest()[:24]
+
+
+def _reading(data: dict[str, Any]) -> Reading:
+    """Of decoded JSON; a TypeError or ValueError if it is none."""
+    losses = tuple(float(loss) for loss in data.pop("losses"))
+    reading = Reading(losses=losses, **data)
+    if len(losses) != -(-int(reading.n_scored) // BIN) or not math.isfinite(math.fsum((*losses, reading.key_loss))):
+        raise ValueError("not the numbers of a reading")
+    return reading

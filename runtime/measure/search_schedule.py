@@ -1,0 +1,391 @@
+"""A model's schedule found by search: band after band, each judged on texts that the search never saw.
+
+Everything that is found out on the way lies in one folder (`SearchPlan.folder`): a journal of evaluations for each
+band, and the held-out readings. A search that was killed goes on from there and ends with the same schedule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ...container import model_digest, read_header, schedule_of
+from ...errors import UserError
+from ...factors import Band, Schedule, doubling_contexts
+from ...factors.search import (
+    Budget,
+    Engine,
+    Event,
+    InProcess,
+    Note,
+    Outcome,
+    Processes,
+    Screening,
+    Settings,
+    Space,
+    band_key,
+    carried,
+    search,
+)
+from ..llama import Llama
+from ..losses import Losses
+from ..memory import check_kv_type
+from ..threads import default_threads
+from .evaluators import EvaluatorRecipe, faster, make_evaluator
+from .evaluators.spec import EvaluatorSpec, Kind
+from .held_out import Verdict, verdict
+from .passages import Probe, Text, digest, make_probes, split_texts
+
+if TYPE_CHECKING:
+    from .evaluators.llama import LlamaEvaluator
+    from .evaluators.torch import TorchEvaluator
+
+DOCUMENTS, HELD_DOCUMENTS = 3, 2  # stretches of text for each band, where the texts hold as many
+
+LATER = 1.3
+"""How much more a token at a probe's end costs to read than one on average: it sees more."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is to be searched, and with what.
+
+    Attributes:
+        model: a GGUF file; bands go beyond the last one that it carries.
+        texts: some to search on, others to judge by (`split_texts`).
+        contexts: of the bands, rising.
+        documents, held_documents: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
+            as many as the texts hold, and as the time allows if neither is given.
+        settings: its budget is for all bands together; a time includes the judging.
+        evaluator: llama, torch, or auto = the faster one here.
+        engine: local = this process, or several if `workers` says so; ray = a cluster.
+        readjust: search the model's own band as well, at its own context, as for a model that was fine-tuned.
+        folder: where what is found out is kept.
+    """
+
+    model: Path
+    texts: tuple[Text, ...]
+    contexts: tuple[int, ...]
+    folder: Path
+    settings: Settings = field(default_factory=lambda: Settings(screening=Screening(allowed=True)))
+    objective: str = "tail"
+    documents: int | None = None
+    held_documents: int | None = None
+    window: int = 1024
+    kv: str = "f16"
+    evaluator: Literal["auto", "llama", "torch"] = "auto"
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 1
+    threads: int | None = None
+    ray_address: str | None = None
+    readjust: bool = False
+
+
+@dataclass(frozen=True)
+class FoundBand:
+    """One band of the result."""
+
+    outcome: Outcome
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Judging:
+    """An event: held-out readings, `done` of `total`."""
+
+    context: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Searching:
+    """An event: a search begins, of the band for `context`."""
+
+    context: int
+    evaluator: Kind
+    speeds: dict[Kind, float]
+
+
+SearchEvent = Event | Judging | Searching
+
+
+def search_schedule(
+    plan: SearchPlan, on_event: Callable[[SearchEvent], None] = lambda event: None
+) -> tuple[Schedule, tuple[FoundBand, ...]]:
+    """Search each band in turn, each started from the one before; the whole schedule, and how each was found.
+
+    Raises:
+        UserError: texts too short, a model without RoPE, a journal of another search, a budget too small, …; what was
+            found out so far is kept.
+    """
+    base = schedule_of(read_header(plan.model))
+    _check(plan, base)
+    contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
+    plan = replace(plan, texts=_long_enough(plan, contexts[-1], on_event))
+    # Too short a text is told first of all, and how much the longest band misses.
+    works = [_work_on(plan, base, context, contexts) for context in reversed(contexts)][::-1]
+    _make_folder(plan.folder)
+    bands, found = list(base.bands), []
+    start: tuple[Space, Band] | None = None
+    correlation: float | None = None
+    for work in works:
+        outcome, kind = _search_band(plan, work, start, correlation, on_event)
+        found.append(FoundBand(outcome, _judge(plan, work, outcome, _judge_kind(kind), on_event)))
+        if work.space.context > base.context:
+            bands.append(outcome.band)
+            start, correlation = (work.space, outcome.band), outcome.correlation
+        elif outcome.beats_yarn:  # or else the model's own stays as it is
+            bands[-1] = outcome.band
+    return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
+
+
+def default_contexts(model: Path, context: int) -> tuple[int, ...]:
+    """Bands up to `context`: each for twice as much as the one before.
+
+    Raises:
+        UserError: the model holds as much already, or has no RoPE.
+    """
+    base = schedule_of(read_header(model))
+    if context <= base.context:
+        raise UserError(f"context: {context:,}, expected more than the {base.context:,} that the model holds already")
+    return tuple(doubling_contexts(base.context, context))
+
+
+def _check(plan: SearchPlan, base: Schedule) -> None:
+    rising = all(a < b for a, b in zip(plan.contexts, plan.contexts[1:], strict=False))
+    if not plan.contexts or not rising or plan.contexts[0] <= base.context:
+        named = ", ".join(map(str, plan.contexts)) or "none"
+        raise UserError(f"contexts: {named}, expected rising numbers above the {base.context:,} that the model holds")
+    if check_kv_type(plan.kv) == "auto":
+        raise UserError("kv: 'auto', expected a type by name: what is measured must not depend on the memory left over")
+    if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
+        raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
+
+
+def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent], None]) -> tuple[Text, ...]:
+    """The texts that hold the longest context; all, if none does, for the error to say so."""
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
+        long = [text for text in plan.texts if len(words.tokenize(text.text.encode(), add_bos=True)) >= context]
+    if len(long) in (0, len(plan.texts)):
+        return plan.texts
+    on_event(
+        Note(f"{len(plan.texts) - len(long)} of {len(plan.texts)} texts are shorter than {context:,} tokens: not used")
+    )
+    return tuple(long)
+
+
+def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
+    """A band's part of the budget: evaluations evenly, time by what a reading costs."""
+    total = sum(n**1.5 for n in contexts)
+    return Budget(
+        evaluations=None if budget.evaluations is None else budget.evaluations / len(contexts),
+        seconds=None if budget.seconds is None else budget.seconds * context**1.5 / total,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One band to be searched: where, by what, for how long, on which texts, and by which to judge."""
+
+    space: Space
+    objective: str
+    budget: Budget
+    probes: tuple[Probe, ...]
+    held: tuple[Probe, ...]
+
+
+def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[int]) -> _Work:
+    """Cut the texts for one band.
+
+    Raises:
+        UserError: they are too short.
+    """
+    original, seed = base.facts.original_context, plan.settings.seed
+    objective = plan.objective if context > original else "all"
+
+    def make(texts: Sequence[Text], count: int | None, most: int) -> tuple[Probe, ...]:
+        for n in [count] if count else range(most, 1, -1):
+            try:
+                return make_probes(words, texts, context, n, objective, original, seed)
+            except UserError:
+                if count:
+                    raise
+        return make_probes(words, texts, context, 1, objective, original, seed)
+
+    searched, held = split_texts(plan.texts, seed)
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
+        return _Work(
+            space=Space(base.facts, base.bands[-1], context),
+            objective=objective,
+            budget=_share(plan.settings.budget, context, contexts),
+            probes=make(searched, plan.documents, DOCUMENTS),
+            held=make(held, plan.held_documents, HELD_DOCUMENTS),
+        )
+
+
+def _search_band(
+    plan: SearchPlan,
+    work: _Work,
+    start: tuple[Space, Band] | None,
+    correlation: float | None,
+    on_event: Callable[[SearchEvent], None],
+) -> tuple[Outcome, Kind]:
+    space, probes, window = work.space, work.probes, _window(plan, work.space)
+    spec = EvaluatorSpec(
+        model=str(plan.model),
+        probes=probes,
+        base=space.band(space.seed("yarn")),
+        window=window if plan.settings.screening.allowed else 0,
+        kv=plan.kv,
+        threads=plan.threads or max(1, default_threads() // plan.workers),
+    )
+    kind, speeds = _choose(plan, spec)
+    on_event(Searching(space.context, kind, speeds))
+    spec = replace(spec, kind=kind)
+    settings = replace(
+        plan.settings,
+        budget=work.budget,
+        screen_cost=round(LATER * window / len(probes[0].tokens), 3),
+        objective=work.objective,
+        held_documents=len(work.held),
+        fewer_documents=plan.documents is None and plan.held_documents is None,
+    )
+    seeds = [carried(start[0], start[1], space)] if start else []
+    journal = plan.folder / f"{space.context}.journal"
+    with _engine(plan, spec) as engine:
+        outcome = search(engine, space, settings, journal, seeds, on_event, correlation)
+    found = outcome.band.found.model_copy(update={"data_digest": digest(probes[: outcome.documents])})
+    return replace(outcome, band=outcome.band.model_copy(update={"found": found})), kind
+
+
+def _window(plan: SearchPlan, space: Space) -> int:
+    """Screening reads at most a quarter of what lies beyond the band before (of all, where that is the band)."""
+    beyond = space.context - space.onto.context or space.context
+    return max(64, min(plan.window, beyond // 4))
+
+
+def _choose(plan: SearchPlan, spec: EvaluatorSpec) -> tuple[Kind, dict[Kind, float]]:
+    """The evaluator to use; what `auto` has measured once holds for the whole search, killed and resumed or not."""
+    if plan.settings.algorithm == "gradient":
+        return "torch", {}
+    if plan.evaluator != "auto":
+        return plan.evaluator, {}
+    kept, model = plan.folder / "evaluator", model_digest(plan.model)
+    known = kept.read_text().split() if kept.is_file() else []
+    if known in (["llama", model], ["torch", model]):
+        return ("torch" if known[0] == "torch" else "llama"), {}
+    kind, speeds = faster(spec)
+    _put(kept, f"{kind} {model}\n".encode())
+    return kind, speeds
+
+
+@contextmanager
+def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
+    if plan.engine == "ray":
+        from ...factors.search.on_ray import Ray
+
+        with Ray(EvaluatorRecipe(spec), plan.workers, plan.ray_address) as cluster:
+            yield cluster
+    elif plan.workers > 1:
+        with Processes(EvaluatorRecipe(spec), plan.workers) as processes:
+            yield processes
+    else:
+        with InProcess(make_evaluator(spec)) as here:
+            yield here
+
+
+def _judge_kind(searched: Kind) -> Kind:
+    """llama.cpp judges, as it will run the band; but where torch has searched on a GPU, it judges, too."""
+    if searched == "torch":
+        import torch
+
+        return "torch" if torch.cuda.is_available() else "llama"
+    return "llama"
+
+
+def _judge(
+    plan: SearchPlan, work: _Work, outcome: Outcome, kind: Kind, on_event: Callable[[SearchEvent], None]
+) -> Verdict:
+    """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder.
+
+    Where the time was too short to search on all documents, no more of them judge than were searched on.
+    """
+    space, band = work.space, outcome.band
+    probes = work.held if outcome.documents == len(work.probes) else work.held[: outcome.documents]
+    yarn = space.band(space.seed("yarn"))
+    spec = EvaluatorSpec(str(plan.model), probes, yarn, kind, window=0, kv=plan.kv, threads=plan.threads)
+    kept = _Kept(plan.folder, spec)
+    losses: list[tuple[Losses, Losses]] = []
+    for i in range(len(probes)):
+        ours = kept.losses(band, i)
+        on_event(Judging(space.context, 2 * i + 1, 2 * len(probes)))
+        theirs = ours if band_key(band) == band_key(yarn) else kept.losses(yarn, i)
+        on_event(Judging(space.context, 2 * i + 2, 2 * len(probes)))
+        losses.append((ours, theirs))
+    kept.close()
+    return verdict(losses, probes, work.objective, plan.settings.seed)
+
+
+class _Kept:
+    """An evaluator that is made when it is needed, and whose readings are kept in a folder."""
+
+    def __init__(self, folder: Path, spec: EvaluatorSpec) -> None:
+        self._folder, self._spec, self._key = folder, spec, spec.key
+        self._evaluator: LlamaEvaluator | TorchEvaluator | None = None
+
+    def losses(self, band: Band, document: int) -> Losses:
+        name = hashlib.sha256(repr((self._key, band_key(band), document)).encode()).hexdigest()[:16]
+        path = self._folder / f"held-out-{name}.npy"
+        known = _load(path, len(self._spec.probes[document].targets))
+        if known is not None:
+            return known
+        if self._evaluator is None:
+            self._evaluator = make_evaluator(self._spec)
+        losses = self._evaluator.losses(band, document)
+        data = io.BytesIO()
+        np.save(data, losses)
+        _put(path, data.getvalue())
+        return losses
+
+    def close(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator.close()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot keep there what is found out: {error.strerror or error}") from None
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def _load(path: Path, n: int) -> Losses | None:
+    """A reading that was kept; None if there is none, or no whole one."""
+    try:
+        losses = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    good = losses.shape == (n,) and losses.dtype == np.float64 and bool(np.isfinite(losses).all())
+    return losses if good else None

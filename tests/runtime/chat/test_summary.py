@@ -1,0 +1,179 @@
+"""Splitting and combining: any text, any size; and the output file that nothing can tear."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ropewalk.container import model_digest
+from ropewalk.convert.split import split_model
+from ropewalk.errors import UserError
+from ropewalk.runtime import Llama
+from ropewalk.runtime.chat.results import Results
+from ropewalk.runtime.chat.summary import Summarizer, SummarySettings, split
+
+BRIDGE = (
+    "The town council met on Tuesday to discuss the new bridge over the river Wend. Engineers warned that the old"
+    " bridge, built in 1911, would not survive another winter flood."
+)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def characters(text: str) -> int:
+    return len(text)
+
+
+def test_a_text_that_fits_stays_whole() -> None:
+    assert split("one two\n\nthree", 3, words) == ["one two\n\nthree"]
+    assert split("", 3, words) == [""]
+
+
+def test_cut_at_paragraphs_into_parts_of_like_size() -> None:
+    paragraphs = [f"paragraph {i} has six words here.\n\n" for i in range(10)]
+    parts = split("".join(paragraphs), 50, words)
+    assert parts == ["".join(paragraphs[:5]), "".join(paragraphs[5:])]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a b\nc d\ne f", ["a b\n", "c d\n", "e f"]),
+        ("One two. Six ten? No go!", ["One two. ", "Six ten? ", "No go!"]),
+        ("a b c d", ["a b ", "c d"]),
+        ("a b\n \n\nc d", ["a b\n \n\n", "c d"]),
+    ],
+)
+def test_cut_at_what_there_is(text: str, parts: list[str]) -> None:
+    assert split(text, 2, words) == parts
+
+
+@pytest.mark.parametrize("count", [words, characters])
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_is_lost_and_every_part_fits(count: Callable[[str], int], seed: int) -> None:
+    chance = random.Random(seed)
+    text = "".join(chance.choice(["a", "bc", " ", ". ", "\n", "\n\n", "é", "。", "x" * 40]) for _ in range(400))
+    capacity = chance.randint(1, 60)
+    parts = split(text, capacity, count)
+    assert "".join(parts) == text
+    assert all(part for part in parts)
+    assert max(map(count, parts)) <= capacity
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: Path) -> Iterator[Llama]:
+    llm = Llama(str(smollm2), n_ctx=400, n_threads=1, n_threads_batch=1, verbose=False)
+    yield llm
+    llm.close()
+
+
+def test_a_summary_depends_on_its_text_alone(llm: Llama) -> None:
+    summarizer = Summarizer(llm, SummarySettings(max_tokens=16))
+    first = summarizer.summarize(BRIDGE)
+    summarizer.summarize("Ann sold the farm to Bob in May.")
+    again = summarizer.summarize(BRIDGE)
+    assert first.text == again.text
+    assert first.parts == 1 and first.band_index == 0
+    assert first.n_tokens == len(llm.tokenize(BRIDGE.encode(), add_bos=False))
+    assert 1 <= first.written_tokens <= 16
+    assert first.read_tokens > first.n_tokens
+
+
+def test_parts_are_combined_until_one_is_left(llm: Llama) -> None:
+    text = "\n\n".join(f"{i}. {BRIDGE}" for i in range(16))
+    seen: list[tuple[int, int]] = []
+    summary = Summarizer(llm, SummarySettings(max_tokens=60)).summarize(text, lambda *progress: seen.append(progress))
+    assert summary.parts >= 2
+    assert summary.text
+    assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1]
+    assert summary.read_tokens > summary.n_tokens > 400
+
+
+def test_summaries_are_grouped_two_or_more_at_a_time(llm: Llama) -> None:
+    summarizer = Summarizer(llm)
+    texts = ["one two three four"] * 7
+    assert [group.count("one") for group in summarizer._groups(texts, 16)] == [3, 3, 1]
+    assert [group.count("one") for group in summarizer._groups(texts, 1)] == [2, 2, 2, 1]
+
+
+def test_a_context_that_is_too_small_is_refused(llm: Llama) -> None:
+    with pytest.raises(UserError, match=r"a context of 400 tokens is too small"):
+        Summarizer(llm, SummarySettings(prompt="word " * 300))
+
+
+def record(name: str, **more: Any) -> dict[str, Any]:
+    return {"id": name, "source": name, "digest": "d", "settings": "s", **(more or {"summary": name})}
+
+
+def lines(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 30, -1])
+def test_a_torn_line_is_mended_wherever_it_was_torn(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "out.jsonl"
+    with Results(path) as results:
+        results.append(record("a"))
+        whole = path.stat().st_size
+        results.append(record("b\udcffé"))  # a file name that is no UTF-8
+    raw = path.read_bytes()
+    path.write_bytes(raw[: whole + cut] if cut > 0 else raw[:-1])
+    with Results(path) as results:
+        assert results.take_done(("a", "d", "s")) and not results.take_done(("a", "d", "s"))
+        assert results.take_done(("b\udcffé", "d", "s")) == (cut < 0)  # all there but the newline
+        results.append(record("c"))
+    assert lines(path) == (["a", "c"] if cut > 0 else ["a", "b\udcffé", "c"])
+
+
+def test_errors_make_way_for_another_try(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with Results(path) as results:
+        for name in "abc":
+            results.append(record(name, error="bad") if name != "b" else record(name))
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    (tmp_path / ".out.jsonl.part").write_text("left by a killed run")
+    with Results(link) as results:
+        results.begin({"a"})
+        with pytest.raises(UserError, match="another run"):
+            Results(path)
+        results.append(record("a"))
+    assert lines(path) == ["b", "c", "a"]
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "link.jsonl"}
+
+
+@pytest.mark.parametrize("content", ["buy milk", "{}\n", '{"id": "a"}\n', "[1]\n", '{"id": 1, "summary": "x"}\n'])
+def test_another_files_content_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"line 1 is no result of ropewalk summarize"):
+        Results(path)
+    assert path.read_text() == content
+
+
+def test_an_output_that_got_nothing_is_removed(tmp_path: Path) -> None:
+    with Results(tmp_path / "out.jsonl"):
+        assert (tmp_path / "out.jsonl").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_differ_by_any_page_that_does(tiny_llama, tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "model.gguf")
+    first, raw = model_digest(path), path.read_bytes()
+    assert model_digest(path) == first
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert model_digest(path) != first
+
+
+def test_models_in_several_files_differ_by_any_of_them(tiny_llama, tmp_path: Path) -> None:
+    names = split_model(tiny_llama(tmp_path / "model.gguf"), tmp_path / "parts.gguf", 100_000)
+    first, raw = model_digest(names[0]), names[-1].read_bytes()
+    names[-1].write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert model_digest(names[0]) != first
