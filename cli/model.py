@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from ..errors import UserError
+from ..files import replacement
 from .terminal import progress
 
 if TYPE_CHECKING:
@@ -107,20 +108,18 @@ def bundled_long() -> Path:
         if found.st_size > facts.st_size and abs(found.st_mtime_ns - facts.st_mtime_ns) < COARSEST_CLOCK_NS:
             return target
     from ..container import read_header, schedule_of
-    from ..convert import embed_schedule
+    from ..convert import write_embedded
     from ..factors import extend, shipped_schedule
 
-    base = schedule_of(read_header(source))
+    header = read_header(source)
+    base = schedule_of(header)
     schedule = shipped_schedule(source.name, base.facts) or extend(base, TIMES_LONGER * base.context)
-    beside = folder / f".{os.getpid()}.{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with progress(f"Extending {source.stem} to {schedule.context:,} tokens", is_bytes=True) as advance:
-            embed_schedule(source, beside, schedule, force=True, on_progress=advance)
-        os.utime(beside, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
-        beside.replace(target)
+        doing = f"Extending {source.stem} to {schedule.context:,} tokens"
+        with progress(doing, is_bytes=True) as advance, replacement(target) as file:
+            write_embedded(header, schedule, Path(file.name), target, advance)
+            os.utime(file.fileno(), ns=(facts.st_mtime_ns, facts.st_mtime_ns))
     except OSError as error:
         raise UserError(f"{folder}: cannot keep the long model: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return target

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..files import check_place, replacement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,8 +102,6 @@ def check_picture_place(path: Path) -> None:
     Raises:
         UserError: another kind of picture, a folder, or in a folder that does not exist.
     """
-    from ..files import check_place
-
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot: {str(path)!r}, expected a name that ends in .png")
     check_place(path)
@@ -115,12 +113,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         UserError: the place cannot be written to.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            figure.savefig(part, format="png", dpi=150)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacement(path) as file:
+            figure.savefig(file, format="png", dpi=150)
     except OSError as error:
         raise UserError(f"{path}: cannot write the picture: {error.strerror or error}") from None

@@ -1,7 +1,7 @@
 """Models to GGUF files that carry a schedule: read, plan, embed, requantise; written whole or not at all."""
 
 from .checkpoint import checkpoint_folder, is_checkpoint
-from .embed import embed_schedule
+from .embed import embed_schedule, write_embedded
 from .from_checkpoint import convert_checkpoint
 from .from_gguf import convert_model
 from .plan import EXISTING, Plan, plan_extension, plan_given
@@ -23,4 +23,5 @@ __all__ = [
     "plan_given",
     "quantised_types",
     "split_model",
+    "write_embedded",
 ]

@@ -7,7 +7,6 @@ ends, so what a killed run left is known for a leftover and replaced.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import check_place, is_same, lock, sync_folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def output_file(target: str | os.PathLike[str], *, source: Path, force: bool = F
             be written to, another run is writing it, or the disk is full.
     """
     path = Path(target)
-    _check_place(path, source, force)
+    _check_output(path, source, force)
     output = Output(path, path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.scratch.part"))
     hold = _hold(output.part, path)
     try:
@@ -66,20 +66,15 @@ def check_space(target: Path, n_bytes: int) -> None:
         )
 
 
-def _check_place(target: Path, source: Path, force: bool) -> None:
+def _check_output(target: Path, source: Path, force: bool) -> None:
     try:
         if target.exists() and target.samefile(source):
             raise UserError(f"{target}: the output is the input itself, expected another file")
-        if target.is_dir():
-            raise UserError(f"{target}: is a folder, expected the name of a file")
-        if target.exists() and not target.is_file():
-            raise UserError(f"{target}: is not a regular file")
-        if os.path.lexists(target) and not force:
-            raise UserError(f"{target}: exists already (--force replaces it)")
-        if not target.parent.is_dir():
-            raise UserError(f"{target.parent}: no such folder, expected one to put {target.name} into")
     except OSError as error:
         raise UserError(f"{target}: cannot write: {error.strerror or error}") from None
+    check_place(target)
+    if os.path.lexists(target) and not force:
+        raise UserError(f"{target}: exists already (--force replaces it)")
 
 
 def _hold(part: Path, target: Path) -> int:
@@ -91,10 +86,10 @@ def _hold(part: Path, target: Path) -> int:
             raise UserError(f"{target}: cannot write: {error.strerror or error}") from None
         try:
             with suppress(FileNotFoundError):
-                _lock(hold, target)
-                ours = os.fstat(hold)
-                if os.path.samestat(ours, part.stat()):
-                    if ours.st_size == 0:
+                if not lock(hold):
+                    raise UserError(f"{target}: another run is writing it")
+                if is_same(hold, part):
+                    if os.fstat(hold).st_size == 0:
                         return hold
                     part.unlink()  # a killed run's; its child may still hold it open, so begin with a new one
             os.close(hold)
@@ -106,19 +101,10 @@ def _hold(part: Path, target: Path) -> int:
 def _drop(output: Output, hold: int) -> None:
     """Let go of the claim, and of what is left of it: once `part` has its final name, that name is another run's."""
     with suppress(OSError):
-        if os.path.samestat(os.fstat(hold), output.part.stat()):
+        if is_same(hold, output.part):
             output.scratch.unlink(missing_ok=True)
             output.part.unlink()
     os.close(hold)
-
-
-def _lock(hold: int, target: Path) -> None:
-    try:
-        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{target}: another run is writing it") from None
-    except OSError:
-        return  # a file system without locks: the last run to finish wins, each output still whole
 
 
 def _publish(output: Output, force: bool) -> None:
@@ -128,12 +114,7 @@ def _publish(output: Output, force: bool) -> None:
         output.part.replace(output.target)
     else:
         _link(output)
-    with suppress(OSError):  # not every file system can make a folder durable
-        folder = os.open(output.target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(output.target.parent)
 
 
 def _link(output: Output) -> None:

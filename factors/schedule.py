@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
+from ..files import write_file
 
 FORMAT_VERSION = 1
 
@@ -230,13 +231,7 @@ def write_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     Raises:
         ScheduleError: the place cannot be written to.
     """
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        try:
-            part.write_text(schedule.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_file(path, (schedule.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise ScheduleError(f"{path}: cannot write the schedule: {error.strerror or error}") from None

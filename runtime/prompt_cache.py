@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 from ..container import model_digest
 from ..errors import UserError
+from ..files import remove_dead_part
 from . import session
 from .loading import ROPE_OPTIONS
 from .memory import available_memory
@@ -41,8 +41,7 @@ LOADED_FOR_ONE_READ = 16
 """Tokens loaded in the time of reading one, at the least: whether a long file pays for a short beginning."""
 
 ENTRY = re.compile(r"prompt-[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
-PART = re.compile(rf"\.{ENTRY.pattern}\.[0-9a-f]{{8}}\.part")
-DEAD_AFTER_S = 24 * 3600.0  # a part that nobody has written to for so long, where locks do not tell
+PART = re.compile(rf"\.{ENTRY.pattern}\.[0-9a-f]{{16}}\.part")
 
 
 class PromptFolder:
@@ -100,10 +99,7 @@ class PromptFolder:
         """What killed runs have left half-written; a run that lives holds a lock on its own."""
         for path in self.path.iterdir():
             if PART.fullmatch(path.name):
-                with suppress(OSError), path.open("r+b") as file:
-                    if os.fstat(file.fileno()).st_mtime > time.time() - DEAD_AFTER_S:
-                        session.lock(file)
-                    path.unlink()
+                remove_dead_part(path)
 
 
 class PromptCache:

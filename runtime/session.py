@@ -11,11 +11,10 @@ import ctypes
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -24,11 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..factors import Band, RopeFacts, Schedule, check_matches
-
-try:
-    import fcntl
-except ImportError:  # Windows: a file that is open cannot be removed there, which serves as well as a lock
-    fcntl = None  # type: ignore[assignment]
+from ..files import replacement
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -57,21 +52,11 @@ def save(llm: Llama, path: str | os.PathLike[str], *, sync: bool = True) -> None
         UserError: the place cannot be written to; what was there before stays.
     """
     tokens, state = _tokens_of(llm), state_of(llm)
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        try:
-            with part.open("xb") as file:
-                with suppress(OSError):  # some file systems know no locks
-                    lock(file)
-                _write(file, _head(llm, len(tokens), state.nbytes, _digest(tokens, state)), tokens, state)
-                if sync:
-                    os.fsync(file.fileno())
-                if fcntl is None:
-                    file.close()
-                part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacement(path, private=True, sync=sync) as file:
+            file.write(_head(llm, len(tokens), state.nbytes, _digest(tokens, state)))
+            for piece in _pieces(tokens, state):
+                file.write(piece)
     except OSError as error:
         raise UserError(f"{path}: cannot write the session: {error.strerror or error}") from None
 
@@ -80,16 +65,6 @@ def size(llm: Llama) -> int:
     """Bytes of the file that `save` would write."""
     n_tokens, n_bytes = int(llm.n_tokens), _state_bytes(llm)
     return len(_head(llm, n_tokens, n_bytes, "0" * 64)) + 4 * n_tokens + n_bytes
-
-
-def lock(file: IO[bytes]) -> None:
-    """Mark a file as being written, until it is closed or this process ends.
-
-    Raises:
-        OSError: another process has marked it, or the file system knows no locks.
-    """
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def state_of(llm: Llama) -> State:
@@ -175,13 +150,6 @@ def _head(llm: Llama, n_tokens: int, n_bytes: int, digest: str) -> bytes:
     text = json.dumps({"__metadata__": facts, **tensors}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(file: IO[bytes], head: bytes, tokens: Tokens, state: State) -> None:
-    file.write(head)
-    for piece in _pieces(tokens, state):
-        file.write(piece)
-    file.flush()
 
 
 def _digest(tokens: Tokens, state: State) -> str:

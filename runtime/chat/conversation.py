@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...errors import UserError
+from ...files import write_file
 from ..prompt_cache import LEAST_TOKENS, PromptCache
 from .answer import Answer, ContextFull, Sampling
 from .template import EXACT_CHARACTERS, ChatTemplate, Message, count_tokens
@@ -157,17 +158,14 @@ class Conversation:
         folder = Path(folder)
         cache = f"cache-{secrets.token_hex(4)}.safetensors"
         record = _Record(cache=cache, digest=_digest(self.transcript), transcript=self.transcript)
-        part = folder / f".{RECORD}.part"
         try:
             _check_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 self.llm.save_session(folder / cache)
-                part.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-                part.replace(folder / RECORD)
+                write_file(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode(), private=True)
             except BaseException:
                 (folder / cache).unlink(missing_ok=True)
-                part.unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir()  # if it was made just now, and so is empty
                 raise

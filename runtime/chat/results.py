@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import UserError
-from ...files import append_line, close_log, is_torn, lock, open_locked, write
+from ...files import append_line, close_log, is_torn, open_locked, replacement, write_all
 
 BEGINNING = b'{"id": '
 """How every line begins; a torn one is told by it from another file's last line."""
@@ -46,13 +45,11 @@ class Results:
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
         self._target = Path(os.path.realpath(path))  # where a link leads is what is written, and replaced
-        self._part = self._target.with_name(f".{self._target.name}.part")
         self.done: Counter[Key] = Counter()
         self._force = force
         self._errors: set[str] = set()
         self._fd = open_locked(path)
         try:
-            self._part.unlink(missing_ok=True)  # of a run that was killed; ours alone, as we have the lock
             if not force:
                 self._mend(self._read())
         except BaseException:
@@ -124,29 +121,21 @@ class Results:
         end, newline_missing = found
         os.ftruncate(self._fd, end)
         if newline_missing:
-            write(self._fd, b"\n")
+            write_all(self._fd, b"\n")
 
     def _rewrite(self, wanted: Any) -> None:
         """Replace the file by one with the wanted records only, never without the lock."""
+        fd = -1
         try:
-            mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
-            fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
-            try:
-                lock(fd)
-                for line in self._lines():
-                    if wanted(json.loads(line)):
-                        write(fd, line)
-                os.fsync(fd)
-                self._part.replace(self._target)
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(self._fd)
-            self._fd = fd
+            with replacement(self._target) as file:
+                file.writelines(line for line in self._lines() if wanted(json.loads(line)))
+                fd = os.dup(file.fileno())  # the lock goes with it
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
-        finally:
-            self._part.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = fd
 
 
 class StandardOutput:
@@ -171,7 +160,7 @@ class StandardOutput:
         pass
 
     def append(self, record: dict[str, Any]) -> None:
-        write(STDOUT_FD, record_line(record))
+        write_all(STDOUT_FD, record_line(record))
 
 
 def record_line(record: dict[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from ...factors.search import (
     carried,
     search,
 )
+from ...files import write_file
 from ..llama import Llama
 from ..losses import Losses
 from ..memory import check_kv_type
@@ -370,13 +370,8 @@ def _make_folder(folder: Path) -> None:
 
 def _put(path: Path, data: bytes) -> None:
     """Write a small file, whole or not at all."""
-    part = path.with_suffix(".part")
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_file(path, data)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 

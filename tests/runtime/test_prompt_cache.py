@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ropewalk import files
 from ropewalk.container import native_schedule, read_header
 from ropewalk.errors import UserError
 from ropewalk.factors import extend
@@ -360,9 +361,9 @@ def test_killed_at_any_moment_leaves_nothing_that_hurts(load: Load, tiny: Path, 
 
 
 def test_a_part_of_a_living_run_stays(tmp_path: Path) -> None:
-    name = ".prompt-" + "-".join(["0" * 16] * 3) + ".safetensors.00000000.part"
+    name = ".prompt-" + "-".join(["0" * 16] * 3) + ".safetensors.0000000000000000.part"
     with (tmp_path / name).open("wb") as file:
-        session.lock(file)
+        files.lock(file.fileno())
         PromptFolder(tmp_path, GIB)
         assert names(tmp_path) == [name]
     PromptFolder(tmp_path, GIB)

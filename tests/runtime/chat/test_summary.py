@@ -138,7 +138,7 @@ def test_errors_make_way_for_another_try(tmp_path: Path) -> None:
             results.append(record(name, error="bad") if name != "b" else record(name))
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
-    (tmp_path / ".out.jsonl.part").write_text("left by a killed run")
+    (tmp_path / ".out.jsonl.0123456789abcdef.part").write_text("left by a killed run")
     with Results(link) as results:
         results.begin({"a"})
         with pytest.raises(UserError, match="another run"):
