@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 # Two processes of two threads share two cores here: a thread that waits should not keep a core busy with waiting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -18,19 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _load_tiny_models() -> Callable[..., Path]:
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make: Callable[..., Path] = module.tiny_llama
-    return make
-
-
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Path]:
     """Make a tiny model: ``tiny_llama(path, **options)``, see tiny_models.py."""
-    return _load_tiny_models()
+    return tiny_models.tiny_llama
 
 
 @pytest.fixture(scope="session")

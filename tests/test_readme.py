@@ -1,6 +1,5 @@
 """Every example in README.md is run, and does what is printed there."""
 
-import importlib
 import json
 import os
 import pydoc_data.topics
@@ -17,9 +16,7 @@ import torch
 import typer
 from ropewalk.cli.main import app
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent / "convert"))
-write_bpe = importlib.import_module("tiny_tokenisers").write_bpe
+from tiny_tokenisers import write_bpe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 NOT_HERE = ("make ", "pip ", "ropewalk demo")  # set-up, and what takes minutes

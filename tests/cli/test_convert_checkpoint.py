@@ -1,18 +1,14 @@
 """`ropewalk convert` on Hugging Face checkpoints: folders and names on the hub, and every mistake in one line."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
+import tiny_checkpoints as checkpoints
 from ropewalk.container import read_header, schedule_of
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "convert"))
-checkpoints = importlib.import_module("tiny_checkpoints")
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,13 +1,10 @@
 """What tests of conversion share: tiny Hugging Face checkpoints."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_checkpoints as checkpoints
 
-sys.path.insert(0, str(Path(__file__).parent))
-checkpoints = importlib.import_module("tiny_checkpoints")
 CASES = {case.name: case for case in checkpoints.CASES}
 
 

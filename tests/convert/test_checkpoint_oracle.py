@@ -6,21 +6,17 @@ What that converter made is in oracle.json (`make oracle` makes it anew); transf
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_digest as digest
 import numpy as np
 import pytest
 import ropewalk
+import tiny_checkpoints as checkpoints
 import torch
 from ropewalk.convert import convert_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-checkpoints = importlib.import_module("tiny_checkpoints")
-digest = importlib.import_module("gguf_digest")
 
 ORACLE = json.loads(Path(__file__).with_name("oracle.json").read_text(encoding="utf-8"))["files"]
 CASES = {case.name: case for case in checkpoints.CASES}

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import pytest
+import tiny_checkpoints as checkpoints
+import tiny_tokenisers as tokenisers
+import varied_text as varied
 from ropewalk.convert import convert_checkpoint
 from ropewalk.convert.tokeniser.pre_tokeniser import GPT2, GPT4O, LLAMA3, NAMES, QWEN2, SEED, TEKKEN
 from ropewalk.errors import UserError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-sys.path.insert(0, str(Path(__file__).parent))
-checkpoints = importlib.import_module("tiny_checkpoints")
-tokenisers = importlib.import_module("tiny_tokenisers")
-varied = importlib.import_module("varied_text")
 
 N_LINES = 10_000
 N_SLOW = 1_000  # llama.cpp cuts by some definitions at 20 kB/s

@@ -255,8 +255,7 @@ def test_spearman():
 
 
 RUN = """
-    import sys, time
-    sys.path.insert(0, {here!r})
+    import time
     from test_search import *
     from pathlib import Path
 
@@ -277,8 +276,9 @@ RUN = """
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
     def start(name):
         paths = {"log": str(tmp_path / f"{name}.log"), "journal": str(tmp_path / f"{name}.journal")}
-        code = textwrap.dedent(RUN).format(here=str(Path(__file__).parent), algorithm=algorithm, **paths)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        code = textwrap.dedent(RUN).format(algorithm=algorithm, **paths)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
 
     expected = start("whole").communicate()[0]
     chance = np.random.default_rng(0)

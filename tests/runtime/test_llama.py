@@ -14,7 +14,7 @@ import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule, extend, write_schedule, yarn, yarn_attention_factor
-from ropewalk.runtime import ggml
+from ropewalk.runtime.graph import ggml
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2}
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())

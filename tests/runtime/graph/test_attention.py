@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ropewalk
 import torch
-from ropewalk.runtime import attention, attention_jobs, ggml
+from ropewalk.runtime.graph import attention, attention_jobs, ggml
 from ropewalk.runtime.graph.attention import FastAttention
 from ropewalk.runtime.graph.attention_jobs import visible_spans
 from ropewalk.runtime.graph.takeover import NodeError, workers_are_ggmls

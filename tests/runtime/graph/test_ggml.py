@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from ropewalk.runtime import ggml
+from ropewalk.runtime.graph import ggml
 
 
 def test_the_installed_layout_is_proved():

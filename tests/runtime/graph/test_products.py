@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import ropewalk
-from ropewalk.runtime import ggml, products
+from ropewalk.runtime.graph import ggml, products
 from ropewalk.runtime.graph.products import FastProducts
 from ropewalk.runtime.graph.takeover import NodeError, workers_are_ggmls
 

@@ -8,7 +8,7 @@ import torch
 from gguf import GGUFReader
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, RopeFacts, Schedule, yarn, yarn_attention_factor
-from ropewalk.runtime import ggml
+from ropewalk.runtime.graph import ggml
 from ropewalk.runtime.graph.hook import GraphHook
 from ropewalk.runtime.graph.rope import STILL, RopeHook, plan_turns, turning_factors
 

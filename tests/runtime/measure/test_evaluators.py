@@ -12,8 +12,8 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import convert_model
 from ropewalk.factors import extend
 from ropewalk.factors.search.protocol import Task
-from ropewalk.runtime.measure import llama_evaluator
 from ropewalk.runtime.measure.evaluators import faster, make_evaluator
+from ropewalk.runtime.measure.evaluators import llama as llama_evaluator
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
 from ropewalk.runtime.measure.passages import Text, make_probes
 from ropewalk.runtime.measure.torch_reader import weights
