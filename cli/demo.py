@@ -16,7 +16,7 @@ from .terminal import out, progress, size
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..runtime import Llama
-    from ..runtime.measure.passkey import HiddenKey, Reading
+    from ..runtime.measure.passkey import HiddenKey, KeyReading
 
 KV_TYPE = "q8_0"
 SUMMARY_TOKENS = 80
@@ -116,7 +116,7 @@ def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
     return hidden
 
 
-def _read_twice(llm: Llama, hidden: HiddenKey, original: Schedule, extended: Schedule) -> tuple[Reading, Reading]:
+def _read_twice(llm: Llama, hidden: HiddenKey, original: Schedule, extended: Schedule) -> tuple[KeyReading, KeyReading]:
     """As the model came and as it is extended; what both share, up to the original context, is read once."""
     from ..factors import Schedule
     from ..runtime.measure.passkey import read
@@ -140,7 +140,7 @@ def _reading(llm: Llama, label: str) -> Iterator[None]:
     llm.on_progress = None
 
 
-def _show_readings(before: Reading, after: Reading, hidden: HiddenKey, trained: int, length: int) -> None:
+def _show_readings(before: KeyReading, after: KeyReading, hidden: HiddenKey, trained: int, length: int) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")

@@ -7,7 +7,7 @@ from .architectures import (
     takes_native_factors,
 )
 from .digest import model_digest
-from .facts import freq_scale, native_schedule, plain_context, rope_facts
+from .facts import FREQS, LONG, SHORT, freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
 from .parts import model_parts
 from .reader import read_header
@@ -17,8 +17,11 @@ from .values import Value
 
 __all__ = [
     "ARCHITECTURES_WITHOUT_ROPE",
+    "FREQS",
+    "LONG",
     "NATIVE_FACTOR_ARCHITECTURES",
     "PREFIX",
+    "SHORT",
     "Entry",
     "GGUFError",
     "Header",

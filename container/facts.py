@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from ..errors import UserError
-from ..factors import Band, Provenance, RopeFacts, Schedule, native_band, yarn
+from ..factors import Array, Band, Provenance, RopeFacts, Schedule, native_band, yarn
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
-
-Array = npt.NDArray[np.float64]
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")

@@ -16,7 +16,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from ..container import (
+    FREQS,
+    LONG,
     PREFIX,
+    SHORT,
     GGUFError,
     Header,
     Value,
@@ -26,7 +29,6 @@ from ..container import (
     schedule_values,
     takes_native_factors,
 )
-from ..container.facts import FREQS, LONG, SHORT
 from ..container.values import F32, STRING, U32, encode
 from ..container.writer import Advance, Chunks, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 from ..errors import UserError

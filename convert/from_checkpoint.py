@@ -17,6 +17,7 @@ from ..container import Header, Value, read_header, schedule_values
 from ..container.reader import DEFAULT_ALIGNMENT
 from ..container.writer import Advance, MetadataSource, TensorSource, gguf_bytes, write_gguf, write_gguf_head
 from ..factors import Schedule
+from ..processes import usable_cores
 from .checkpoint import Architecture, Checkpoint, Config, architecture_of, open_checkpoint, read_config
 from .checkpoint.metadata import model_values
 from .checkpoint.own_schedule import own_schedule
@@ -101,7 +102,7 @@ def convert_checkpoint(
     weight_type = check_weight_type(weight_type) if weight_type is not None else None
     source = understand(Path(folder), weight_type, name)
     notes = list(source.notes)
-    with output_file(target, source=Path(folder), force=force) as output, ThreadPoolExecutor(_cores()) as pool:
+    with output_file(target, source=Path(folder), force=force) as output, ThreadPoolExecutor(usable_cores()) as pool:
         metadata = [encoded(value) for value in source.values]
         tensors = list(_sources(source, pool, notes.append))
         with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
@@ -173,7 +174,3 @@ def _write(
     check_space(target, gguf_bytes(metadata, tensors, DEFAULT_ALIGNMENT))
     with place.open("wb") as file:
         write_gguf(file, metadata, tensors, on_progress=advance)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, mib
 from ..files import check_place, is_same, lock, sync_folder
 
 
@@ -60,10 +60,7 @@ def check_space(target: Path, n_bytes: int) -> None:
     """
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
-        raise UserError(
-            f"{target}: not enough space on the disk: {n_bytes / 2**20:,.1f} MiB are needed,"
-            f" {free / 2**20:,.1f} MiB are free"
-        )
+        raise UserError(f"{target}: not enough space on the disk: {mib(n_bytes)} are needed, {mib(free)} are free")
 
 
 def _check_output(target: Path, source: Path, force: bool) -> None:

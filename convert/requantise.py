@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -21,6 +20,7 @@ from ..container import GGUFError, Header, read_header
 from ..container.reader import DEFAULT_ALIGNMENT
 from ..container.writer import Advance
 from ..errors import UserError
+from ..processes import end_with_parent
 from .output import check_space
 
 WEIGHT_TYPES = {
@@ -134,7 +134,7 @@ def _follow(lines: IO[bytes], target: Path, copies: int, on_progress: Advance | 
 
 def work() -> NoReturn:
     """Quantise as the command line says; report in lines that `_follow` reads."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(lambda: os.read(0, 1))  # nothing is ever sent: this returns when the other end is closed
     import llama_cpp
 
     source, target, name, alignment = sys.argv[1:]
@@ -182,8 +182,3 @@ def _default_alignment() -> Any:
 
 def _report(word: str, text: str) -> None:
     print(word, " ".join(text.split()), flush=True)
-
-
-def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing is ever sent: this returns when the other end is closed
-    os._exit(1)

@@ -2,6 +2,7 @@
 
 from .methods import (
     METHODS,
+    Array,
     doubling_contexts,
     dynamic_ntk,
     extend,
@@ -31,6 +32,7 @@ __all__ = [
     "FORMAT_VERSION",
     "METHODS",
     "START_TOKENS",
+    "Array",
     "Band",
     "Provenance",
     "RopeFacts",

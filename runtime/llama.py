@@ -65,6 +65,7 @@ class Llama(llama_cpp.Llama):
             the last band does not hold, or too little memory; nothing has been loaded then.
     """
 
+    n_tokens: int
     band: Band
     on_progress: Callable[[int, int], None] | None = None
     on_band_change: Callable[[BandChange], None] | None = None
@@ -191,6 +192,11 @@ class Llama(llama_cpp.Llama):
         return min(int(super().n_ctx()), self._asked_ctx, self._schedule.context)
 
     @property
+    def runs_by_schedule(self) -> bool:
+        """Whether rope is set by the schedule; otherwise llama.cpp rotates by its own options."""
+        return self._rope is not None
+
+    @property
     def fast_prefill(self) -> bool:
         """Whether long prompts are computed by us."""
         return self._fast is not None
@@ -202,6 +208,39 @@ class Llama(llama_cpp.Llama):
     @property
     def cache_bytes(self) -> int:
         return self.plan.cache_bytes
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary, for its functions that take one."""
+        return self._model.vocab
+
+    # --- the cached sequence
+
+    @property
+    def tokens(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The cached tokens, shape ``(n_tokens,)``; a copy."""
+        return np.array(self.input_ids[: self.n_tokens], dtype=np.int32)
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether tokens can be taken back one by one; a recurrent state can only be reset."""
+        return not (self._is_recurrent or self._is_hybrid)
+
+    def rewind(self, n_tokens: int) -> None:
+        """Keep the first `n_tokens` of the cached sequence and drop what comes after them, with its logits.
+
+        Raises:
+            UserError: there are fewer, or this model's state cannot be rewound.
+        """
+        if not 0 <= n_tokens <= self.n_tokens:
+            raise UserError(f"rewind: {n_tokens:,} tokens, expected 0 to the {self.n_tokens:,} that are cached")
+        if n_tokens == self.n_tokens:
+            return
+        if not self.can_rewind:
+            raise UserError("rewind: a recurrent model's state cannot be taken back, use reset()")
+        self.n_tokens = n_tokens
+        self._requires_eval = True
+        self.drop_rolled_back()
 
     # --- reading tokens
 
@@ -282,7 +321,7 @@ class Llama(llama_cpp.Llama):
             self._prove()
         except BaseException:
             self.drop_rolled_back()
-            if self._is_recurrent or self._is_hybrid:
+            if not self.can_rewind:
                 self.reset()  # such a state cannot be taken back
             self._raise_kept()  # the reason behind llama_decode's return code
             raise
@@ -361,14 +400,12 @@ class Llama(llama_cpp.Llama):
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        return not (self._is_recurrent or self._is_hybrid or blocks) and bool(
-            in_order and llama_cpp.llama_memory_can_shift(cache)
-        )
+        return self.can_rewind and not blocks and bool(in_order and llama_cpp.llama_memory_can_shift(cache))
 
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache has let go."""
         window = llama_cpp.llama_model_n_swa(self._model.model)
-        if not window or not self.n_tokens or self._is_recurrent or self._is_hybrid:
+        if not window or not self.n_tokens or not self.can_rewind:
             return False
         oldest = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx.ctx), 0)
         return bool(oldest < 0 or oldest > max(0, self.n_tokens - window))
@@ -463,29 +500,42 @@ class Llama(llama_cpp.Llama):
         self._make_room(0)
         self._requires_eval = True
 
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of what `sequence_state` returns."""
+        self.drop_rolled_back()
+        return int(llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0))
+
+    def sequence_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The cached keys and values as llama.cpp serialises them, shape ``(sequence_bytes,)``; for `restore`."""
+        state = np.empty(self.sequence_bytes, dtype=np.uint8)
+        buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = llama_cpp.llama_state_seq_get_data(self._ctx.ctx, buffer, state.nbytes, 0)
+        if written != state.nbytes:
+            raise RuntimeError(f"llama.cpp wrote {written} of {state.nbytes} bytes of its state")
+        return state
+
     def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
-        """Replace the cache's sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`."""
+        """Replace the cached sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`.
+
+        Raises:
+            RuntimeError: llama.cpp refuses the state, or it has other positions than its tokens; the cache is empty.
+        """
         self._forget()
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
+        try:
+            if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
+                raise RuntimeError("llama.cpp did not take the saved sequence")
+            last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx.ctx), 0)
+            if last != len(tokens) - 1:
+                raise RuntimeError(f"the state ends at position {last}, expected {len(tokens) - 1}")
+        except RuntimeError:
             self._forget()
-            raise RuntimeError("llama.cpp did not take the saved sequence")
+            raise
         self.input_ids[: len(tokens)] = tokens
         self.n_tokens, self.band = len(tokens), band
         self._make_room(0)
         self._requires_eval = True
-
-    def save_session(self, path: str | os.PathLike[str]) -> None:
-        """Write the sequence (tokens, keys and values, band) to a file; see `session.save`."""
-        from . import session
-
-        session.save(self, path)
-
-    def load_session(self, path: str | os.PathLike[str]) -> None:
-        """Take up a sequence that `save_session` wrote; see `session.load`."""
-        from . import session
-
-        session.load(self, path)
 
     def close(self) -> None:
         if hasattr(self, "_calls"):

@@ -14,7 +14,7 @@ import gguf
 import psutil
 
 from ..container import Header, model_parts
-from ..errors import UserError
+from ..errors import UserError, mib
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types of a KV cache; `K:V` names one for each, a single name serves both."""
@@ -206,9 +206,10 @@ def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan
             raise UserError(f"kv: {kv!r} does not suit {header.path}: {unfit}")
     smallest = min(plans, key=lambda plan: plan.total_bytes)
     raise UserError(
-        f"not enough memory for {n_ctx} tokens with a {smallest.kv_type} cache: {_mib(smallest.weights_bytes)} weights"
-        f" + {_mib(smallest.cache_bytes)} cache + {_mib(smallest.compute_bytes)} compute"
-        f" = {_mib(smallest.total_bytes)} MiB, and {_mib(smallest.available_bytes)} MiB are free;"
+        f"not enough memory for {n_ctx} tokens with a {smallest.kv_type} cache:"
+        f" {mib(smallest.weights_bytes)} of weights + {mib(smallest.cache_bytes)} of cache"
+        f" + {mib(smallest.compute_bytes)} of compute = {mib(smallest.total_bytes)},"
+        f" and {mib(smallest.available_bytes)} are free;"
         " ask for a shorter context" + ("" if kv in ("auto", "q4_0") else " or a smaller cache type")
     )
 
@@ -221,10 +222,6 @@ def _blocks_that_do_not_fit(shape: _Shape, kv: str) -> str | None:
     return None
 
 
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f}"
-
-
 def check_room(n_bytes: int, count: int, free: int) -> None:
     """Refuse to keep what a search reads before its windows, of `count` documents, in `free` bytes that are too few.
 
@@ -233,7 +230,7 @@ def check_room(n_bytes: int, count: int, free: int) -> None:
     """
     if n_bytes * count > free:
         raise UserError(
-            f"not enough memory to screen {count} documents: {_mib(n_bytes)} MiB for each, and {_mib(free)} MiB are"
+            f"not enough memory to screen {count} documents: {mib(n_bytes)} for each, and {mib(free)} are"
             " free; use fewer documents, fewer workers or a shorter context"
         )
 

@@ -22,7 +22,7 @@ import llama_cpp
 import numpy as np
 
 from ..container import model_digest
-from ..errors import UserError
+from ..errors import UserError, mib
 from ..files import remove_dead_part
 from . import session
 from .loading import ROPE_OPTIONS
@@ -154,7 +154,7 @@ class PromptCache:
     def _gains(self, place: Path, wanted: session.Tokens) -> Iterator[tuple[int, Path]]:
         """Entries worth loading, and how many tokens each saves reading, its own length reckoned in."""
         llm = self._llm
-        held = _shared(llm.input_ids[: llm.n_tokens], wanted)
+        held = _shared(llm.tokens, wanted)
         for path in self._folder.alike(place):
             try:
                 tokens = session.load_tokens(path, llm.n_ctx())
@@ -168,23 +168,19 @@ class PromptCache:
                 continue
             shared = _shared(tokens, wanted)
             gain = shared - held - len(tokens) // LOADED_FOR_ONE_READ
-            if gain >= LEAST_GAIN and spare > 0 and (shared == len(tokens) or self._can_roll_back()):
+            if gain >= LEAST_GAIN and spare > 0 and (shared == len(tokens) or llm.can_rewind):
                 yield gain, path
 
     def _roll_back(self, wanted: session.Tokens) -> int:
         """Leave of the model's cache only what `wanted` begins with; how many tokens that is."""
         llm = self._llm
-        shared = _shared(llm.input_ids[: llm.n_tokens], wanted)
+        shared = _shared(llm.tokens, wanted)
         if shared < llm.n_tokens:
-            if not self._can_roll_back():
+            if not llm.can_rewind:
                 llm.reset()
                 return 0
-            llm.n_tokens = shared
-            llm._requires_eval = True  # the logits are those of a token that is gone
+            llm.rewind(shared)
         return shared
-
-    def _can_roll_back(self) -> bool:
-        return not (self._llm._is_recurrent or self._llm._is_hybrid)
 
     def _keep(self, place: Path) -> None:
         """Write down what the model's cache holds."""
@@ -193,9 +189,9 @@ class PromptCache:
         try:
             n_bytes = session.size(self._llm)
             if n_bytes > self._folder.limit_bytes:
-                self._tell(f"{self._llm.n_tokens:,} tokens are not kept: {_mib(n_bytes)} are more than the limit")
+                self._tell(f"{self._llm.n_tokens:,} tokens are not kept: {mib(n_bytes)} are more than the limit")
             elif n_bytes > available_memory():
-                self._tell(f"{self._llm.n_tokens:,} tokens are not kept: {_mib(n_bytes)} of memory are not free")
+                self._tell(f"{self._llm.n_tokens:,} tokens are not kept: {mib(n_bytes)} of memory are not free")
             else:
                 self._folder.make_room(n_bytes)
                 session.save(self._llm, place, sync=False)  # what a power cut spoils is told by its digest
@@ -213,7 +209,7 @@ class PromptCache:
         llm = self._llm
         params = llm.context_params
         own_ropes = [getattr(params, name) for name in ROPE_OPTIONS]
-        longest = llm.n_ctx() if llm._rope is None else 0  # llama.cpp chooses native long factors by it
+        longest = 0 if llm.runs_by_schedule else llm.n_ctx()  # llama.cpp chooses native long factors by it
         ways = (llm.kv_type, llm.plan.flash_attn, llm.fast_prefill, llm.n_batch, params.n_ubatch, longest)
         adapter = model_digest(llm.lora_path) if llm.lora_path else ""
         parts = (session.FORMAT, llama_cpp.__version__, self._model, llm.schedule.model_dump_json(), ways, own_ropes)
@@ -235,7 +231,3 @@ def _shared(ours: session.Tokens, theirs: session.Tokens) -> int:
 
 def _digest(tokens: session.Tokens) -> str:
     return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"

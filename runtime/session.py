@@ -7,7 +7,6 @@ byte.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -51,7 +50,7 @@ def save(llm: Llama, path: str | os.PathLike[str], *, sync: bool = True) -> None
     Raises:
         UserError: the place cannot be written to; what was there before stays.
     """
-    tokens, state = _tokens_of(llm), state_of(llm)
+    tokens, state = llm.tokens, llm.sequence_state()
     try:
         with replacement(path, private=True, sync=sync) as file:
             file.write(_head(llm, len(tokens), state.nbytes, _digest(tokens, state)))
@@ -63,19 +62,8 @@ def save(llm: Llama, path: str | os.PathLike[str], *, sync: bool = True) -> None
 
 def size(llm: Llama) -> int:
     """Bytes of the file that `save` would write."""
-    n_tokens, n_bytes = int(llm.n_tokens), _state_bytes(llm)
+    n_tokens, n_bytes = int(llm.n_tokens), llm.sequence_bytes
     return len(_head(llm, n_tokens, n_bytes, "0" * 64)) + 4 * n_tokens + n_bytes
-
-
-def state_of(llm: Llama) -> State:
-    """The keys and values that `llm` has in its cache, as llama.cpp serialises them; `Llama.restore` takes them."""
-    n_bytes = _state_bytes(llm)
-    state = np.empty(n_bytes, dtype=np.uint8)
-    buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    written = llama_cpp.llama_state_seq_get_data(llm._ctx.ctx, buffer, n_bytes, 0)
-    if written != n_bytes:
-        raise RuntimeError(f"llama.cpp wrote {written} of {n_bytes} bytes of its state")
-    return state
 
 
 def load(llm: Llama, path: str | os.PathLike[str]) -> None:
@@ -101,9 +89,7 @@ def load(llm: Llama, path: str | os.PathLike[str]) -> None:
         raise DamagedSession(f"{path}: tokens outside of the model's vocabulary of {llm.n_vocab():,}")
     try:
         llm.restore(tokens, state, band)
-        _check_positions(llm)
     except RuntimeError as error:
-        llm.reset()
         raise DamagedSession(f"{path}: {error}") from None
 
 
@@ -200,29 +186,12 @@ def _band(llm: Llama, path: str | os.PathLike[str], facts: dict[str, str]) -> Ba
     check_matches(llm.schedule, RopeFacts.model_validate_json(facts.get("facts", "")), str(path))
     band = Band.model_validate_json(facts.get("band", ""))
     Schedule(facts=llm.schedule.facts, bands=(band,))  # has as many factors as the model
-    if band not in llm.schedule.bands and llm._rope is None:
+    if band not in llm.schedule.bands and not llm.runs_by_schedule:
         raise UserError(f"{path}: saved in a band that this model has not, and cannot be turned to")
     return band
 
 
 def _most_bytes(llm: Llama, n_tokens: int) -> int:
     """More than the state of so many tokens can have, by a factor of two, as architectures differ."""
-    spare = RECURRENT_BYTES if llm._is_recurrent or llm._is_hybrid else SPARE_BYTES
+    spare = SPARE_BYTES if llm.can_rewind else RECURRENT_BYTES
     return 2 * llm.cache_bytes * n_tokens // llm.plan.n_ctx + 64 * n_tokens + spare
-
-
-def _check_positions(llm: Llama) -> None:
-    """Refuse a state that has other positions than its tokens."""
-    last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm._ctx.ctx), 0)
-    if last != llm.n_tokens - 1:
-        raise RuntimeError(f"the state ends at position {last}, expected {llm.n_tokens - 1}")
-
-
-def _tokens_of(llm: Llama) -> Tokens:
-    tokens: Tokens = llm.input_ids[: llm.n_tokens].astype(np.int32)
-    return tokens
-
-
-def _state_bytes(llm: Llama) -> int:
-    llm.drop_rolled_back()
-    return int(llama_cpp.llama_state_seq_get_size(llm._ctx.ctx, 0))

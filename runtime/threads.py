@@ -13,6 +13,8 @@ import os
 
 import psutil
 
+from ..processes import usable_cores
+
 # Turns of its waiting loop: some microseconds, in which most threads have come. It is libgomp's own number where it
 # knows that threads outnumber cores.
 SPINS = "1000"
@@ -23,5 +25,4 @@ if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both once, when it is l
 
 def default_threads() -> int:
     """The machine's physical cores, and no more than this process may run on (taskset, containers)."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, allowed or 1)
+    return min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, usable_cores())

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from gguf import GGUFWriter, RopeScalingType
 
+from ...container import FREQS, LONG, SHORT
 from .architectures import Architecture, head_dim
 from .config import Config
-
-FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 YARN_KEYS = (
     ("yarn_ext_factor", ("extrapolation_factor",)),

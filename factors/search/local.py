@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -19,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
+from ...processes import end_with_parent
 from .crew import Crew, Facts, Failure, Lost, Message, Worker, attempt, open_recipe
 from .protocol import Evaluator, Result, Task
 
@@ -136,17 +135,11 @@ def _interrupts_held_back() -> Iterator[None]:
 def _work(line: Connection, recipe: bytes) -> None:
     """A worker's life: make the evaluator, then a task at a time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is the parent's to decide
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        end_with_parent(parent.join)
     evaluator = attempt(open_recipe, recipe)
     with contextlib.suppress(EOFError, OSError):  # the parent has hung up
         line.send(evaluator if isinstance(evaluator, Failure) else attempt(Facts.of, evaluator))
         while True:
             line.send(attempt(evaluator.evaluate, line.recv()))
-
-
-def _end_with_parent() -> None:
-    """End this process when the parent has ended, even in the middle of a task."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -10,12 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from ..schedule import Band
 
-Array = npt.NDArray[np.float64]
 Fidelity = Literal["screen", "full"]
 """full: every document is read anew in the band. screen: a cheaper stand-in that ranks bands much alike."""
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import UserError
+from ..methods import Array
 from ..schedule import Band, Provenance
 from .algorithm import Algorithm, Answer, Ask, Score, Start
 from .cma import CMA
 from .evolution import EVOLUTION
 from .gradient import GRADIENT
 from .journal import Entry, Journal, digest_of, entry_of
-from .protocol import Array, Engine, Fidelity, Result, Task
+from .protocol import Engine, Fidelity, Result, Task
 from .race import Indices, race
 from .settings import FINALS_SHARE, READING_SHARE, Settings
 from .space import Genes, Space

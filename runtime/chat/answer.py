@@ -68,7 +68,7 @@ class Answer:
         self._at_limit: Literal["length", "context"] = "length" if self._limit == sampling.max_tokens else "context"
         self.text = ""
         self.prompt_tokens = len(prompt)
-        self.read_tokens = len(prompt) - llm.longest_token_prefix(llm.input_ids[: llm.n_tokens].tolist(), list(prompt))
+        self.read_tokens = len(prompt) - llm.longest_token_prefix(llm.tokens.tolist(), list(prompt))
         self.written_tokens = 0
         self.read_s = self.write_s = 0.0
         self.ending: Literal["stop", "length", "context", "interrupted"] = "interrupted"
@@ -88,7 +88,7 @@ class Answer:
             for token in stream:
                 if not self.written_tokens:
                     self.read_s = time.perf_counter() - started
-                if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+                if llama_cpp.llama_vocab_is_eog(llm.vocab, token):
                     self.ending = "stop"
                     break
                 self.written_tokens += 1
@@ -141,5 +141,5 @@ class Answer:
 def piece(llm: Llama, token: int) -> bytes:
     """The text of one token, whatever its length; nothing for control tokens."""
     buffer = ctypes.create_string_buffer(LONGEST_PIECE)
-    n_bytes = llama_cpp.llama_token_to_piece(llm._model.vocab, token, buffer, LONGEST_PIECE, 0, False)
+    n_bytes = llama_cpp.llama_token_to_piece(llm.vocab, token, buffer, LONGEST_PIECE, 0, False)
     return buffer.raw[: max(n_bytes, 0)]

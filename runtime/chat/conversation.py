@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...errors import UserError
 from ...files import write_file
+from .. import session
 from ..prompt_cache import LEAST_TOKENS, PromptCache
 from .answer import Answer, ContextFull, Sampling
 from .template import EXACT_CHARACTERS, ChatTemplate, Message, count_tokens
@@ -127,7 +128,7 @@ class Conversation:
         transcript = replace(self.transcript, pending=(*self.transcript.pending, document))
         tokens = self._template.opening(transcript.turn())
         self._check_fits(name, len(tokens))
-        before = int(self.llm.longest_token_prefix(self.llm.input_ids[: self.llm.n_tokens].tolist(), tokens))
+        before = int(self.llm.longest_token_prefix(self.llm.tokens.tolist(), tokens))
         if self._cache is not None:
             n_read = self._cache.read(tokens)
             self.transcript = replace(transcript, n_tokens=len(tokens))
@@ -162,7 +163,7 @@ class Conversation:
             _check_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                self.llm.save_session(folder / cache)
+                session.save(self.llm, folder / cache)
                 write_file(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode(), private=True)
             except BaseException:
                 (folder / cache).unlink(missing_ok=True)
@@ -182,7 +183,7 @@ class Conversation:
             UserError: no such conversation, a damaged one, or another model's; this one goes on as it was.
         """
         record = _read_record(Path(folder))
-        self.llm.load_session(Path(folder) / record.cache)
+        session.load(self.llm, Path(folder) / record.cache)
         self._take(record.transcript)
 
     def _take(self, transcript: Transcript) -> None:

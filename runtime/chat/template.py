@@ -82,7 +82,7 @@ class ChatTemplate:
             for token in self._llm.tokenize(piece.encode("utf-8", "replace"), add_bos=False, special=True)
         ]
         bos = self._llm.token_bos()
-        if self._llm._model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
+        if llama_cpp.llama_vocab_get_add_bos(self._llm.vocab) and bos != -1 and tokens[:1] != [bos]:
             tokens.insert(0, bos)
         return tokens
 
@@ -112,7 +112,7 @@ class ChatTemplate:
         return self._text(self._llm.token_bos())
 
     def _text(self, token: int) -> str:
-        return "" if token == -1 else str(self._llm._model.token_get_text(token))
+        return "" if token == -1 else _text_of(self._llm, token)
 
 
 def count_tokens(llm: Llama, text: str) -> int:
@@ -123,14 +123,19 @@ def count_tokens(llm: Llama, text: str) -> int:
 
 def _spellings(llm: Llama) -> re.Pattern[str]:
     """What finds the spelling of a control token in a text."""
-    vocab = llm._model.vocab
     texts = {
-        llama_cpp.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+        _text_of(llm, token)
         for token in range(llm.n_vocab())
-        if llama_cpp.llama_vocab_get_attr(vocab, token) & CONTROL
+        if llama_cpp.llama_vocab_get_attr(llm.vocab, token) & CONTROL
     }
     longest_first: list[Any] = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
     return re.compile("|".join(longest_first) or r"(?!)")
+
+
+def _text_of(llm: Llama, token: int) -> str:
+    """A token's entry in the vocabulary, as it is written there."""
+    text: bytes = llama_cpp.llama_vocab_get_text(llm.vocab, token)
+    return text.decode("utf-8", "replace")
 
 
 def _cut(found: re.Match[str]) -> str:

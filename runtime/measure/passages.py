@@ -200,8 +200,8 @@ def _probe(
     end = len(tokens)
     if "needle" in parts:
         planted = plant_key(llm, stretch, key, depth)
-        tokens = [*begin, *planted.tokens]
-        end = len(begin) + len(planted.text)
+        tokens = planted.tokens
+        end = len(planted.text)
         scored["needle"] = range(len(tokens) - len(planted.digits), len(tokens))
     scored["all"] = range(1, end)
     scored["tail"] = range(original_context, end)

@@ -28,7 +28,10 @@ OPENING = "The secret pass key of the vault is"
 
 @dataclass(frozen=True)
 class HiddenKey:
-    """A text with a key in its middle: a string, and token ids of it, of the question, and of the right answer."""
+    """A text with a key in it: a string, and token ids of it, of the question, and of the right answer.
+
+    `text` begins with what the model wants before any text.
+    """
 
     key: str
     body: str
@@ -42,7 +45,7 @@ class HiddenKey:
 
 
 @dataclass(frozen=True)
-class Reading:
+class KeyReading:
     """What a model made of the text: losses in nats by position, and what it said for the key."""
 
     start: int
@@ -91,7 +94,8 @@ def hide_key(llm: Llama, text: str, n_tokens: int, key: str) -> HiddenKey:
 def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> HiddenKey:
     """Hide `key` in a plain text of tokens, without a chat's template, `depth` (0 to 1) of the way through it.
 
-    Text, question and digits take as many tokens as `words` in all; the text's end gives way to them.
+    Text, question and digits take as many tokens as `words` in all, beside what the model wants before any text; the
+    text's end gives way to them.
 
     Raises:
         UserError: the text is too short.
@@ -108,7 +112,8 @@ def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> Hidde
         raise UserError(f"the text has {len(words):,} tokens, expected more than {len(hidden) + last:,}")
     at = round(depth * room)
     text = (*words[:at], *hidden, *words[at:room])
-    return HiddenKey(key, _text(llm, text), text, tuple(answered[:first]), tuple(answered[first:last]))
+    begin = llm.tokenize(b"", add_bos=True)
+    return HiddenKey(key, _text(llm, text), (*begin, *text), tuple(answered[:first]), tuple(answered[first:last]))
 
 
 def _answer(llm: Llama, asked: list[int], answered: list[int], key: str) -> tuple[int, int]:
@@ -126,22 +131,24 @@ def _text(llm: Llama, tokens: Sequence[int]) -> str:
     return b"".join(piece(llm, token) for token in tokens).decode(errors="ignore")
 
 
-def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> Reading:
+def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> KeyReading:
     """Have `llm` read the text under `schedule`, keep the losses from `start` on, and ask it for the key.
 
     Tokens that the cache holds already are not read again: their keys are turned to the schedule's band.
     """
     began = time.perf_counter()
-    llm.n_tokens = llm.longest_token_prefix(llm._input_ids[:start].tolist(), hidden.tokens)
+    llm.rewind(llm.longest_token_prefix(llm.tokens[:start].tolist(), hidden.tokens))
     llm.set_schedule(schedule)
     losses = llm.token_losses(hidden.tokens, start)
     band = llm.band
-    said = []
-    for token in llm.generate([*hidden.text, *hidden.question], temp=0.0, repeat_penalty=1.0, top_k=1):
+    asked = [*hidden.text, *hidden.question]
+    most = min(len(hidden.digits) + 2, llm.n_ctx() - len(asked))
+    said: list[int] = []
+    for token in llm.generate(asked, temp=0.0, repeat_penalty=1.0, top_k=1):
         said.append(token)
-        if len(said) >= len(hidden.digits) + 2 or token == llm.token_eos():
+        if len(said) >= most or token == llm.token_eos():
             break
-    return Reading(
+    return KeyReading(
         start=start,
         losses=losses,
         n_digits=len(hidden.digits),

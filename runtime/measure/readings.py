@@ -11,7 +11,6 @@ import json
 import math
 import os
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..llama import Llama
 from ..losses import Losses
 from .held_out import BLOCK, draw_blocks, middle
 from .passages import DEPTHS, Text, cut
-from .passkey import HiddenKey, plant_key
+from .passkey import HiddenKey, plant_key, read
 
 VERSION = 1  # raise it when the same page would be read to other numbers than before
 
@@ -42,12 +41,10 @@ class Page:
     name: str
     depth: float
     hidden: HiddenKey
-    begin: tuple[int, ...]
-    """What the model wants before any text."""
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.begin, *self.hidden.tokens]
+        return self.hidden.tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def pages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int
     for name, words in cut(llm, texts, context - len(begin), count):
         depth = DEPTHS[len(made) % len(DEPTHS)]
         hidden = plant_key(llm, words, str(chance.randrange(10_000, 100_000)), depth)
-        made.append(Page(name, depth, hidden, tuple(begin)))
+        made.append(Page(name, depth, hidden))
     return made
 
 
@@ -162,34 +159,20 @@ def read_page(llm: Llama, page: Page, band: Band) -> Reading:
     Raises:
         UserError: the page does not fit.
     """
-    started = time.perf_counter()
-    tokens, n_digits = page.tokens, len(page.hidden.digits)
-    end = len(page.begin) + len(page.hidden.text)
+    hidden, tokens = page.hidden, page.tokens
     band = band.model_copy(update={"context": max(band.context, len(tokens))})
+    start = max(1, len(llm.tokenize(b"", add_bos=True)))
     llm.reset()
-    llm.set_schedule(Schedule(facts=llm.schedule.facts, bands=(band,)))
-    first = max(len(page.begin), 1)
-    losses = llm.token_losses(tokens, targets=[*range(first, end), *range(len(tokens) - n_digits, len(tokens))])
-    text, digits = losses[:-n_digits], losses[-n_digits:]
-    said = _asked(llm, tokens[:-n_digits], n_digits + 2)
+    found = read(llm, hidden, Schedule(facts=llm.schedule.facts, bands=(band,)), start)
+    text = found.losses[: len(hidden.text) - start]
     return Reading(
         losses=tuple(float(text[at : at + BIN].mean()) for at in range(0, len(text), BIN)),
         n_scored=len(text),
-        key_loss=float(digits.mean()),
-        key_found=said.startswith(page.hidden.key),
-        said=said,
-        seconds=time.perf_counter() - started,
+        key_loss=found.key_loss,
+        key_found=found.said.startswith(hidden.key),
+        said=found.said,
+        seconds=found.seconds,
     )
-
-
-def _asked(llm: Llama, tokens: list[int], most: int) -> str:
-    """What the model goes on with, the likeliest token each time."""
-    said: list[int] = []
-    for token in llm.generate(tokens, temp=0.0, repeat_penalty=1.0, top_k=1):
-        said.append(token)
-        if len(said) >= most or token == llm.token_eos() or len(tokens) + len(said) >= llm.n_ctx():
-            break
-    return str(llm.detokenize(said).decode(errors="ignore")).strip()
 
 
 class Readings:

@@ -16,7 +16,6 @@ from ....factors.search.protocol import Fidelity, Result, Task
 from ...llama import Llama
 from ...losses import Losses
 from ...memory import available_memory, check_room
-from ...session import state_of
 from ..passages import Probe
 from .spec import EvaluatorSpec
 
@@ -97,6 +96,6 @@ class LlamaEvaluator:
 
     def _keep(self, document: int) -> None:
         llm, tokens = self._llm, self._spec.probes[document].tokens
-        llm.n_tokens = len(tokens) - self._spec.window
+        llm.rewind(len(tokens) - self._spec.window)
         check_room(llm.plan.cache_bytes, len(self._spec.probes) - len(self._states), available_memory())
-        self._states[document] = state_of(llm)
+        self._states[document] = llm.sequence_state()

@@ -15,18 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ....container import read_header
-from ....errors import UserError
-from ....factors import Band, RopeFacts
+from ....errors import UserError, mib
+from ....factors import Array, Band, RopeFacts
 from ...threads import default_threads
 from .layers import CHUNK_BYTES, Decoder, Targets, Text
 from .rope import RopeTable
 from .weights import Weights, free_memory, load_weights
-
-Array = npt.NDArray[np.float64]
 
 HALF_DIFFERENCE, HALF_SPREAD = 0.001, 0.02
 """How far fewer bits may move the mean loss (as a share of it), and single losses on average (nats)."""
@@ -303,7 +300,7 @@ class TorchModel:
         if needed > free:
             raise UserError(
                 f"not enough memory for {keys:,} tokens{' and a gradient' if gradient else ''}:"
-                f" {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; use a shorter text"
+                f" {mib(needed)}, and {mib(free)} are free; use a shorter text"
             )
 
 

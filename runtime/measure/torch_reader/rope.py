@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ....factors import Band, RopeFacts
-
-Array = npt.NDArray[np.float64]
+from ....factors import Array, Band, RopeFacts
 
 
 class RopeTable:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from ....container import GGUFError, Header, trained_schedule
 from ....container import Tensor as TensorInfo
-from ....errors import UserError
+from ....errors import UserError, mib
 from ....factors import RopeFacts
 from ...graph import ggml
 from ...memory import available_memory
@@ -107,8 +107,8 @@ def load_weights(header: Header, device: torch.device, dtype: torch.dtype, max_b
     allowed = free if max_bytes is None else min(free, max_bytes)
     if needed > allowed:
         raise UserError(
-            f"{header.path}: its weights take {needed / 2**20:,.0f} MiB as {str(dtype).removeprefix('torch.')},"
-            f" expected at most {allowed / 2**20:,.0f} MiB"
+            f"{header.path}: its weights take {mib(needed)} as {str(dtype).removeprefix('torch.')},"
+            f" expected at most {mib(allowed)}"
         )
     try:
         with header.path.open("rb") as file, torch.no_grad():
