@@ -8,6 +8,12 @@ BIN := .venv/bin
 ORACLE := .oracle
 LLAMA_CPP := llama_cpp_python-0.3.36
 
+# llama.cpp's AMX code crashes when it is built by GCC 12, which drops the stores of its tile configuration
+# (llama.cpp's pull request 26954); without AMX it uses AVX-512, here and in whatever is built below.
+NO_AMX := $(shell grep -qsw amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+export CFLAGS := $(CFLAGS) $(NO_AMX)
+export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
+
 .PHONY: demo test bench oracle clean
 
 demo: .venv/ready

@@ -36,7 +36,7 @@ from ropewalk.factors.search import (
 )
 from ropewalk.runtime.measure.evaluators import make_evaluator
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
-from ropewalk.runtime.measure.passages import Text, make_probes
+from ropewalk.runtime.measure.passages import Text, make_passages
 
 PAPER = 64 + 40 * 32
 BEFORE = 4  # the start and three closed forms are evaluated before an algorithm begins
@@ -116,10 +116,10 @@ def main() -> None:
     native = native_schedule(read_header(model))
     words = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
     texts = [Text(path.name, path.read_text(encoding="utf-8")) for path in args.text]
-    probes = make_probes(words, texts, args.context, len(texts), "tail", native.context, 0)
+    passages = make_passages(words, texts, args.context, len(texts), "tail", native.context, 0)
     space = Space(native.facts, native.bands[-1], args.context)
     base = space.band(space.seed("yarn"))
-    spec = EvaluatorSpec(str(model), probes, base, window=args.window, threads=1, kind=args.evaluator)
+    spec = EvaluatorSpec(str(model), passages, base, window=args.window, threads=1, kind=args.evaluator)
     engine = Processes(Recipe(spec), args.workers)
     outcomes = {}
     for algorithm in args.algorithms.split(","):

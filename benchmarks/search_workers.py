@@ -19,7 +19,7 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.factors.search import Processes, Space, Task
 from ropewalk.runtime.measure.evaluators import EvaluatorRecipe
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
-from ropewalk.runtime.measure.passages import Text, make_probes
+from ropewalk.runtime.measure.passages import Text, make_passages
 
 
 def seconds(engine: Processes, tasks: list[Task]) -> float:
@@ -41,11 +41,11 @@ def main() -> None:
     native = native_schedule(read_header(model))
     words = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
     texts = [Text("text", text(args.text))]
-    probes = make_probes(words, texts, args.context, 1, "all", native.context, 0)
+    passages = make_passages(words, texts, args.context, 1, "all", native.context, 0)
     space = Space(native.facts, native.bands[-1], 2 * native.context)
     yarn = space.seed("yarn")
     bands = [space.band(replace(yarn, start_tokens=n)) for n in space.start_token_choices[: args.candidates]]
-    spec = EvaluatorSpec(str(model), probes, bands[0])
+    spec = EvaluatorSpec(str(model), passages, bands[0])
     kinds = [(1, 1), (args.workers, 1), (1, args.workers)]
     engines = {kind: Processes(EvaluatorRecipe(replace(spec, threads=kind[1])), kind[0]) for kind in kinds}
     best = dict.fromkeys(engines, float("inf"))

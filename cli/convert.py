@@ -65,13 +65,13 @@ def convert(
     """
     from ..convert import in_parts, is_checkpoint, parse_size
 
-    wishes = _Wishes(context, method, schedule, existing)
+    wishes = FactorOptions(context, method, schedule, existing)
     way = _from_checkpoint if is_checkpoint(source) else _from_file
     if split_max_size is None:
         said = way(source, target, wishes, weight_type, force)
         names: tuple[Path, ...] = (target,)
     else:
-        all_said: list[_Said] = []
+        all_said: list[ConversionNotes] = []
         names = in_parts(
             lambda whole: all_said.append(way(source, whole, wishes, weight_type, True)),
             target,
@@ -88,7 +88,7 @@ def convert(
 
 
 @dataclass(frozen=True)
-class _Said:
+class ConversionNotes:
     """What a conversion did about the factors, and what else is to be known."""
 
     plan: Plan | None
@@ -96,7 +96,7 @@ class _Said:
 
 
 @dataclass(frozen=True)
-class _Wishes:
+class FactorOptions:
     """What is to become of the factors, as the command line has it."""
 
     context: int | None
@@ -122,7 +122,9 @@ class _Wishes:
         return None
 
 
-def _from_file(source: str, target: Path, wishes: _Wishes, weight_type: str | None, force: bool) -> _Said:
+def _from_file(
+    source: str, target: Path, wishes: FactorOptions, weight_type: str | None, force: bool
+) -> ConversionNotes:
     """Convert a GGUF file."""
     from ..container import read_header
     from ..convert import convert_model, quantised_types
@@ -135,13 +137,15 @@ def _from_file(source: str, target: Path, wishes: _Wishes, weight_type: str | No
     convert_model(source, target, schedule=schedule, weight_type=weight_type, force=force, bar=_bar)
     lossy = quantised_types(header) if weight_type is not None and weight_type.lower() not in FLOATS else []
     if not lossy:
-        return _Said(plan)
-    return _Said(
+        return ConversionNotes(plan)
+    return ConversionNotes(
         plan, (f"the weights were quantised already ({', '.join(lossy)}): rounding them again loses a little",)
     )
 
 
-def _from_checkpoint(source: str, target: Path, wishes: _Wishes, weight_type: str | None, force: bool) -> _Said:
+def _from_checkpoint(
+    source: str, target: Path, wishes: FactorOptions, weight_type: str | None, force: bool
+) -> ConversionNotes:
     """Convert a checkpoint, fetched first if it is a name on the hub."""
     from ..convert import checkpoint_folder, convert_checkpoint
 
@@ -154,14 +158,14 @@ def _from_checkpoint(source: str, target: Path, wishes: _Wishes, weight_type: st
     folder = checkpoint_folder(source)
     name = None if Path(source).is_dir() else source.partition("@")[0].rpartition("/")[2]
     notes = convert_checkpoint(folder, target, weight_type=weight_type, choose=choose, name=name, force=force, bar=_bar)
-    return _Said(plans[0], notes)
+    return ConversionNotes(plans[0], notes)
 
 
 def _bar(label: str) -> AbstractContextManager[Advance]:
     return progress(label, is_bytes=True)
 
 
-def _gather(source: str, names: tuple[Path, ...], said: _Said) -> dict[str, Any]:
+def _gather(source: str, names: tuple[Path, ...], said: ConversionNotes) -> dict[str, Any]:
     from ..container import read_header, schedule_of, takes_native_factors, what_stock_does
 
     written = read_header(names[0])

@@ -17,7 +17,7 @@ from .terminal import Advance, out, progress
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
     from ..runtime.measure.passages import Text
-    from ..runtime.measure.readings import Difference, Page, Reading
+    from ..runtime.measure.readings import Difference, KeyPassage, Reading
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
@@ -45,8 +45,9 @@ def evaluate(
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="What `schedule` means, in place of the model's own.")
     ] = None,
-    pages: Annotated[
-        int, typer.Option(min=1, help="Stretches of text a context, each with a key at another depth.")
+    passages: Annotated[
+        int,
+        typer.Option("--passages", "--pages", min=1, help="Passages per context, each with a key at another depth."),
     ] = 5,
     kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
@@ -62,7 +63,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model reads beyond what it was trained for, method by method.
 
-    Every page is read under each method: perplexity by position, and a pass key that is hidden in it and asked for.
+    Every passage is read under each method: perplexity by position, and a pass key that is hidden in it and asked for.
     With -o, a run that was stopped goes on where it was.
     """
     from ..container import read_header, schedule_of, trained_schedule
@@ -76,7 +77,7 @@ def evaluate(
     check_matches(own, native.facts, str(schedule or path))
     if plot is not None:
         check_picture_place(plot)
-    plan = _Plan(native, own, _contexts(contexts, native, own), _names(methods), pages, seed)
+    plan = _Plan(native, own, _contexts(contexts, native, own), _names(methods), passages, seed)
     plan.check()
     found = _read_all(path, plan, texts_of(text, more), kv, threads, output)
     if as_json:
@@ -100,7 +101,7 @@ class _Plan:
     own: Schedule
     contexts: tuple[int, ...]
     methods: tuple[str, ...]
-    pages: int
+    passages: int
     seed: int
 
     def band(self, context: int, method: str) -> Band:
@@ -114,7 +115,7 @@ class _Plan:
                 self.band(context, method)
 
 
-Found = dict[tuple[int, str], list[tuple["Page", "Reading"]]]
+Found = dict[tuple[int, str], list[tuple["KeyPassage", "Reading"]]]
 """Readings by context and method."""
 
 
@@ -174,23 +175,27 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
 
 
 def _read_all(path: Path, plan: _Plan, texts: list[Text], kv: str, threads: int | None, output: Path | None) -> Found:
-    """Every page under every method, shortest contexts first; what `output` holds already is not read again."""
+    """Every passage under every method, shortest contexts first; what `output` holds already is not read again."""
     from ..container import model_digest
-    from ..runtime.measure.readings import Readings, pages, read_page, reader, reading_key
+    from ..runtime.measure.readings import Readings, key_passages, read_passage, reader, reading_key
 
     found: Found = {}
     digest = model_digest(path)
-    total, done = sum(plan.contexts) * len(plan.methods) * plan.pages, 0
+    total, done = sum(plan.contexts) * len(plan.methods) * plan.passages, 0
     with closing(Readings(output)) as kept, closing(reader(path, max(plan.contexts), kv, threads)) as llm:
-        work = [(n, page) for n in plan.contexts for page in pages(llm, texts, n, plan.pages, plan.seed)]
+        work = [
+            (n, passage) for n in plan.contexts for passage in key_passages(llm, texts, n, plan.passages, plan.seed)
+        ]
         with progress("Reading") as advance:
-            for context, page in work:
+            for context, passage in work:
                 for method in plan.methods:
                     llm.on_progress = _share(advance, done, total)
                     band = plan.band(context, method)
-                    key = reading_key(digest, llm.kv_type, band, page)
-                    reading = kept.find(key) or kept.add(key, _about(context, method, page), read_page(llm, page, band))
-                    found.setdefault((context, method), []).append((page, reading))
+                    key = reading_key(digest, llm.kv_type, band, passage)
+                    reading = kept.find(key) or kept.add(
+                        key, _about(context, method, passage), read_passage(llm, passage, band)
+                    )
+                    found.setdefault((context, method), []).append((passage, reading))
                     done += context
                     advance(done, total)
     return found
@@ -200,12 +205,12 @@ def _share(advance: Advance, done: int, total: int) -> Advance:
     return lambda read, of: advance(done + read, total)
 
 
-def _about(context: int, method: str, page: Page) -> dict[str, Any]:
-    return {"context": context, "method": method, "page": page.name, "depth": page.depth}
+def _about(context: int, method: str, passage: KeyPassage) -> dict[str, Any]:
+    return {"context": context, "method": method, "page": passage.name, "depth": passage.depth}
 
 
 def _against_yarn(found: Found, context: int, method: str, original: int) -> Difference | None:
-    """A method compared with YaRN on the same pages, past the original context where there is a past."""
+    """A method compared with YaRN on the same passages, past the original context where there is a past."""
     from ..runtime.measure.readings import compared
 
     if method == "yarn" or (context, "yarn") not in found:
@@ -220,7 +225,7 @@ def _facts(found: Found, plan: _Plan, path: Path) -> dict[str, Any]:
     return {
         "model": str(path),
         "original_context": original,
-        "pages": plan.pages,
+        "pages": plan.passages,
         "rows": [
             {
                 "context": context,
@@ -230,8 +235,8 @@ def _facts(found: Found, plan: _Plan, path: Path) -> dict[str, Any]:
                 "past_original": _perplexity(readings, original) if context > original else None,
                 "against_yarn": asdict(difference) if (difference := against[context, method]) else None,
                 "keys": [
-                    {"depth": page.depth, "found": r.key_found, "loss": r.key_loss, "said": r.said}
-                    for page, r in readings
+                    {"depth": passage.depth, "found": r.key_found, "loss": r.key_loss, "said": r.said}
+                    for passage, r in readings
                 ],
                 "seconds": sum(reading.seconds for _, reading in readings),
             }
@@ -244,8 +249,8 @@ def _quarters(context: int) -> list[tuple[int, int]]:
     return [(context * i // QUARTERS, context * (i + 1) // QUARTERS) for i in range(QUARTERS)]
 
 
-def _perplexity(readings: list[tuple[Page, Reading]], start: int = 0, stop: int | None = None) -> float:
-    """Of all pages' tokens in that range, each page counting the same."""
+def _perplexity(readings: list[tuple[KeyPassage, Reading]], start: int = 0, stop: int | None = None) -> float:
+    """Of all passages' tokens in that range, each passage counting the same."""
     return math.exp(math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings))
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..runtime.measure.readings import Page, Reading
+    from ..runtime.measure.readings import KeyPassage, Reading
 
 SMOOTH = 8
 """Bins of a reading whose losses are drawn as one point."""
@@ -19,7 +19,7 @@ SMOOTH = 8
 WORST = 6.0
 """Nats at which a key's loss is drawn at its darkest."""
 
-Readings = dict[tuple[int, str], list[tuple["Page", "Reading"]]]
+Readings = dict[tuple[int, str], list[tuple["KeyPassage", "Reading"]]]
 
 
 def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
@@ -39,7 +39,7 @@ def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Axes, chosen: dict[str, list[tuple[Page, Reading]]], context: int, original: int) -> None:
+def _draw_curves(axes: Axes, chosen: dict[str, list[tuple[KeyPassage, Reading]]], context: int, original: int) -> None:
     from ..runtime.measure.readings import BIN
 
     for method, readings in chosen.items():
@@ -61,12 +61,12 @@ def _draw_curves(axes: Axes, chosen: dict[str, list[tuple[Page, Reading]]], cont
     axes.grid(alpha=0.3)
 
 
-def _draw_keys(axes: Axes, chosen: dict[str, list[tuple[Page, Reading]]]) -> None:
-    depths = sorted({page.depth for readings in chosen.values() for page, _ in readings})
+def _draw_keys(axes: Axes, chosen: dict[str, list[tuple[KeyPassage, Reading]]]) -> None:
+    depths = sorted({passage.depth for readings in chosen.values() for passage, _ in readings})
     losses = np.full((len(chosen), len(depths)), math.nan)
     for i, readings in enumerate(chosen.values()):
         for j, depth in enumerate(depths):
-            at = [reading for page, reading in readings if page.depth == depth]
+            at = [reading for passage, reading in readings if passage.depth == depth]
             losses[i, j] = np.mean([reading.key_loss for reading in at])
             mark = "✓" if all(reading.key_found for reading in at) else f"{losses[i, j]:.1f}"
             axes.text(j, i, mark, ha="center", va="center", fontsize=7, color="black" if losses[i, j] < 4 else "white")

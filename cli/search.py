@@ -52,17 +52,21 @@ def search(
     budget: Annotated[
         str, typer.Option(metavar="45m|2h|200", help="How long to search: 45m, 2h, or a number of evaluations.")
     ] = "45m",
-    documents: Annotated[
+    passages: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Stretches of text to search on, for each band.", show_default="3, if there is as much"
+            "--passages",
+            "--documents",
+            min=1,
+            help="Passages of text to search on, for each band.",
+            show_default="3, if there is as much text",
         ),
     ] = None,
     held_out: Annotated[
         int | None,
-        typer.Option(min=1, help="Stretches to judge by, of texts never searched on.", show_default="2, if there is"),
+        typer.Option(min=1, help="Passages to judge by, from texts never searched on.", show_default="2, if there are"),
     ] = None,
-    window: Annotated[int, typer.Option(min=64, help="Tokens at a stretch's end that screening reads.")] = 1024,
+    window: Annotated[int, typer.Option(min=64, help="Tokens at a passage's end that screening reads.")] = 1024,
     screen: Annotated[
         bool, typer.Option(help="Let readings of the end alone stand in, where they rank candidates alike.")
     ] = True,
@@ -119,8 +123,8 @@ def search(
         folder=output.with_name(f"{output.name}.search"),
         settings=_settings(algorithm, seed, budget, screen, evolution),
         objective=objective,
-        documents=documents,
-        held_documents=held_out,
+        passages=passages,
+        held_passages=held_out,
         window=window,
         kv=kv,
         evaluator=evaluator,  # type: ignore[arg-type]
@@ -220,7 +224,7 @@ def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, o
                 "baselines": one.outcome.baselines,
                 "fidelity": one.outcome.fidelity,
                 "rank_correlation": one.outcome.correlation,
-                "documents": one.outcome.documents,
+                "documents": one.outcome.passages,
                 "evaluations": one.outcome.evaluations,
                 "seconds": one.outcome.seconds,
                 "history": one.outcome.history,

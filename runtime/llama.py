@@ -25,9 +25,9 @@ from ..factors import Band, Schedule, check_matches
 from . import log, memory
 from .graph.fast import FastNodes, switched_off
 from .graph.hook import GraphHook, Handler
-from .graph.rope import BandChange, RopeHook, Turn, plan_turns
+from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .interrupt import Interruptible
-from .loading import check_context, key_turning_layout, resolve_schedule
+from .loading import check_context, key_rotation_layout, resolve_schedule
 from .losses import Logits, Scored
 from .threads import default_threads
 
@@ -116,7 +116,7 @@ class Llama(llama_cpp.Llama):
         options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
         log.listen()
         try:
-            with key_turning_layout(header, self._schedule, self.plan):
+            with key_rotation_layout(header, self._schedule, self.plan):
                 super().__init__(
                     str(model_path),
                     n_ctx=self._asked_ctx,
@@ -383,8 +383,8 @@ class Llama(llama_cpp.Llama):
             return
         n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
         try:
-            turns = plan_turns(self._schedule.facts, old, band, n_tokens)
-            reread = bool(turns) and not (self._can_turn() and all(map(self._turn_keys, turns)))
+            turns = plan_rotations(self._schedule.facts, old, band, n_tokens)
+            reread = bool(turns) and not (self._can_rotate() and all(map(self._rotate_keys, turns)))
             self.band = band
             if reread:
                 self._read_again()
@@ -395,7 +395,7 @@ class Llama(llama_cpp.Llama):
             seconds = time.perf_counter() - started
             self.on_band_change(BandChange(old_index, new_index, old, band, n_tokens, seconds, reread))
 
-    def _can_turn(self) -> bool:
+    def _can_rotate(self) -> bool:
         """Whether llama.cpp can shift this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
@@ -415,7 +415,7 @@ class Llama(llama_cpp.Llama):
         self._forget()
         self._read(tokens, settled=True)
 
-    def _turn_keys(self, turn: Turn) -> bool:
+    def _rotate_keys(self, turn: Rotation) -> bool:
         """Run llama.cpp's K-shift graph for one turn; False if that did not reach the keys.
 
         Halving position 0 leaves it as it is and still marks the cache as shifted, so that the graph runs at the start
@@ -432,11 +432,11 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         return self._rope.touched > 0
 
-    def _run_stopped(self, turn: Turn | None) -> int:
+    def _run_stopped(self, turn: Rotation | None) -> int:
         """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
         assert self._graph is not None and self._rope is not None
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-        with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_turn, turn=turn)}):
+        with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_rotation, turn=turn)}):
             code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
         self._graph.raise_kept()
         self.drop_rolled_back()

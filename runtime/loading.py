@@ -76,7 +76,7 @@ def check_context(n_ctx: int, schedule: Schedule) -> int:
 
 
 @contextmanager
-def key_turning_layout(header: Header, schedule: Schedule, plan: MemoryPlan) -> Iterator[None]:
+def key_rotation_layout(header: Header, schedule: Schedule, plan: MemoryPlan) -> Iterator[None]:
     """Keep llama.cpp from mixing rotated and unrotated dimensions of a quantised key.
 
     Its Hadamard transform of quantised keys spans whole heads, but its K-shift undoes it on the rotated dimensions

@@ -89,7 +89,7 @@ def check_kv_type(kv: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Sizes:
     """The sizes that memory depends on; per layer where models differ."""
 
     n_head: int
@@ -110,7 +110,7 @@ def _numbers(header: Header, key: str, default: Any) -> list[int]:
     return [int(value)] if value is not None else [int(x) for x in header.array(entry.key)]
 
 
-def _shape(header: Header) -> _Shape:
+def _shape(header: Header) -> _Sizes:
     n_layer = _numbers(header, "block_count", [0])[0]
     heads = _numbers(header, "attention.head_count", [1])
     kv_heads = _numbers(header, "attention.head_count_kv", heads)
@@ -121,7 +121,7 @@ def _shape(header: Header) -> _Shape:
     tokens = header.entries.get("tokenizer.ggml.tokens")
     tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
-    return _Shape(
+    return _Sizes(
         n_head=max(heads),
         k_heads=tuple(kv_heads),
         key_length=key_length,
@@ -214,7 +214,7 @@ def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan
     )
 
 
-def _blocks_that_do_not_fit(shape: _Shape, kv: str) -> str | None:
+def _blocks_that_do_not_fit(shape: _Sizes, kv: str) -> str | None:
     for name, length in ((kv.split(":")[0], shape.key_length), (kv.split(":")[-1], shape.value_length)):
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0]
         if length % block:

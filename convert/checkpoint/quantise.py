@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from gguf.quants import quantize
 
-from .tensors import Part, Planned
+from .tensors import Planned, TensorPart
 
 CHUNK_NUMBERS = 1 << 20
 AHEAD = 16  # chunks under way: enough for any number of cores that a disk keeps busy
@@ -61,7 +61,7 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield rows[start : start + step]
 
 
-def _quantise(rows: torch.Tensor, part: Part, kind: GGMLQuantizationType) -> tuple[bytes, bool]:
+def _quantise(rows: torch.Tensor, part: TensorPart, kind: GGMLQuantizationType) -> tuple[bytes, bool]:
     if kind == GGMLQuantizationType.BF16 and rows.dtype == torch.bfloat16 and not part.shift:
         nan = bool(rows.isnan().any())
         if not nan:  # nothing to round

@@ -32,7 +32,7 @@ FLOAT32_NAMES = ("ffn_gate_inp.weight",)
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One stored tensor and what is done to it: a view or permutation, then a number added."""
 
     stored: StoredTensor
@@ -47,7 +47,7 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class _Named:
     """What a rule makes of one stored tensor: its name as gguf's map knows it, and its part."""
 
     name: str
-    part: Part
+    part: TensorPart
 
 
 @dataclass
 class _Stacks:
     """Experts seen so far, by the name of the tensor that they become."""
 
-    seen: dict[str, dict[int, Part]] = field(default_factory=dict)
+    seen: dict[str, dict[int, TensorPart]] = field(default_factory=dict)
 
-    def add(self, name: str, expert: int, part: Part, of: int) -> tuple[Part, ...] | None:
+    def add(self, name: str, expert: int, part: TensorPart, of: int) -> tuple[TensorPart, ...] | None:
         """All of the stack's parts once the last has come."""
         stack = self.seen.setdefault(name, {})
         stack[expert] = part
@@ -118,7 +118,7 @@ def _layers(checkpoint: Checkpoint, config: Config) -> int:
 
 def _changed(
     checkpoint: Checkpoint, config: Config, entry: Architecture, rows: int
-) -> Iterator[tuple[str, tuple[int, ...], tuple[Part, ...]]]:
+) -> Iterator[tuple[str, tuple[int, ...], tuple[TensorPart, ...]]]:
     """Each tensor after its rule: its name, its shape, its parts."""
     stacks = _Stacks()
     for stored in checkpoint.tensors.values():
@@ -132,7 +132,7 @@ def _changed(
             expert = int(match.group(2))
             if expert >= n:
                 raise UserError(f"{stored.shard}: {stored.name}: expected experts 0 to {n - 1} ({rule.change.experts})")
-            parts = stacks.add(into, expert, Part(stored), n)
+            parts = stacks.add(into, expert, TensorPart(stored), n)
             if parts is not None:
                 yield into, (n, *_same_shape(parts)), parts
             continue
@@ -155,29 +155,29 @@ def _apply(
     rule: Rule | None, match: re.Match[str] | None, stored: StoredTensor, name: str, config: Config, rows: int
 ) -> list[_Named]:
     if rule is None or match is None:
-        return [_Named(name, Part(stored))]
+        return [_Named(name, TensorPart(stored))]
     match rule.change:
         case Drop():
             return []
         case Rename(into):
-            return [_Named(into.format(*match.groups()), Part(stored))]
+            return [_Named(into.format(*match.groups()), TensorPart(stored))]
         case Shift(by):
-            return [_Named(name, Part(stored, shift=by))]
+            return [_Named(name, TensorPart(stored, shift=by))]
         case Permute(heads):
             n = config.optional(heads) or config.count("num_attention_heads")
             if not stored.shape or stored.shape[0] % (2 * n):
                 raise _bad_shape(stored, f"a first dimension that {n} heads ({heads}) divide into pairs")
-            return [_Named(name, Part(stored, lambda tensor: interleaved(tensor, n)))]
+            return [_Named(name, TensorPart(stored, lambda tensor: interleaved(tensor, n)))]
         case Halves(first, second):
             if len(stored.shape) < 2 or stored.shape[-2] % 2:
                 raise _bad_shape(stored, "an even last but one dimension")
             half = stored.shape[-2] // 2
             return [
-                _Named(first.format(*match.groups()), Part(stored, lambda tensor: tensor[..., :half, :])),
-                _Named(second.format(*match.groups()), Part(stored, lambda tensor: tensor[..., half:, :])),
+                _Named(first.format(*match.groups()), TensorPart(stored, lambda tensor: tensor[..., :half, :])),
+                _Named(second.format(*match.groups()), TensorPart(stored, lambda tensor: tensor[..., half:, :])),
             ]
         case TrimRows():
-            return [_Named(name, Part(stored, lambda tensor: tensor[:rows]))]
+            return [_Named(name, TensorPart(stored, lambda tensor: tensor[:rows]))]
         case _:
             raise AssertionError(rule.change)
 
@@ -188,12 +188,12 @@ def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _shape(part: Part) -> tuple[int, ...]:
+def _shape(part: TensorPart) -> tuple[int, ...]:
     stored = part.stored
     return tuple(part.view(torch.empty(stored.shape, dtype=stored.dtype, device="meta")).shape)
 
 
-def _same_shape(parts: tuple[Part, ...]) -> tuple[int, ...]:
+def _same_shape(parts: tuple[TensorPart, ...]) -> tuple[int, ...]:
     shape = parts[0].stored.shape
     for part in parts:
         if part.stored.shape != shape:

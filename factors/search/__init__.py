@@ -4,20 +4,20 @@ from .journal import Journal
 from .local import InProcess, Processes
 from .protocol import Engine, Evaluator, Fidelity, Result, Task
 from .run import ALGORITHMS, Event, Note, Outcome, Progress, carried, search
-from .settings import Budget, Covariance, Descent, Evolution, Racing, Screening, Settings
-from .space import Genes, Space, band_key
+from .settings import Budget, CmaSettings, Evolution, GradientSettings, Racing, Screening, Settings
+from .space import Candidate, Space, band_key
 
 __all__ = [
     "ALGORITHMS",
     "Budget",
-    "Covariance",
-    "Descent",
+    "CmaSettings",
+    "GradientSettings",
     "Engine",
     "Evaluator",
     "Event",
     "Evolution",
     "Fidelity",
-    "Genes",
+    "Candidate",
     "InProcess",
     "Journal",
     "Note",

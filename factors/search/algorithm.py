@@ -1,7 +1,7 @@
 """How an algorithm and the run talk: candidates are asked about, scores come back.
 
-An algorithm is a generator. It knows genes and losses only; who evaluates, what is cached, raced or over budget is the
-run's business. Given the same scores it asks the same questions, and it may be ended at any of them.
+An algorithm is a generator. It knows candidates and losses only; who evaluates, and what is cached, raced or over
+budget, is the run's business. Given the same scores it asks the same questions, and it may be ended at any of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .settings import Settings
-from .space import Genes, Space
+from .space import Candidate, Space
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Score:
     """What is known of a candidate.
 
     Attributes:
-        loss: weighted mean over the documents read, nats a token; infinite if none was, or if it is no number.
-        documents: how many it was read on.
+        loss: weighted mean over the passages read, nats a token; infinite if none was, or if it is no number.
+        passages: how many it was read on.
         whole: whether these are all of them; if not, it was dropped.
         by_log_factors: derivatives of the loss, shape ``(n_rot/2,)``, where they were asked for.
     """
 
-    genes: Genes
+    candidate: Candidate
     loss: float
-    documents: int
+    passages: int
     whole: bool
     by_log_factors: tuple[float, ...] = ()
     by_log_attention: float = 0.0
@@ -36,11 +36,11 @@ class Score:
     @property
     def rank(self) -> tuple[bool, int, float]:
         """What to sort by: all that are whole first, then those that lasted longer."""
-        return (not self.whole, -self.documents, self.loss)
+        return (not self.whole, -self.passages, self.loss)
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """A question to the run.
 
     Attributes:
@@ -53,24 +53,24 @@ class Ask:
     """
 
     step: str
-    candidates: tuple[Genes, ...]
-    rivals: tuple[Genes, ...] = ()
+    candidates: tuple[Candidate, ...]
+    rivals: tuple[Candidate, ...] = ()
     places: int = 1
     gradient: bool = False
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """Scores in the order of the candidates, and how many more may be evaluated, at the fidelity searched by.
 
-    Those that the budget did not reach have no documents.
+    Those that the budget did not reach have no passages.
     """
 
     scores: tuple[Score, ...]
     left: float
 
 
-Search = Generator[Ask, Answer, None]
+Search = Generator[Request, Response, None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Start:
         return min(self.seeds, key=lambda score: score.rank)
 
     def random(self) -> np.random.Generator:
-        """The algorithm's own source of chance."""
+        """The algorithm's own source of rng."""
         return np.random.default_rng([self.settings.seed, 1])
 
 
@@ -114,24 +114,24 @@ def best_of(scores: Iterable[Score], otherwise: Score) -> Score:
     return min((otherwise, *(score for score in scores if score.whole)), key=lambda score: score.loss)
 
 
-def walk_start_tokens(
+def search_start_tokens(
     space: Space, best: Score, most: float, left: float
-) -> Generator[Ask, Answer, tuple[Score, float]]:
+) -> Generator[Request, Response, tuple[Score, float]]:
     """Choose n̂ with all else as it is: a few spread over the set first, then the neighbours of the best of these.
 
     Asks for at most `most` of the `left` candidates; returns the best score, and what is left.
     """
     choices = space.start_token_choices
-    tried = {best.genes.start_tokens}
+    tried = {best.candidate.start_tokens}
     for spread in (True, False):
-        at = choices.index(best.genes.start_tokens)
+        at = choices.index(best.candidate.start_tokens)
         wanted = choices[::4] + choices[-1:] if spread else choices[max(at - 1, 0) : at + 2]
         new = [n for n in dict.fromkeys(wanted) if n not in tried][: max(int(most), 0)]
         tried.update(new)
         most -= len(new)
         if not new:
             continue
-        asked = tuple(replace(best.genes, start_tokens=n) for n in new)
-        answer = yield Ask("start tokens", asked, (best.genes,))
+        asked = tuple(replace(best.candidate, start_tokens=n) for n in new)
+        answer = yield Request("start tokens", asked, (best.candidate,))
         best, left = best_of(answer.scores, best), answer.left
     return best, left

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..methods import Array
-from .algorithm import Algorithm, Answer, Ask, Score, Search, Start, best_of, walk_start_tokens
-from .settings import Covariance, Settings
-from .space import Genes, Space
+from .algorithm import Algorithm, Request, Response, Score, Search, Start, best_of, search_start_tokens
+from .settings import CmaSettings, Settings
+from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.15
 """Of the budget, at most, to choose n̂."""
 
-Stage = Generator[Ask, Answer, tuple[Score, float]]
+Stage = Generator[Request, Response, tuple[Score, float]]
 """Ends with the best score, and how many candidates are left."""
 
 
@@ -30,7 +30,7 @@ def search(start: Start) -> Search:
     """CMA-ES on the curve, then n̂, then pairs."""
     settings = start.settings.covariance
     best, left = yield from _curve(start, settings)
-    best, left = yield from walk_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
+    best, left = yield from search_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
     yield from _pairs(start.space, settings, best, left)
 
 
@@ -39,29 +39,29 @@ class _Curve:
     """Departures from `start` as few numbers: knots of ln λ, then ln attention factor, in units of their steps."""
 
     space: Space
-    start: Genes
-    settings: Covariance
+    start: Candidate
+    settings: CmaSettings
 
     @property
     def n_knots(self) -> int:
         return min(self.settings.knots, self.space.n_pairs - self.space.n_fixed)
 
-    def genes(self, x: Array) -> Genes:
+    def candidate(self, x: Array) -> Candidate:
         at, n = np.linspace(0, 1, self.space.n_pairs - self.space.n_fixed), self.n_knots
         moved = np.interp(at, np.linspace(0, 1, n), x[:n]) * self.settings.step
         return self.space.moved(self.start, moved, float(x[n]) * self.settings.attention_step)
 
 
-def _curve(start: Start, settings: Covariance) -> Stage:
+def _curve(start: Start, settings: CmaSettings) -> Stage:
     """CMA-ES until its share of the budget is spent or its steps are too small to matter."""
     import cma  # brings matplotlib: not for those who only want to read a schedule
 
     best, left = start.best, start.left
     floor = (1 - settings.share) * left
-    curve, chance = _Curve(start.space, best.genes, settings), start.random()
+    curve, rng = _Curve(start.space, best.candidate, settings), start.random()
     options = {
         "seed": math.nan,  # leave numpy's own source of chance alone
-        "randn": lambda *shape: chance.standard_normal(shape),
+        "randn": lambda *shape: rng.standard_normal(shape),
         "popsize": _population(settings, curve.n_knots + 1, left),
         "tolx": settings.smallest_step / settings.step,
         "verbose": -9,
@@ -69,25 +69,27 @@ def _curve(start: Start, settings: Covariance) -> Stage:
     strategy = cma.CMAEvolutionStrategy(np.zeros(curve.n_knots + 1), 1.0, options)
     while not strategy.stop() and left - floor >= strategy.popsize:
         points = strategy.ask()
-        asked = tuple(curve.genes(np.asarray(point)) for point in points)
-        answer = yield Ask(f"curve {strategy.countiter + 1}", asked, (best.genes,), places=strategy.popsize // 2)
+        asked = tuple(curve.candidate(np.asarray(point)) for point in points)
+        answer = yield Request(
+            f"curve {strategy.countiter + 1}", asked, (best.candidate,), places=strategy.popsize // 2
+        )
         # Only the order counts for CMA-ES, so that one that was dropped half-way need have no loss.
         order = sorted(range(len(points)), key=lambda i: answer.scores[i].rank)
         strategy.tell(points, np.argsort(order).astype(float).tolist())
         best, left = best_of(answer.scores, best), answer.left
     if strategy.countiter and left >= 1:
-        answer = yield Ask("curve's mean", (curve.genes(np.asarray(strategy.mean)),), (best.genes,))
+        answer = yield Request("curve's mean", (curve.candidate(np.asarray(strategy.mean)),), (best.candidate,))
         best, left = best_of(answer.scores, best), answer.left
     return best, left
 
 
-def _population(settings: Covariance, n: int, left: float) -> int:
+def _population(settings: CmaSettings, n: int, left: float) -> int:
     """Candidates a generation: the usual 4 + 3 ln n, fewer where the budget would not give four generations."""
     usual = settings.population or 4 + int(3 * np.log(n))
     return max(4, min(usual, int(settings.share * left / 4)))
 
 
-def _pairs(space: Space, settings: Covariance, best: Score, left: float) -> Stage:
+def _pairs(space: Space, settings: CmaSettings, best: Score, left: float) -> Stage:
     """Single pairs up or down, and whatever is better is kept; smaller steps when no pair gains any more."""
     step, n = settings.pair_step, space.n_pairs - space.n_fixed
     moves = np.eye(n)
@@ -104,23 +106,23 @@ def _pairs(space: Space, settings: Covariance, best: Score, left: float) -> Stag
 
 def _try_pairs(
     space: Space, best: Score, left: float, step: float, moves: dict[int, Array]
-) -> Generator[Ask, Answer, tuple[Score, float, list[int]]]:
+) -> Generator[Request, Response, tuple[Score, float, list[int]]]:
     """Each of the `moves` by itself, all at once for the workers' sake; then those that gain, together.
 
     Returns the best score, how many candidates are left, and the pairs whose move has gained nothing.
     """
-    asked = {i: space.moved(best.genes, move) for i, move in moves.items()}
-    asked = {i: genes for i, genes in asked.items() if genes != best.genes}
+    asked = {i: space.moved(best.candidate, move) for i, move in moves.items()}
+    asked = {i: candidate for i, candidate in asked.items() if candidate != best.candidate}
     asked = dict(list(asked.items())[: int(left)])
     if not asked:
         return best, left, list(moves)
     what = f"{step:.1%}, pair " + ", ".join(str(space.n_fixed + i) for i in asked)
-    answer = yield Ask(what, tuple(asked.values()), (best.genes,), places=0)
+    answer = yield Request(what, tuple(asked.values()), (best.candidate,), places=0)
     gains = [i for i, score in zip(asked, answer.scores, strict=True) if best_of([score], best) is not best]
     found, left = best_of(answer.scores, best), answer.left
     if len(gains) > 1 and left >= 1:
-        together = space.moved(best.genes, np.sum([moves[i] for i in gains], axis=0))
-        answer = yield Ask(f"{what} together", (together,), (found.genes,))
+        together = space.moved(best.candidate, np.sum([moves[i] for i in gains], axis=0))
+        answer = yield Request(f"{what} together", (together,), (found.candidate,))
         found, left = best_of(answer.scores, found), answer.left
     return found, left, [i for i in moves if i not in gains]
 

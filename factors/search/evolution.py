@@ -13,28 +13,28 @@ from dataclasses import replace
 
 import numpy as np
 
-from .algorithm import Algorithm, Ask, Score, Search, Start
+from .algorithm import Algorithm, Request, Score, Search, Start
 from .settings import Evolution, Settings
-from .space import Genes, Space
+from .space import Candidate, Space
 
-Draw = Callable[[], Genes]
+Draw = Callable[[], Candidate]
 
 
 def search(start: Start) -> Search:
     """LongRoPE's algorithm 1."""
     settings, space = start.settings.evolution, start.space
     breeder = _Breeder(space, settings, start.random())
-    seeds = [space.seed(method) for method in ("pi", "ntk", "yarn")] + [score.genes for score in start.seeds[1:]]
+    seeds = [space.seed(method) for method in ("pi", "ntk", "yarn")] + [score.candidate for score in start.seeds[1:]]
     population = [breeder.admit(breeder.on_grid(seed)) for seed in seeds][: settings.population]
     founders = list(population)
     while len(population) < settings.population:
-        chosen = founders[int(breeder.chance.integers(len(founders)))]
+        chosen = founders[int(breeder.rng.integers(len(founders)))]
         population.append(breeder.new(lambda chosen=chosen: breeder.mutated(chosen)))  # type: ignore[misc]
     parents: list[Score] = []
     for generation in range(settings.generations + 1):
         asked = tuple(dict.fromkeys(population))
-        rivals = tuple(score.genes for score in parents)
-        answer = yield Ask(f"generation {generation}", asked, rivals, settings.parents)
+        rivals = tuple(score.candidate for score in parents)
+        answer = yield Request(f"generation {generation}", asked, rivals, settings.parents)
         parents = sorted((*parents, *answer.scores), key=lambda score: score.rank)[: settings.parents]
         population = [breeder.child_by_mutation(parents) for _ in range(settings.mutations)]
         population += [breeder.child_by_crossover(parents) for _ in range(settings.crossovers)]
@@ -43,73 +43,73 @@ def search(start: Start) -> Search:
 class _Breeder:
     """Makes individuals that keep to the space and that were not there before."""
 
-    def __init__(self, space: Space, settings: Evolution, chance: np.random.Generator) -> None:
-        self.space, self.settings, self.chance = space, settings, chance
-        self.known: set[Genes] = set()
+    def __init__(self, space: Space, settings: Evolution, rng: np.random.Generator) -> None:
+        self.space, self.settings, self.rng = space, settings, rng
+        self.known: set[Candidate] = set()
         self.top = math.floor(math.exp(space.largest_log_factor) / settings.grid + 1e-9)
 
-    def on_grid(self, genes: Genes) -> Genes:
+    def on_grid(self, candidate: Candidate) -> Candidate:
         """The free λ rounded to the grid; rounding keeps their order."""
         n, grid = self.space.n_fixed, self.settings.grid
-        marks = np.round(np.exp(genes.log_factors[n:]) / grid)
+        marks = np.round(np.exp(candidate.log_factors[n:]) / grid)
         free = np.log(np.clip(marks, math.ceil(1 / grid - 1e-9), self.top) * grid)
-        return replace(genes, log_factors=(*genes.log_factors[:n], *free.tolist()))
+        return replace(candidate, log_factors=(*candidate.log_factors[:n], *free.tolist()))
 
-    def admit(self, genes: Genes) -> Genes:
-        self.known.add(genes)
-        return genes
+    def admit(self, candidate: Candidate) -> Candidate:
+        self.known.add(candidate)
+        return candidate
 
-    def new(self, draw: Draw) -> Genes:
+    def new(self, draw: Draw) -> Candidate:
         """The first draw that was not there before, or the last one if there is none in so many tries."""
         for _ in range(self.settings.tries):
-            genes = draw()
-            if genes not in self.known:
+            candidate = draw()
+            if candidate not in self.known:
                 break
-        return self.admit(genes)
+        return self.admit(candidate)
 
-    def mutated(self, genes: Genes) -> Genes:
+    def mutated(self, candidate: Candidate) -> Candidate:
         """Each gene, with the probability of mutation, drawn anew from what its neighbours allow."""
         n, grid, p = self.space.n_fixed, self.settings.grid, self.settings.probability
-        marks = np.round(np.exp(genes.log_factors[n:]) / grid).astype(int)
-        floor = math.ceil(math.exp(genes.log_factors[n - 1] if n else 0.0) / grid - 1e-9)
-        for i in np.flatnonzero(self.chance.random(len(marks)) < p):
+        marks = np.round(np.exp(candidate.log_factors[n:]) / grid).astype(int)
+        floor = math.ceil(math.exp(candidate.log_factors[n - 1] if n else 0.0) / grid - 1e-9)
+        for i in np.flatnonzero(self.rng.random(len(marks)) < p):
             low = marks[i - 1] if i else floor
             high = marks[i + 1] if i + 1 < len(marks) else max(self.top, low)
-            marks[i] = self.chance.integers(low, high, endpoint=True)
-        start_tokens, attention = genes.start_tokens, genes.attention_factor
-        if self.chance.random() < p:
-            start_tokens = int(self.chance.choice(self.space.start_token_choices))
-        if self.settings.search_attention and self.chance.random() < p:
-            attention = float(self.chance.uniform(*self.space.attention_bounds))
+            marks[i] = self.rng.integers(low, high, endpoint=True)
+        start_tokens, attention = candidate.start_tokens, candidate.attention_factor
+        if self.rng.random() < p:
+            start_tokens = int(self.rng.choice(self.space.start_token_choices))
+        if self.settings.search_attention and self.rng.random() < p:
+            attention = float(self.rng.uniform(*self.space.attention_bounds))
         free = np.log(marks * grid).tolist()
-        return Genes((*genes.log_factors[:n], *free), start_tokens, attention)
+        return Candidate((*candidate.log_factors[:n], *free), start_tokens, attention)
 
-    def crossed(self, first: Genes, second: Genes) -> Genes:
-        """The first parent with some genes of the second's, where these keep λ from decreasing."""
+    def crossed(self, first: Candidate, second: Candidate) -> Candidate:
+        """The first parent with some candidate of the second's, where these keep λ from decreasing."""
         p = self.settings.probability
         factors = list(first.log_factors)
-        for i in np.flatnonzero(self.chance.random(len(factors)) < p):
+        for i in np.flatnonzero(self.rng.random(len(factors)) < p):
             low = factors[i - 1] if i else -math.inf
             high = factors[i + 1] if i + 1 < len(factors) else math.inf
             if low <= second.log_factors[i] <= high:
                 factors[i] = second.log_factors[i]
-        start_tokens = second.start_tokens if self.chance.random() < p else first.start_tokens
-        attention = second.attention_factor if self.chance.random() < p else first.attention_factor
-        return Genes(tuple(factors), start_tokens, attention)
+        start_tokens = second.start_tokens if self.rng.random() < p else first.start_tokens
+        attention = second.attention_factor if self.rng.random() < p else first.attention_factor
+        return Candidate(tuple(factors), start_tokens, attention)
 
-    def child_by_mutation(self, parents: list[Score]) -> Genes:
-        return self.new(lambda: self.mutated(parents[int(self.chance.integers(len(parents)))].genes))
+    def child_by_mutation(self, parents: list[Score]) -> Candidate:
+        return self.new(lambda: self.mutated(parents[int(self.rng.integers(len(parents)))].candidate))
 
-    def child_by_crossover(self, parents: list[Score]) -> Genes:
+    def child_by_crossover(self, parents: list[Score]) -> Candidate:
         """A crossover of two parents; of the better one, a mutation if no crossover was new."""
         if len(parents) == 1:
             return self.child_by_mutation(parents)
         for _ in range(self.settings.tries):
-            first, second = sorted(self.chance.choice(len(parents), 2, replace=False))
-            child = self.crossed(parents[first].genes, parents[second].genes)
+            first, second = sorted(self.rng.choice(len(parents), 2, replace=False))
+            child = self.crossed(parents[first].candidate, parents[second].candidate)
             if child not in self.known:
                 return self.admit(child)
-        return self.new(lambda: self.mutated(parents[first].genes))
+        return self.new(lambda: self.mutated(parents[first].candidate))
 
 
 def _first(settings: Settings, space: Space) -> float:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..methods import Array
-from .algorithm import Algorithm, Ask, Score, Search, Start, walk_start_tokens
-from .settings import Descent, Settings
-from .space import Genes, Space
+from .algorithm import Algorithm, Request, Score, Search, Start, search_start_tokens
+from .settings import GradientSettings, Settings
+from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.2
 """Of the budget, kept to choose n̂."""
 
 WORTH_GOING_ON = 0.02
-"""Of all that was gained, what `Descent.patience` steps that found something better must have brought together."""
+"""The share of the whole gain that `GradientSettings.patience` improving steps must bring together, or it ends."""
 
 BETA_MEAN, BETA_SQUARE = 0.8, 0.95  # a few dozen steps: shorter memories than the usual 0.9 and 0.999
 TINY = 1e-4  # nats a unit of ln λ: a gradient of this size is noise
@@ -33,11 +33,11 @@ def search(start: Start) -> Search:
     best, left, cost = start.best, start.left, start.settings.gradient_cost
     kept = min(START_TOKENS_SHARE * left, 7)
     adam = _Adam(space.n_pairs - space.n_fixed + 1, settings.rate)
-    genes, since, begin, bests = best.genes, 0, best.loss, [best.loss]
+    candidate, since, begin, bests = best.candidate, 0, best.loss, [best.loss]
     for step in range(settings.steps):
         if left - kept < cost:
             break
-        answer = yield Ask(f"step {step + 1}", (genes,), (best.genes,), gradient=True)
+        answer = yield Request(f"step {step + 1}", (candidate,), (best.candidate,), gradient=True)
         score, left = answer.scores[0], answer.left
         if not score.whole:
             break
@@ -47,12 +47,12 @@ def search(start: Start) -> Search:
         if better and _hardly_better(bests[-1 - settings.patience :], settings.patience, begin):
             break
         if since > settings.patience:
-            adam, genes, since, bests = _Adam(adam.n, adam.rate / 2), best.genes, 0, [best.loss]
+            adam, candidate, since, bests = _Adam(adam.n, adam.rate / 2), best.candidate, 0, [best.loss]
             if adam.rate < settings.rate / 8:
                 break
             continue
-        genes = _moved(space, score, adam, settings)
-    yield from walk_start_tokens(space, best, left, left)
+        candidate = _moved(space, score, adam, settings)
+    yield from search_start_tokens(space, best, left, left)
 
 
 def _hardly_better(bests: list[float], steps: int, begin: float) -> bool:
@@ -83,11 +83,11 @@ class _Adam:
         return np.asarray(-self.rate * mean / (np.sqrt(square) + TINY))
 
 
-def _moved(space: Space, score: Score, adam: _Adam, settings: Descent) -> Genes:
+def _moved(space: Space, score: Score, adam: _Adam, settings: GradientSettings) -> Candidate:
     gradient = np.array([*score.by_log_factors[space.n_fixed :], score.by_log_attention])
     step = np.clip(adam.step(gradient), -settings.largest_step, settings.largest_step)
     # One number scales every pair's logits at once: it moves a third as far.
-    return space.moved(score.genes, step[:-1], float(step[-1]) / 3)
+    return space.moved(score.candidate, step[:-1], float(step[-1]) / 3)
 
 
 def _first(settings: Settings, space: Space) -> float:

@@ -22,29 +22,29 @@ from .protocol import Fidelity, Result, Task
 from .space import band_key
 
 HEADER = "ropewalk_search"
-VERSION = 1
+VERSION = 2
 ELSEWHERE = "give another output, or remove this file"
 HEADER_BEGINNING, LINE_BEGINNING = b'{"ropewalk_search": ', b'{"band": "'
 
 
-class Entry(NamedTuple):
+class TaskKey(NamedTuple):
     """What a task is known by: two of the same name have the same result."""
 
     band: str
-    document: int
+    passage: int
     fidelity: Fidelity
     gradient: bool
 
 
-class Line(NamedTuple):
+class Evaluation(NamedTuple):
     """One evaluation: what came of it, and when, in seconds since the search began (time between runs not counted)."""
 
     result: Result
     at: float
 
 
-def entry_of(task: Task) -> Entry:
-    return Entry(band_key(task.band), task.document, task.fidelity, task.gradient)
+def key_of_task(task: Task) -> TaskKey:
+    return TaskKey(band_key(task.band), task.passage, task.fidelity, task.gradient)
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
 
     def __init__(self, path: Path | None, digest: str) -> None:
         self.path = path
-        self.lines: dict[Entry, Line] = {}
+        self.lines: dict[TaskKey, Evaluation] = {}
         self._fd = -1
         if path is not None:
             self._fd = open_locked(path)
@@ -94,12 +94,12 @@ class Journal:
         Raises:
             UserError: it cannot be written.
         """
-        entry, at = entry_of(task), time.monotonic() - self._began
+        entry, at = key_of_task(task), time.monotonic() - self._began
         if entry in self.lines:
             return
         if self.path is not None:
-            append_line(self._fd, self.path, _line_of(entry, Line(result, at)))
-        self.lines[entry] = Line(result, at)
+            append_line(self._fd, self.path, _line_of(entry, Evaluation(result, at)))
+        self.lines[entry] = Evaluation(result, at)
 
     def _read(self, path: Path, digest: str) -> None:
         with os.fdopen(os.dup(self._fd), "rb") as file:
@@ -138,7 +138,7 @@ def _check_header(path: Path, line: bytes, digest: str) -> None:
         raise UserError(f"{path}: journal version {version}, expected {VERSION}; {ELSEWHERE}")
     if json.loads(line).get("digest") != digest:
         raise UserError(
-            f"{path}: the journal of another search (model, documents, context, settings or seed differ); {ELSEWHERE}"
+            f"{path}: the journal of another search (model, passages, context, settings or seed differ); {ELSEWHERE}"
         )
 
 
@@ -151,7 +151,7 @@ def _version(line: bytes) -> Any:
     return header.get(HEADER) if isinstance(header, dict) else None
 
 
-def _line_of(entry: Entry, line: Line) -> bytes:
+def _line_of(entry: TaskKey, line: Evaluation) -> bytes:
     result = line.result
     values: dict[str, Any] = entry._asdict() | {"loss": result.loss, "seconds": result.seconds, "at": line.at}
     if entry.gradient:
@@ -159,16 +159,16 @@ def _line_of(entry: Entry, line: Line) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
-def _parse(line: bytes) -> tuple[Entry, Line] | None:
+def _parse(line: bytes) -> tuple[TaskKey, Evaluation] | None:
     try:
         values = json.loads(line)
-        entry = Entry(str(values["band"]), int(values["document"]), values["fidelity"], bool(values["gradient"]))
+        entry = TaskKey(str(values["band"]), int(values["passage"]), values["fidelity"], bool(values["gradient"]))
         result = Result(
             loss=float(values["loss"]),
             seconds=float(values["seconds"]),
             by_log_factors=tuple(map(float, values.get("by_log_factors", ()))),
             by_log_attention=float(values.get("by_log_attention", 0.0)),
         )
-        return entry, Line(result, float(values["at"]))
+        return entry, Evaluation(result, float(values["at"]))
     except (ValueError, KeyError, TypeError):
         return None

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from ...processes import end_with_parent
-from .crew import Crew, Facts, Failure, Lost, Message, Worker, attempt, open_recipe
+from .pool import Facts, Failure, Lost, Message, Worker, WorkerPool, attempt, open_recipe
 from .protocol import Evaluator, Result, Task
 
 
@@ -60,8 +60,8 @@ class _Process(Worker):
     line: Connection
 
 
-class Processes(Crew[_Process]):
-    """Several processes on this machine; see `Crew` for arguments, errors and how they are used.
+class Processes(WorkerPool[_Process]):
+    """Several processes on this machine; see `WorkerPool` for arguments, errors and how they are used.
 
     The processes are spawned: a script that makes one does so under ``if __name__ == "__main__":``.
     """

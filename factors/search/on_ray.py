@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
-from .crew import Crew, Facts, Failure, Lost, Message, Worker, attempt, open_recipe
+from .pool import Facts, Failure, Lost, Message, Worker, WorkerPool, attempt, open_recipe
 from .protocol import Evaluator, Task
 
 PATIENCE = 5.0
@@ -28,8 +28,8 @@ class _Actor(Worker):
     answer: Any  # reference to what it is working on; None while it has nothing to do
 
 
-class Ray(Crew[_Actor]):
-    """Actors on Ray; see `Crew` for the other arguments, errors and how they are used.
+class Ray(WorkerPool[_Actor]):
+    """Actors on Ray; see `WorkerPool` for the other arguments, errors and how they are used.
 
     Args:
         address: of a cluster, as ``ray.init`` takes it; by default ``RAY_ADDRESS`` if that is set, else a cluster is
@@ -50,7 +50,7 @@ class Ray(Crew[_Actor]):
         if self._ours:
             _connect(ray, address or os.environ.get("RAY_ADDRESS") or "local")
         self._recipe = ray.cloudpickle.dumps(make_evaluator)
-        self._actor = ray.remote(max_restarts=0, scheduling_strategy="SPREAD")(_Reader)
+        self._actor = ray.remote(max_restarts=0, scheduling_strategy="SPREAD")(_Receiver)
 
     def close(self) -> None:
         """End all actors, and Ray where this engine has started it; then the engine is of no use any more."""
@@ -84,7 +84,7 @@ class Ray(Crew[_Actor]):
             self._ray.kill(worker.handle)
 
 
-class _Reader:
+class _Receiver:
     """What runs in an actor. Nothing is raised here, so that exceptions arrive as they are."""
 
     def open(self, recipe: bytes) -> Any:

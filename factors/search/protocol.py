@@ -1,6 +1,6 @@
 """What a search asks, and what answers it: bands go out, losses come back. No model here.
 
-An evaluator holds a model and documents. A search never sees either: it sees document numbers, and the loss in nats a
+An evaluator holds a model and passages. A search never sees either: it sees passage numbers, and the loss in nats a
 token of a band on each. Who answers (this process, several, a cluster) is an `Engine`.
 """
 
@@ -13,15 +13,15 @@ from typing import Literal, Protocol
 from ..schedule import Band
 
 Fidelity = Literal["screen", "full"]
-"""full: every document is read anew in the band. screen: a cheaper stand-in that ranks bands much alike."""
+"""full: every passage is read anew in the band. screen: a cheaper stand-in that ranks bands much alike."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One band on one document."""
+    """One band on one passage."""
 
     band: Band
-    document: int
+    passage: int
     fidelity: Fidelity = "full"
     gradient: bool = False
 
@@ -39,7 +39,7 @@ class Result:
 
 
 class Evaluator(Protocol):
-    """A model and documents, in one process."""
+    """A model and passages, in one process."""
 
     @property
     def key(self) -> str:
@@ -48,7 +48,7 @@ class Evaluator(Protocol):
 
     @property
     def weights(self) -> Sequence[float]:
-        """How much each document counts; one number a document."""
+        """How much each passage counts; one number a passage."""
         ...
 
     def evaluate(self, task: Task) -> Result:

@@ -1,6 +1,6 @@
-"""Racing over documents: a candidate is read on more documents only while it may still win.
+"""Racing over passages: a candidate is read on more passages only while it may still win.
 
-All candidates of a race read the same documents in the same order, and who is dropped is decided only when all of a
+All candidates of a race read the same passages in the same order, and who is dropped is decided only when all of a
 rung are in; so the outcome does not depend on the order in which workers answer.
 """
 
@@ -16,7 +16,7 @@ from .settings import Racing
 
 Indices = npt.NDArray[np.intp]
 Measure = Callable[[Indices, Indices], Array]
-"""(candidates, documents) → losses, shape ``(candidates, documents)``."""
+"""(candidates, passages) → losses, shape ``(candidates, passages)``."""
 
 
 def race(
@@ -28,12 +28,12 @@ def race(
     places: int,
     racing: Racing,
 ) -> Array:
-    """The losses of candidates, shape ``(n_candidates, documents)``; nan where one was dropped before.
+    """The losses of candidates, shape ``(n_candidates, passages)``; nan where one was dropped before.
 
     Args:
-        rivals: losses of those that have run before and hold the places, shape ``(rivals, documents)``.
-        weights: how much each document counts.
-        order: the documents in the order to read them; the rungs end after 1, 2, 4, 8, … of them.
+        rivals: losses of those that have run before and hold the places, shape ``(rivals, passages)``.
+        weights: how much each passage counts.
+        order: the passages in the order to read them; the rungs end after 1, 2, 4, 8, … of them.
         places: how many of candidates and rivals count in the end; the last of these is what others must not be behind;
             0 where that is the best of the rivals, whatever the other candidates are.
     """
@@ -57,7 +57,7 @@ def _rungs(n_documents: int) -> Iterator[tuple[int, int]]:
 
 
 def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: Racing) -> npt.NDArray[np.bool_]:
-    """Which candidates are unlikely to be among the first `places`, by the documents seen so far."""
+    """Which candidates are unlikely to be among the first `places`, by the passages seen so far."""
     pool = np.concatenate([losses, rivals]) if places else rivals
     if len(pool) <= places:
         return np.zeros(len(losses), dtype=bool)
@@ -75,8 +75,8 @@ def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: R
     if n_seen == 1:
         late = mean > racing.clear * (last - best)
         return np.asarray(late & (mean > 0) & (last > best) | ~np.isfinite(mean))
-    # A few documents tell little of the spread of a candidate's own differences: its variance counts as much as that
-    # of two documents with the middle one of all.
+    # A few passages tell little of the spread of a candidate's own differences: its variance counts as much as that
+    # of two passages with the middle one of all.
     with np.errstate(invalid="ignore"):
         own = np.nan_to_num(np.var(differences, axis=1, ddof=1), nan=0.0, posinf=0.0)
     variance = (own * (n_seen - 1) + 2 * np.median(own)) / (n_seen + 1)

@@ -1,6 +1,6 @@
 """A whole search: baselines, whether screening can be trusted, the algorithm, and the best read again in full.
 
-All that an algorithm asks goes through here: what the journal knows is not evaluated again, documents are raced over,
+All that an algorithm asks goes through here: what the journal knows is not evaluated again, passages are raced over,
 the budget is kept. Decisions depend on losses, on declared costs, and on the journal's own times: a search that is
 killed and resumed goes the way it would have gone.
 """
@@ -17,15 +17,15 @@ import numpy as np
 from ...errors import UserError
 from ..methods import Array
 from ..schedule import Band, Provenance
-from .algorithm import Algorithm, Answer, Ask, Score, Start
+from .algorithm import Algorithm, Request, Response, Score, Start
 from .cma import CMA
 from .evolution import EVOLUTION
 from .gradient import GRADIENT
-from .journal import Entry, Journal, digest_of, entry_of
+from .journal import Journal, TaskKey, digest_of, key_of_task
 from .protocol import Engine, Fidelity, Result, Task
 from .race import Indices, race
 from .settings import FINALS_SHARE, READING_SHARE, Settings
-from .space import Genes, Space
+from .space import Candidate, Space
 
 ALGORITHMS: dict[str, Algorithm] = {"cma": CMA, "evolution": EVOLUTION, "gradient": GRADIENT}
 
@@ -43,7 +43,7 @@ class Progress:
         step: what has just been done, in a few words.
         evaluations, of: spent, and the budget (None where that is a time).
         seconds, of_seconds: likewise.
-        best: the lowest loss so far, by a candidate read on all documents.
+        best: the lowest loss so far, by a candidate read on all passages.
         baselines: losses by method, as far as they are known.
         dropped: candidates that racing dropped.
     """
@@ -73,11 +73,11 @@ class Outcome:
     """What a search has found.
 
     Attributes:
-        band: the best at full fidelity on the search's documents: YaRN's if nothing is better.
+        band: the best at full fidelity on the search's passages: YaRN's if nothing is better.
         loss, yarn: full losses of that band and of YaRN's.
         baselines: losses by method at the fidelity searched by.
         correlation: of screening with full fidelity (Spearman), None if it was not measured.
-        documents: how many were searched on.
+        passages: how many were searched on.
         history: (evaluations, lowest loss), each time that it fell.
     """
 
@@ -87,7 +87,7 @@ class Outcome:
     baselines: dict[str, float]
     fidelity: Fidelity
     correlation: float | None
-    documents: int
+    passages: int
     evaluations: float
     seconds: float
     dropped: int
@@ -103,7 +103,7 @@ def search(
     space: Space,
     settings: Settings,
     journal: Path | None = None,
-    seeds: Sequence[Genes] = (),
+    seeds: Sequence[Candidate] = (),
     on_event: Callable[[Event], None] = lambda event: None,
     correlation: float | None = None,
 ) -> Outcome:
@@ -128,13 +128,13 @@ def search(
         return run.whole(algorithm, [space.project(seed) for seed in seeds])
 
 
-def carried(previous: Space, band: Band, space: Space) -> Genes:
+def carried(previous: Space, band: Band, space: Space) -> Candidate:
     """A band found in one space as a start in that of another context: its ln λ stretched as ln of the scale is."""
-    genes = previous.genes(band)
+    candidate = previous.candidate(band)
     ratio = math.log(space.scale) / math.log(previous.scale) if previous.scale > 1 else 1.0
-    factors = tuple(ratio * value for value in genes.log_factors)
-    attention = math.exp(ratio * math.log(genes.attention_factor))
-    return space.project(replace(genes, log_factors=factors, attention_factor=attention))
+    factors = tuple(ratio * value for value in candidate.log_factors)
+    attention = math.exp(ratio * math.log(candidate.attention_factor))
+    return space.project(replace(candidate, log_factors=factors, attention_factor=attention))
 
 
 class _Run:
@@ -153,11 +153,11 @@ class _Run:
         self.weights = np.array(engine.weights, dtype=float)
         self.weights /= self.weights.sum()
         self.fidelity: Fidelity = "full"
-        self.counted: set[Entry] = set()
+        self.counted: set[TaskKey] = set()
         self.spent = self.seconds = 0.0
         self.finalists = 0
-        self.whole_losses: dict[Genes, float] = {}
-        self.losses: dict[Genes, Array] = {}
+        self.whole_losses: dict[Candidate, float] = {}
+        self.losses: dict[Candidate, Array] = {}
         self.baselines: dict[str, float] = {}
         self.history: list[tuple[float, float]] = []
         self.correlation = correlation
@@ -166,17 +166,17 @@ class _Run:
 
     # --- the stages
 
-    def whole(self, algorithm: Algorithm, seeds: list[Genes]) -> Outcome:
+    def whole(self, algorithm: Algorithm, seeds: list[Candidate]) -> Outcome:
         self._check_budget(algorithm)
         yarn = self.space.seed("yarn")
-        self._fit_documents(yarn)
+        self._fit_passages(yarn)
         full_yarn = self._mean(self._measure([yarn], self._all(), "full")[0])
         self._choose_fidelity(yarn, algorithm)
         if self.fidelity == "screen":
             self.finalists = max(1, min(self.settings.finalists, int(FINALS_SHARE * min(self._left(), 1e9))))
         self._baselines(yarn)
         self._check_time(algorithm)
-        scores = [self._score(genes, self._losses_of(genes)) for genes in dict.fromkeys([yarn, *seeds])]
+        scores = [self._score(candidate, self._losses_of(candidate)) for candidate in dict.fromkeys([yarn, *seeds])]
         self._say("start")
         self._drive(algorithm, tuple(scores))
         return self._outcome(yarn, full_yarn)
@@ -200,13 +200,13 @@ class _Run:
             needed = self.seconds * (self.spent + self._reserve() + first) / self.spent
             raise UserError(
                 f"budget: {seconds / 60:.3g} minutes for {self.space.context:,} tokens, expected at least"
-                f" {math.ceil(needed / 60)} on this machine, or fewer or shorter documents; what was read is kept"
+                f" {math.ceil(needed / 60)} on this machine, or fewer or shorter passages; what was read is kept"
             )
 
-    def _fit_documents(self, yarn: Genes) -> None:
-        """Leave out documents where the time is short, by how long the first one takes."""
+    def _fit_passages(self, yarn: Candidate) -> None:
+        """Leave out passages where the time is short, by how long the first one takes."""
         seconds, n = self.settings.budget.seconds, len(self.weights)
-        if seconds is None or n == 1 or not self.settings.fewer_documents:
+        if seconds is None or n == 1 or not self.settings.fewer_passages:
             return
         self._measure([yarn], np.array([0]), "full")
         fitting = int(READING_SHARE * seconds / max(self.seconds, 1e-9))
@@ -217,8 +217,8 @@ class _Run:
                 Note(f"a reading takes {self.seconds:.0f} s here: {len(self.weights)} of {n} stretches are searched on")
             )
 
-    def _choose_fidelity(self, yarn: Genes, algorithm: Algorithm) -> None:
-        """Compare screening with full fidelity on the first document; use it if they rank bands alike."""
+    def _choose_fidelity(self, yarn: Candidate, algorithm: Algorithm) -> None:
+        """Compare screening with full fidelity on the first passage; use it if they rank bands alike."""
         screening = self.settings.screening
         if not screening.allowed:
             return
@@ -232,8 +232,8 @@ class _Run:
             then = "all are read in full" if in_full else "it is used untried; the best are read in full"
             self.tell(Note(f"too small a budget to compare screening with full readings: {then}"))
             return
-        chance = np.random.default_rng([self.settings.seed, 2])
-        near = [self.space.moved(yarn, _smooth(chance, self.space), chance.normal() * NEAR / 4) for _ in range(n)]
+        rng = np.random.default_rng([self.settings.seed, 2])
+        near = [self.space.moved(yarn, _smooth(rng, self.space), rng.normal() * NEAR / 4) for _ in range(n)]
         self.step = "screening compared"
         compared, first = [yarn, self.space.seed("ntk"), *near], np.array([0])
         full = self._measure(compared, first, "full")[:, 0]
@@ -248,15 +248,15 @@ class _Run:
             )
         )
 
-    def _baselines(self, yarn: Genes) -> None:
+    def _baselines(self, yarn: Candidate) -> None:
         for method in BASELINES:
             self.step = method
-            genes = yarn if method == "yarn" else self.space.closed_form(method)
-            self.baselines[method] = self._mean(self._measure([genes], self._all(), self.fidelity)[0])
+            candidate = yarn if method == "yarn" else self.space.closed_form(method)
+            self.baselines[method] = self._mean(self._measure([candidate], self._all(), self.fidelity)[0])
 
     def _drive(self, algorithm: Algorithm, seeds: tuple[Score, ...]) -> None:
         generator = algorithm.search(Start(self.space, self.settings, seeds, self._reach()))
-        answer: Answer | None = None
+        answer: Response | None = None
         while True:
             try:
                 ask = next(generator) if answer is None else generator.send(answer)
@@ -264,20 +264,20 @@ class _Run:
                 return
             self.step = ask.step
             scores = self._gradients(ask) if ask.gradient else self._race(ask)
-            answer = Answer(tuple(scores), self._reach())
+            answer = Response(tuple(scores), self._reach())
             self._say(ask.step)
             if self._left() < self._cost(self.fidelity, ask.gradient):
                 return
 
-    def _outcome(self, yarn: Genes, full_yarn: float) -> Outcome:
+    def _outcome(self, yarn: Candidate, full_yarn: float) -> Outcome:
         """The best few, and YaRN, at full fidelity."""
-        ranked = sorted(self.whole_losses, key=lambda genes: (self.whole_losses[genes], genes.start_tokens))
+        ranked = sorted(self.whole_losses, key=lambda candidate: (self.whole_losses[candidate], candidate.start_tokens))
         finalists = ranked[: self.finalists or self.settings.finalists]
         full, self.step = {yarn: full_yarn}, "finals"
-        for genes in finalists:
-            full[genes] = self._mean(self._measure([genes], self._all(), "full")[0])
+        for candidate in finalists:
+            full[candidate] = self._mean(self._measure([candidate], self._all(), "full")[0])
             self._say("finals")
-        best = min(full, key=lambda genes: full[genes])
+        best = min(full, key=lambda candidate: full[candidate])
         settings, is_yarn = self.settings, full[best] >= full_yarn
         found = Provenance(
             method="yarn" if is_yarn else settings.algorithm,
@@ -294,7 +294,7 @@ class _Run:
             baselines=dict(self.baselines),
             fidelity=self.fidelity,
             correlation=self.correlation,
-            documents=len(self.weights),
+            passages=len(self.weights),
             evaluations=self.spent,
             seconds=self.seconds,
             dropped=self.dropped,
@@ -303,14 +303,14 @@ class _Run:
 
     # --- what the algorithm asks
 
-    def _race(self, ask: Ask) -> list[Score]:
-        """Scores of the candidates that the budget reaches, the others' without a document."""
+    def _race(self, ask: Request) -> list[Score]:
+        """Scores of the candidates that the budget reaches, the others' without a passage."""
         reach = len(ask.candidates) if math.isinf(self._reach()) else int(self._reach() + 1e-9)
         within = list(ask.candidates[:reach])
-        known = [self.losses[genes] for genes in ask.rivals if genes in self.losses]
+        known = [self.losses[candidate] for candidate in ask.rivals if candidate in self.losses]
         rivals = np.array(known).reshape(len(known), len(self.weights))
         losses = race(
-            lambda candidates, documents: self._measure([within[i] for i in candidates], documents, self.fidelity),
+            lambda candidates, passages: self._measure([within[i] for i in candidates], passages, self.fidelity),
             len(within),
             rivals,
             self.weights,
@@ -318,33 +318,33 @@ class _Run:
             ask.places,
             self.settings.racing,
         )
-        scores = [self._score(genes, row) for genes, row in zip(within, losses, strict=True)]
+        scores = [self._score(candidate, row) for candidate, row in zip(within, losses, strict=True)]
         self.dropped += sum(not score.whole for score in scores)
-        return scores + [Score(genes, math.inf, 0, False) for genes in ask.candidates[reach:]]
+        return scores + [Score(candidate, math.inf, 0, False) for candidate in ask.candidates[reach:]]
 
-    def _gradients(self, ask: Ask) -> list[Score]:
+    def _gradients(self, ask: Request) -> list[Score]:
         if self._left() < self._cost(self.fidelity, True) * len(ask.candidates):
-            return [Score(genes, math.inf, 0, False) for genes in ask.candidates]
+            return [Score(candidate, math.inf, 0, False) for candidate in ask.candidates]
         scores = []
-        for genes in ask.candidates:
-            results = self._results([genes], self._all(), self.fidelity, gradient=True)[0]
-            score = self._score(genes, np.array([result.loss for result in results]))
+        for candidate in ask.candidates:
+            results = self._results([candidate], self._all(), self.fidelity, gradient=True)[0]
+            score = self._score(candidate, np.array([result.loss for result in results]))
             by_factors = self.weights @ np.array([result.by_log_factors for result in results])
             by_attention = float(self.weights @ np.array([result.by_log_attention for result in results]))
             scores.append(replace(score, by_log_factors=tuple(by_factors.tolist()), by_log_attention=by_attention))
         return scores
 
-    def _score(self, genes: Genes, losses: Array) -> Score:
+    def _score(self, candidate: Candidate, losses: Array) -> Score:
         seen = ~np.isnan(losses)
         if not seen.any():
-            return Score(genes, math.inf, 0, False)
+            return Score(candidate, math.inf, 0, False)
         loss = float(losses[seen] @ self.weights[seen] / self.weights[seen].sum())
         loss = loss if math.isfinite(loss) else math.inf
         if seen.all():
             if loss < min(self.whole_losses.values(), default=math.inf):
                 self.history.append((self.spent, loss))
-            self.whole_losses[genes], self.losses[genes] = loss, losses
-        return Score(genes, loss, int(seen.sum()), bool(seen.all()))
+            self.whole_losses[candidate], self.losses[candidate] = loss, losses
+        return Score(candidate, loss, int(seen.sum()), bool(seen.all()))
 
     # --- evaluations
 
@@ -354,21 +354,21 @@ class _Run:
     def _mean(self, losses: Array) -> float:
         return float(losses @ self.weights)
 
-    def _losses_of(self, genes: Genes) -> Array:
-        return np.asarray(self._measure([genes], self._all(), self.fidelity)[0])
+    def _losses_of(self, candidate: Candidate) -> Array:
+        return np.asarray(self._measure([candidate], self._all(), self.fidelity)[0])
 
-    def _measure(self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity) -> Array:
-        """Losses, shape ``(candidates, documents)``; what is no number counts as infinite."""
-        found = self._results(candidates, documents, fidelity)
-        losses = np.array([[result.loss for result in row] for row in found]).reshape(len(candidates), len(documents))
+    def _measure(self, candidates: Sequence[Candidate], passages: Indices, fidelity: Fidelity) -> Array:
+        """Losses, shape ``(candidates, passages)``; what is no number counts as infinite."""
+        found = self._results(candidates, passages, fidelity)
+        losses = np.array([[result.loss for result in row] for row in found]).reshape(len(candidates), len(passages))
         return np.asarray(np.where(np.isnan(losses), np.inf, losses))
 
     def _results(
-        self, candidates: Sequence[Genes], documents: Indices, fidelity: Fidelity, gradient: bool = False
+        self, candidates: Sequence[Candidate], passages: Indices, fidelity: Fidelity, gradient: bool = False
     ) -> list[list[Result]]:
-        bands = [self.space.band(genes) for genes in candidates]
-        tasks = [[Task(band, int(document), fidelity, gradient) for document in documents] for band in bands]
-        names = [[entry_of(task) for task in row] for row in tasks]
+        bands = [self.space.band(candidate) for candidate in candidates]
+        tasks = [[Task(band, int(passage), fidelity, gradient) for passage in passages] for band in bands]
+        names = [[key_of_task(task) for task in row] for row in tasks]
         new = {
             name: task
             for row, named in zip(tasks, names, strict=True)
@@ -379,7 +379,7 @@ class _Run:
             each = self._cost(fidelity, gradient) / len(self.weights)
             for n_read, (task, result) in enumerate(self.engine.run(list(new.values())), 1):
                 self.journal.add(task, result)
-                self.seconds = max(self.seconds, self.journal.lines[entry_of(task)].at)
+                self.seconds = max(self.seconds, self.journal.lines[key_of_task(task)].at)
                 self._say(f"{self.step}: {n_read} of {len(new)}", n_read * each)
         for name in (name for named in names for name in named):
             if name not in self.counted:
@@ -389,7 +389,7 @@ class _Run:
         return [[self.journal.lines[name].result for name in named] for named in names]
 
     def _cost(self, fidelity: Fidelity, gradient: bool = False) -> float:
-        """Of all documents, in evaluations."""
+        """Of all passages, in evaluations."""
         cost = self.settings.screen_cost if fidelity == "screen" else 1.0
         return cost * (self.settings.gradient_cost if gradient else 1.0)
 
@@ -404,7 +404,7 @@ class _Run:
 
     def _reserve(self) -> float:
         """Evaluations that come after the search proper, within the same time."""
-        held, n = self.settings.held_documents, len(self.weights)
+        held, n = self.settings.held_passages, len(self.weights)
         held = min(held, n) if n < len(self.engine.weights) else held
         return self.finalists + 2 * held / n
 
@@ -438,7 +438,7 @@ def spearman(a: Array, b: Array) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _smooth(chance: np.random.Generator, space: Space) -> Array:
+def _smooth(rng: np.random.Generator, space: Space) -> Array:
     """A random smooth change of the searched pairs' ln λ."""
     n = space.n_pairs - space.n_fixed
-    return np.asarray(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, 4), chance.normal(size=4) * NEAR))
+    return np.asarray(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, 4), rng.normal(size=4) * NEAR))

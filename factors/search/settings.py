@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UserError
 
 READING_SHARE = 0.12
-"""Of a budget in time, what a band's full reading of all documents may take, where there may be fewer of them."""
+"""Of a budget in time, what a band's full reading of all passages may take, where there may be fewer of them."""
 
 FINALS_SHARE = 0.25
 """Of what is left of a budget when the search proper begins, what the finals may take, if they are more than one."""
@@ -20,7 +20,7 @@ class Budget:
     """What a search may spend; with both given, whichever ends first.
 
     Attributes:
-        evaluations: one is one band on all documents at full fidelity; a screening or gradient counts by its declared
+        evaluations: one is one band on all passages at full fidelity; a screening or gradient counts by its declared
             cost (`Settings.screen_cost`, `Settings.gradient_cost`), so that what fits does not depend on the clock.
         seconds: by the clock, over all runs that wrote the journal.
     """
@@ -52,7 +52,7 @@ class Evolution:
 
 
 @dataclass(frozen=True)
-class Covariance:
+class CmaSettings:
     """Of `cma`: a curve by a few knots first, then single pairs.
 
     Attributes:
@@ -77,7 +77,7 @@ class Covariance:
 
 
 @dataclass(frozen=True)
-class Descent:
+class GradientSettings:
     """Of `gradient`: Adam on ln λ and ln attention factor.
 
     Attributes:
@@ -95,12 +95,12 @@ class Descent:
 
 @dataclass(frozen=True)
 class Racing:
-    """When a candidate is dropped before it has seen all documents.
+    """When a candidate is dropped before it has seen all passages.
 
     Attributes:
         on: whether any is.
         z: standard errors that it must be behind the last place that counts.
-        clear: after one document, where there is no standard error: how many times further behind that place
+        clear: after one passage, where there is no standard error: how many times further behind that place
             than that place is behind the first.
     """
 
@@ -136,12 +136,12 @@ class Settings:
         seed: the same seed finds the same band.
         finalists: how many of the best are read again at full fidelity; fewer where they would take more than
             `FINALS_SHARE` of a budget.
-        held_documents: how many the caller will read twice at full fidelity afterwards, within the same time.
-        fewer_documents: whether to search (and have the caller judge) on fewer where the time is short for all.
-        screen_cost: what one screening of all documents counts, in evaluations.
-        gradient_cost: what one gradient on all documents counts.
+        held_passages: how many the caller will read twice at full fidelity afterwards, within the same time.
+        fewer_passages: whether to search (and have the caller judge) on fewer where the time is short for all.
+        screen_cost: what one screening of all passages counts, in evaluations.
+        gradient_cost: what one gradient on all passages counts.
         objective: for the provenance: what the loss is.
-        data_digest: for the provenance: what the documents are; by default the evaluator's key.
+        data_digest: for the provenance: what the passages are; by default the evaluator's key.
     """
 
     algorithm: str = "cma"
@@ -150,11 +150,11 @@ class Settings:
     racing: Racing = Racing()
     screening: Screening = Screening()
     evolution: Evolution = Evolution()
-    covariance: Covariance = Covariance()
-    descent: Descent = Descent()
+    covariance: CmaSettings = CmaSettings()
+    descent: GradientSettings = GradientSettings()
     finalists: int = 3
-    held_documents: int = 0
-    fewer_documents: bool = False
+    held_passages: int = 0
+    fewer_passages: bool = False
     screen_cost: float = 0.25
     gradient_cost: float = 4.0
     objective: str | None = None

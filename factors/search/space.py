@@ -1,4 +1,4 @@
-"""Where a search looks: genes, their bounds and the curve they must keep to, and how they become a band.
+"""Where a search looks: candidate, their bounds and the curve they must keep to, and how they become a band.
 
 All is relative to the band that the new one goes beyond (`onto`): λ compose by multiplying, so a gene of 1 leaves a
 pair as the model has it, whatever interpolation it carries already.
@@ -24,7 +24,7 @@ KEY_DECIMALS = 6
 
 
 @dataclass(frozen=True)
-class Genes:
+class Candidate:
     """One candidate.
 
     Attributes:
@@ -110,56 +110,56 @@ class Space:
     def start_token_choices(self) -> tuple[int, ...]:
         return tuple(sorted(n for n in {*self.start_tokens, self.onto.start_tokens} if n <= self.context))
 
-    def closed_form(self, method: str) -> Genes:
+    def closed_form(self, method: str) -> Candidate:
         """A closed form as it is, every pair: what a search is compared with."""
         factors, attention = METHODS[method](self.facts.n_rot, self.scale, self.facts.freq_base, self.onto.context)
-        return Genes(tuple(np.log(factors).tolist()), self.onto.start_tokens, attention)
+        return Candidate(tuple(np.log(factors).tolist()), self.onto.start_tokens, attention)
 
-    def seed(self, method: str) -> Genes:
+    def seed(self, method: str) -> Candidate:
         """A closed form within this space: where a search starts."""
         return self.project(self.closed_form(method))
 
-    def project(self, genes: Genes) -> Genes:
-        """The nearest genes that keep to the space: fixed pairs, λ that do not decrease with the dimension, bounds.
+    def project(self, candidate: Candidate) -> Candidate:
+        """The nearest candidate that keep to the space: fixed pairs, λ that do not decrease with the dimension, bounds.
 
         Pools adjacent violators, which is the least-squares projection in ln λ: it moves both sides of a violation,
         where a running maximum would only ever raise. Clipping its result projects onto the bounds as well.
         """
         n, fixed = self.n_fixed, self.closed_form("yarn").log_factors
-        free = np.array(genes.log_factors[n:])
+        free = np.array(candidate.log_factors[n:])
         floor = max(fixed[n - 1], 0.0) if n else 0.0
         free = np.clip(non_decreasing(free), floor, max(self.largest_log_factor, floor))
         choices = self.start_token_choices
-        return Genes(
+        return Candidate(
             (*fixed[:n], *free.tolist()),
-            min(choices, key=lambda choice: abs(choice - genes.start_tokens)),
-            float(np.clip(genes.attention_factor, *self.attention_bounds)),
+            min(choices, key=lambda choice: abs(choice - candidate.start_tokens)),
+            float(np.clip(candidate.attention_factor, *self.attention_bounds)),
         )
 
-    def moved(self, genes: Genes, log_factors: Array, log_attention: float = 0.0) -> Genes:
-        """`genes` with the free pairs' ln λ and ln attention factor changed by so much, projected."""
-        moved = np.array(genes.log_factors)
+    def moved(self, candidate: Candidate, log_factors: Array, log_attention: float = 0.0) -> Candidate:
+        """`candidate` with the free pairs' ln λ and ln attention factor changed by so much, projected."""
+        moved = np.array(candidate.log_factors)
         moved[self.n_fixed :] += log_factors
-        attention = genes.attention_factor * math.exp(log_attention)
-        return self.project(replace(genes, log_factors=tuple(moved.tolist()), attention_factor=attention))
+        attention = candidate.attention_factor * math.exp(log_attention)
+        return self.project(replace(candidate, log_factors=tuple(moved.tolist()), attention_factor=attention))
 
-    def band(self, genes: Genes, found: Provenance | None = None) -> Band:
-        """The band that `genes` stand for; λ rounded to 9 decimals, so that a grid's numbers stay what they are."""
-        factors = np.exp(genes.log_factors).round(9) * np.array(self.onto.rescale_factors)
+    def band(self, candidate: Candidate, found: Provenance | None = None) -> Band:
+        """The band that `candidate` stand for; λ rounded to 9 decimals, so that a grid's numbers stay what they are."""
+        factors = np.exp(candidate.log_factors).round(9) * np.array(self.onto.rescale_factors)
         return Band(
             context=self.context,
             rescale_factors=tuple(factors.tolist()),
-            start_tokens=genes.start_tokens,
-            force_start_tokens=genes.start_tokens not in START_TOKENS,
-            attention_factor=genes.attention_factor * self.onto.attention_factor,
+            start_tokens=candidate.start_tokens,
+            force_start_tokens=candidate.start_tokens not in START_TOKENS,
+            attention_factor=candidate.attention_factor * self.onto.attention_factor,
             found=found or Provenance(),
         )
 
-    def genes(self, band: Band) -> Genes:
+    def candidate(self, band: Band) -> Candidate:
         """What `band` is, relative to `onto`; not projected."""
         ratio = np.array(band.rescale_factors) / np.array(self.onto.rescale_factors)
         attention = band.attention_factor / self.onto.attention_factor
-        return Genes(tuple(np.log(ratio).tolist()), band.start_tokens, attention)
+        return Candidate(tuple(np.log(ratio).tolist()), band.start_tokens, attention)
 
     @property
     def onto_method(self) -> str | None:

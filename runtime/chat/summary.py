@@ -101,7 +101,7 @@ class Summarizer:
         capacity = self._room - self._part_budget
         parts = split(text, capacity, lambda piece: count_tokens(self._llm, piece))
         sizes = [count_tokens(self._llm, part) for part in parts]
-        run = _Run()
+        run = _Totals()
         last = len(parts) == 1
         texts = []
         for i, part in enumerate(parts):
@@ -127,7 +127,13 @@ class Summarizer:
         )
 
     def _answer(
-        self, text: str, last: bool, run: _Run, report: Callable[[int, int], None] | None, *, is_document: bool = True
+        self,
+        text: str,
+        last: bool,
+        run: _Totals,
+        report: Callable[[int, int], None] | None,
+        *,
+        is_document: bool = True,
     ) -> str:
         settings, llm = self._settings, self._llm
         budget = settings.max_tokens if last else self._part_budget
@@ -147,7 +153,7 @@ class Summarizer:
         run.add(answer, llm.band_index)
         return _whole_sentences(answer.text.strip()) if answer.ending == "length" else answer.text.strip()
 
-    def _read_document(self, cache: PromptCache, text: str, prompt: list[int], run: _Run) -> None:
+    def _read_document(self, cache: PromptCache, text: str, prompt: list[int], run: _Totals) -> None:
         """Have what is the same for any question read by itself, so that it can be kept."""
         started = time.perf_counter()
         opening = self._template.opening([Message("user", text.lstrip())])
@@ -171,7 +177,7 @@ class Summarizer:
 
 
 @dataclass
-class _Run:
+class _Totals:
     """What one summary has taken so far."""
 
     band_index: int = 0

@@ -127,7 +127,7 @@ class Node:
             if plain is not None:
                 out.copy_(plain[stream, :, start:stop].transpose(0, 1))
             else:
-                ggml.to_floats(tensor, start, stop, out.data_ptr(), stream)
+                ggml.dequantise(tensor, start, stop, out.data_ptr(), stream)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
@@ -139,7 +139,7 @@ class Node:
         )
         return out[0, ..., : self.v_size], log_sum[0]
 
-    def write(self, stream: int, heads: slice, rows: slice, part: Part | None) -> None:
+    def write(self, stream: int, heads: slice, rows: slice, part: PartialAttention | None) -> None:
         """Put a finished part, shape ``(heads, rows, size)``, where the graph reads it."""
         target = self.out[stream, rows, heads].transpose(0, 1)
         if part is None:
@@ -152,27 +152,27 @@ class Node:
 
 
 @dataclass
-class Part:
+class PartialAttention:
     """Attention over some of the cells, shape ``(heads, rows, size)``, and the log of the sum of its weights."""
 
     out: torch.Tensor
     log_sum: torch.Tensor
 
     @classmethod
-    def of(cls, out: torch.Tensor, log_sum: torch.Tensor, mask: torch.Tensor | None) -> Part:
+    def of(cls, out: torch.Tensor, log_sum: torch.Tensor, mask: torch.Tensor | None) -> PartialAttention:
         """`mask` ``(rows, cells)``: torch gives rows that it hides all from a sum that means nothing."""
         blind = None if mask is None else mask.amax(1) == -torch.inf
         if blind is not None and blind.any():
             out, log_sum = out.masked_fill(blind[:, None], 0.0), log_sum.masked_fill(blind, -torch.inf)
         return cls(out, log_sum)
 
-    def joined(self, other: Part | None) -> Part:
+    def joined(self, other: PartialAttention | None) -> PartialAttention:
         """Attention over the cells of both."""
         if other is None:
             return self
         total = torch.logaddexp(self.log_sum, other.log_sum)
         ours, others = (torch.exp(x - total).nan_to_num_(0.0)[..., None] for x in (self.log_sum, other.log_sum))
-        return Part(self.out * ours + other.out * others, total)
+        return PartialAttention(self.out * ours + other.out * others, total)
 
 
 @dataclass
@@ -184,7 +184,7 @@ class _Block:
     start: int
     stop: int
     spans: tuple[Span, ...]
-    part: Part | None = None
+    part: PartialAttention | None = None
 
 
 @dataclass
@@ -275,7 +275,7 @@ class PromptJob:
             else:
                 mask = all_rows[block.start : block.stop, start:stop].float()
                 out, log_sum = self.node.attend(q, keys.expand(group, -1, -1), vals.expand(group, -1, -1), mask)
-            part = Part.of(out.reshape(group, rows, -1), log_sum.reshape(group, rows), mask)
+            part = PartialAttention.of(out.reshape(group, rows, -1), log_sum.reshape(group, rows), mask)
             block.part = part.joined(block.part)
 
 
@@ -305,7 +305,7 @@ class TokenJob:
         room = scratch.room[: n_threads * self.longest * node.cell_floats].view(n_threads, -1)
         self.rooms = [node.cells(room[i], self.longest) for i in range(n_threads)]
         self.claims = itertools.count()
-        self.parts: list[tuple[int, Part]] = []
+        self.parts: list[tuple[int, PartialAttention]] = []
         self.gone = False
         self.left = len(self.pieces)
         self.lock = threading.Lock()
@@ -340,7 +340,7 @@ class TokenJob:
             self.node.fill(k, v, piece.stream, piece.start, piece.stop)
             out, log_sum = self.node.attend(self.q[piece.stream], k.transpose(0, 1), v.transpose(0, 1), piece.mask)
             with self.lock:
-                self.parts.append((piece.stream, Part.of(out, log_sum, piece.mask)))
+                self.parts.append((piece.stream, PartialAttention.of(out, log_sum, piece.mask)))
                 self.left -= 1
                 last = self.left == 0
             if last:
@@ -354,7 +354,7 @@ class TokenJob:
             for owner, part in self.parts:
                 joined = part.joined(joined) if owner == stream else joined
             if joined is not None:
-                joined = Part(joined.out.reshape(*shape, -1), joined.log_sum.reshape(shape))
+                joined = PartialAttention(joined.out.reshape(*shape, -1), joined.log_sum.reshape(shape))
             node.write(stream, slice(0, node.heads), slice(0, node.n_rows), joined)
 
 

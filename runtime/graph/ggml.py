@@ -87,7 +87,7 @@ class _TypeTraits(ctypes.Structure):
         ("block_interleave", ctypes.c_int64),
         ("block_bytes", ctypes.c_size_t),
         ("is_quantised", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
+        ("dequantise", ctypes.c_void_p),
         ("from_float_ref", ctypes.c_void_p),
     )
 
@@ -95,7 +95,7 @@ class _TypeTraits(ctypes.Structure):
 CustomFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 """What a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
 
-_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_Dequantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: as many as there are threads
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
 
@@ -224,7 +224,7 @@ class BlockType:
 
     block: int
     block_bytes: int
-    to_float: Callable[[int, int, int], None]
+    dequantise: Callable[[int, int, int], None]
     """``(address of blocks, address of floats, number of values)``; runs without Python's lock."""
 
 
@@ -241,13 +241,13 @@ def block_type(code: int) -> BlockType | None:
     expected = (lib.ggml_type_name(code), lib.ggml_blck_size(code), lib.ggml_type_size(code))
     if found != expected:
         raise LayoutError(_refusal(f"type {code}'s traits read {found!r} where ggml says {expected!r}"))
-    if traits.block == 1 or not traits.to_float:
+    if traits.block == 1 or not traits.dequantise:
         return None
-    return BlockType(int(traits.block), int(traits.block_bytes), _ToFloat(traits.to_float))
+    return BlockType(int(traits.block), int(traits.block_bytes), _Dequantise(traits.dequantise))
 
 
 def is_blocks(code: int) -> bool:
-    """Whether ggml's type number `code` is stored in blocks that `to_floats` can read."""
+    """Whether ggml's type number `code` is stored in blocks that `dequantise` can read."""
     return block_type(code) is not None
 
 
@@ -258,7 +258,7 @@ def row_bytes(tensor: TensorStruct) -> int:
     return int(tensor.ne[0] // kind.block * kind.block_bytes)
 
 
-def to_floats(tensor: TensorStruct, start: int, stop: int, out: int, stream: int = 0) -> None:
+def dequantise(tensor: TensorStruct, start: int, stop: int, out: int, stream: int = 0) -> None:
     """Make floats of entries [start, stop) along dimension 1 of a tensor of blocks, each packed, to the address `out`.
 
     An entry is what lies between two steps of dimension 1: a row of a weight, or a cell of a cache with all its heads.
@@ -266,7 +266,7 @@ def to_floats(tensor: TensorStruct, start: int, stop: int, out: int, stream: int
     kind = block_type(tensor.type)
     assert kind is not None
     first = tensor.data + stream * tensor.nb[3] + start * tensor.nb[1]
-    kind.to_float(first, out, (stop - start) * tensor.nb[1] // kind.block_bytes * kind.block)
+    kind.dequantise(first, out, (stop - start) * tensor.nb[1] // kind.block_bytes * kind.block)
 
 
 def attention_params(address: int) -> AttentionParams:
@@ -275,7 +275,7 @@ def attention_params(address: int) -> AttentionParams:
 
 
 def take_over(address: int, function: Any) -> None:
-    """Turn the node at an address into a CUSTOM one that calls `function` on every thread.
+    """Rotation the node at an address into a CUSTOM one that calls `function` on every thread.
 
     `function` is a `CustomFunction` and must outlive the graph. An attention's own parameters move to
     `custom_params(address).attention`, so that a graph that is used again still has them.

@@ -22,7 +22,7 @@ SCRATCH_FLOATS = 1 << 18
 """Of a weight made floats at a time by a thread: what stays in its cache while it is multiplied."""
 
 
-class _Job:
+class ProductJob:
     """One node: ranges of the weight's rows are claimed by counting."""
 
     def __init__(self, node: int, n_threads: int) -> None:
@@ -48,7 +48,7 @@ class _Job:
         while (start := next(self.claims) * self.step) < n_out and not self.gone:
             stop = min(start + self.step, n_out)
             floats = scratch[: stop - start]
-            ggml.to_floats(self.weight, start, stop, floats.data_ptr())
+            ggml.dequantise(self.weight, start, stop, floats.data_ptr())
             torch.mm(self.rows, floats.T, out=self.out[:, start:stop])
 
 
@@ -56,7 +56,7 @@ class FastProducts:
     """Takes over the products with weights in one context's graphs; keep it alive as long as the context."""
 
     def __init__(self) -> None:
-        self.nodes = TakenNodes("product", _Job)
+        self.nodes = TakenNodes("product", ProductJob)
 
     def see(self, node: int) -> None:
         """llama.cpp is about to compute a graph with this MUL_MAT node."""

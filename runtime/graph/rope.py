@@ -1,8 +1,8 @@
 """λ in the graph: what the ROPE nodes read is set before they are computed.
 
 Two uses. While tokens are read, every rope node of the model's global layers gets the λ and attention factor in use
-(`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_turns`,
-`RopeHook.set_turn`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
+(`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_rotations`,
+`RopeHook.set_rotation`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
 ``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
 """
 
@@ -21,7 +21,7 @@ STILL = 1e30
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """One pass over the cached keys: cells at positions in [start, stop) turn by `factors`, all are scaled."""
 
     start: int
@@ -44,13 +44,13 @@ class BandChange:
     """The tokens were read again, as this kind of cache cannot be turned."""
 
 
-def turning_factors(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
+def rotation_factors(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
     """Factors that take a key rotated with λ `old` to λ `new`: ``1/(1/new - 1/old)``, shape ``(n_rot/2,)``."""
     delta = 1 / np.asarray(new, dtype=np.float64) - 1 / np.asarray(old, dtype=np.float64)
     return tuple(np.where(np.abs(delta) < 1 / STILL, STILL, 1 / np.where(delta == 0, 1, delta)).tolist())
 
 
-def plan_turns(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Turn]:
+def plan_rotations(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Rotation]:
     """The passes that take `n_tokens` cached keys from band `old` to band `new`.
 
     Start tokens have the model's own factors in either band, so the positions fall into at most three runs: below
@@ -66,10 +66,10 @@ def plan_turns(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Tu
     for start, stop, before, after in runs:
         stop = min(stop, n_tokens)
         if start < stop and tuple(before) != tuple(after):
-            turns.append(Turn(start, stop, turning_factors(before, after), scale))
+            turns.append(Rotation(start, stop, rotation_factors(before, after), scale))
             scale = 1.0
     if scale != 1.0 and n_tokens:
-        turns.append(Turn(0, 0, (STILL,) * (facts.n_rot // 2), scale))
+        turns.append(Rotation(0, 0, (STILL,) * (facts.n_rot // 2), scale))
     return turns
 
 
@@ -117,7 +117,7 @@ class RopeHook:
             params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
             self.touched += 1
 
-    def set_turn(self, node: int, turn: Turn) -> None:
+    def set_rotation(self, node: int, turn: Rotation) -> None:
         """A ROPE node of a K-shift graph: it carries out `turn`."""
         params = ggml.rope_params(node)
         applies = self._applies(node, params)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..losses import Losses
-from .passages import Probe
+from .passages import Passage
 
 BLOCK = 128
 """Tokens that follow each other and are drawn together: neighbours' losses are not independent."""
@@ -18,7 +18,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Verdict:
-    """Two bands on the same held-out probes; losses in nats a token, weighted as the probes are.
+    """Two bands on the same held-out passages; losses in nats a token, weighted as the passages are.
 
     Attributes:
         kind: what the loss is of: the objective, or one part of it.
@@ -34,7 +34,7 @@ class Verdict:
     difference: float
     low: float
     high: float
-    n_probes: int
+    n_passages: int
     parts: tuple[Verdict, ...] = ()
 
     @property
@@ -43,44 +43,46 @@ class Verdict:
         return self.high < 0
 
 
-def verdict(losses: Sequence[tuple[Losses, Losses]], probes: Sequence[Probe], objective: str, seed: int = 0) -> Verdict:
-    """From the losses of each probe's targets, in the band found and in the other; all probes have the same parts."""
+def verdict(
+    losses: Sequence[tuple[Losses, Losses]], passages: Sequence[Passage], objective: str, seed: int = 0
+) -> Verdict:
+    """Judge by the losses of each passage's targets, in the found band and in the other; all have the same parts."""
     differences = [ours - theirs for ours, theirs in losses]
     parts, mixed = [], np.zeros(DRAWS)
-    for i, part in enumerate(probes[0].parts):
-        weights = [np.array(probe.parts[i].weights) for probe in probes]
+    for i, part in enumerate(passages[0].parts):
+        weights = [np.array(passage.parts[i].weights) for passage in passages]
         ours, theirs = (
             float(np.mean([pair[k] @ weight for pair, weight in zip(losses, weights, strict=True)])) for k in (0, 1)
         )
         # Each part with the same chance: parts of the same text are drawn together.
         means = (draw_keys if part.kind == "needle" else draw_blocks)(differences, weights, seed)
         mixed += part.share * means
-        parts.append(Verdict(part.kind, ours, theirs, ours - theirs, *middle(means), len(probes)))
+        parts.append(Verdict(part.kind, ours, theirs, ours - theirs, *middle(means), len(passages)))
     if len(parts) == 1:
         return parts[0]
-    shares = np.array([part.share for part in probes[0].parts])
+    shares = np.array([part.share for part in passages[0].parts])
     ours, theirs = (float(shares @ [getattr(part, name) for part in parts]) for name in ("loss", "against"))
-    return Verdict(objective, ours, theirs, ours - theirs, *middle(mixed), len(probes), tuple(parts))
+    return Verdict(objective, ours, theirs, ours - theirs, *middle(mixed), len(passages), tuple(parts))
 
 
 def draw_blocks(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0, block: int = BLOCK) -> Losses:
-    """The mean over probes of ``weights @ differences`` in each of `DRAWS` draws of blocks within each probe.
+    """The mean over passages of ``weights @ differences`` in each of `DRAWS` draws of blocks within each passage.
 
-    Blocks of `block` neighbouring targets are drawn with replacement, as many as a probe has; weights are made to add
+    Blocks of `block` neighbouring targets are drawn with replacement, as many as a passage has; weights are made to add
     up to 1 again, as a draw may hold more of what counts than another.
     """
-    chance, means = np.random.default_rng(seed), np.zeros(DRAWS)
+    rng, means = np.random.default_rng(seed), np.zeros(DRAWS)
     for difference, weight in zip(differences, weights, strict=True):
         starts = np.arange(0, len(difference), block)
         sums = np.add.reduceat(difference * weight, starts)
         counts = np.add.reduceat(weight, starts)
-        drawn = chance.integers(len(starts), size=(DRAWS, len(starts)))
+        drawn = rng.integers(len(starts), size=(DRAWS, len(starts)))
         means += sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) / len(differences)
     return means
 
 
 def draw_keys(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0) -> Losses:
-    """The same where all that counts in a probe is one key: probes are drawn."""
+    """The same where all that counts in a passage is one key: passages are drawn."""
     means = np.array([weight @ difference for difference, weight in zip(differences, weights, strict=True)])
     drawn = np.random.default_rng(seed).integers(len(means), size=(DRAWS, len(means)))
     return np.asarray(means[drawn].mean(axis=1))

@@ -1,6 +1,6 @@
 """What a schedule is judged by: stretches of real text, and the tokens in them whose prediction counts.
 
-A `Probe` is one stretch of a text, as long as the context it is for, with the positions that are scored and how much
+A `Passage` is one stretch of a text, as long as the context it is for, with the positions that are scored and how much
 each counts. What counts is an objective: `tail`, the tokens past the original context; `all`; `needle`, the digits of a
 pass key hidden in the text and asked for at its end, whose prediction needs what stands far back (after LongRoPE2,
 arXiv 2502.20082, section 3.2); or several of them, weighted: ``tail+0.5*needle``.
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("tail", "all", "needle")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where keys are hidden, as a share of the text before them; one a probe, in turn."""
+"""Where keys are hidden, as a share of the text before them; one a passage, in turn."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to cut probes from, and its name for messages."""
+    """A text to cut passages from, and its name for messages."""
 
     name: str
     text: str
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the things that count in a probe: its share of the whole, and weights of the probe's targets.
+class ObjectivePart:
+    """One of the things that count in a passage: its share of the whole, and weights of the passage's targets.
 
-    The weights add up to 1; the probe's own are the parts' weights, each times its share, added.
+    The weights add up to 1; the passage's own are the parts' weights, each times its share, added.
     """
 
     kind: str
     share: float
     weights: tuple[float, ...]
 
-    def within(self, first: int) -> Part:
+    def within(self, first: int) -> ObjectivePart:
         """The same for the targets from the `first` on; all 0 if nothing of it is there."""
         kept = self.weights[first:]
         total = math.fsum(kept) or 1.0
-        return Part(self.kind, self.share, tuple(weight / total for weight in kept))
+        return ObjectivePart(self.kind, self.share, tuple(weight / total for weight in kept))
 
 
 @dataclass(frozen=True)
-class Probe:
+class Passage:
     """One stretch of text and what is scored in it.
 
     `targets` are rising positions in `tokens`, at least 1; `weights`, one each, add up to 1. `parts` says what they are
@@ -67,22 +67,22 @@ class Probe:
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
     weights: tuple[float, ...]
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ObjectivePart, ...] = ()
 
-    def last(self, window: int) -> Probe:
+    def last(self, window: int) -> Passage:
         """The same text, scored within its last `window` tokens but the first; each part keeps its share.
 
         Raises:
             UserError: nothing is scored there.
         """
         first = bisect_right(self.targets, len(self.tokens) - window)
-        parts = [part.within(first) for part in self.parts or (Part("all", 1.0, self.weights),)]
+        parts = [part.within(first) for part in self.parts or (ObjectivePart("all", 1.0, self.weights),)]
         parts = [part for part in parts if any(part.weights)]
         if not parts:
             raise UserError(f"{self.name}: nothing to predict in its last {window} tokens")
         shares = np.array([part.share for part in parts])
         weights = shares / shares.sum() @ [part.weights for part in parts]
-        return Probe(self.name, self.tokens, self.targets[first:], tuple(weights.tolist()), tuple(parts))
+        return Passage(self.name, self.tokens, self.targets[first:], tuple(weights.tolist()), tuple(parts))
 
 
 def parse_objective(name: str) -> dict[str, float]:
@@ -105,9 +105,9 @@ def parse_objective(name: str) -> dict[str, float]:
     return {kind: weight / total for kind, weight in weights.items()}
 
 
-def make_probes(
+def make_passages(
     llm: Llama, texts: Sequence[Text], context: int, count: int, objective: str, original_context: int, seed: int = 0
-) -> tuple[Probe, ...]:
+) -> tuple[Passage, ...]:
     """Cut `count` stretches of `context` tokens from the texts (see `cut`), and say what is scored in them.
 
     Args:
@@ -123,18 +123,18 @@ def make_probes(
         raise UserError(
             f"objective tail: a context of {context:,} tokens has none past the original {original_context:,}"
         )
-    chance = random.Random(seed)
-    probes: list[Probe] = []
+    rng = random.Random(seed)
+    passages: list[Passage] = []
     begin = llm.tokenize(b"", add_bos=True)
     for name, words in cut(llm, texts, context - len(begin), count):
-        key, depth = str(chance.randrange(10_000, 100_000)), DEPTHS[len(probes) % len(DEPTHS)]
-        probes.append(_probe(llm, name, words, parts, original_context, key, depth))
-    return tuple(probes)
+        key, depth = str(rng.randrange(10_000, 100_000)), DEPTHS[len(passages) % len(DEPTHS)]
+        passages.append(_passage(llm, name, words, parts, original_context, key, depth))
+    return tuple(passages)
 
 
-def digest(probes: Sequence[Probe]) -> str:
+def digest(passages: Sequence[Passage]) -> str:
     """A short name for texts and targets: equal if and only if all of them are."""
-    return hashlib.sha256(repr([(p.tokens, p.targets, p.weights) for p in probes]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([(p.tokens, p.targets, p.weights) for p in passages]).encode()).hexdigest()[:16]
 
 
 def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[Text]]:
@@ -185,7 +185,7 @@ def _shares(texts: Sequence[Text], tokenised: Sequence[list[int]], length: int, 
     return shares
 
 
-def _probe(
+def _passage(
     llm: Llama,
     name: str,
     stretch: list[int],
@@ -193,7 +193,7 @@ def _probe(
     original_context: int,
     key: str,
     depth: float,
-) -> Probe:
+) -> Passage:
     begin = llm.tokenize(b"", add_bos=True)
     scored: dict[str, Sequence[int]] = {}
     tokens = [*begin, *stretch]
@@ -212,13 +212,13 @@ def _probe(
         of_part[list(scored[kind])] = 1 / len(scored[kind])
         weights[list(scored[kind])] += share / len(scored[kind])
     targets = np.flatnonzero(weights)
-    return Probe(
+    return Passage(
         name,
         tuple(tokens),
         tuple(targets.tolist()),
         tuple(weights[targets].tolist()),
         tuple(
-            Part(kind, share, tuple(of_part[targets].tolist()))
+            ObjectivePart(kind, share, tuple(of_part[targets].tolist()))
             for (kind, share), of_part in zip(parts.items(), of_parts, strict=True)
         ),
     )

@@ -28,14 +28,14 @@ from .held_out import BLOCK, draw_blocks, middle
 from .passages import DEPTHS, Text, cut
 from .passkey import HiddenKey, plant_key, read
 
-VERSION = 1  # raise it when the same page would be read to other numbers than before
+VERSION = 1  # raise it when the same passage would be read to other numbers than before
 
 BIN = 64
 """Tokens whose losses are kept as one mean."""
 
 
 @dataclass(frozen=True)
-class Page:
+class KeyPassage:
     """One stretch of a text with a key hidden in it, `depth` of the way through."""
 
     name: str
@@ -49,7 +49,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of a page.
+    """What a model made of a passage.
 
     Attributes:
         losses: mean loss (nats) of each `BIN` tokens of the text from its second on, the last of what is left.
@@ -81,7 +81,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Difference:
-    """The loss (nats a token) in one band less that in another on the same pages, and where it lies with 95 %."""
+    """The loss (nats a token) in one band less that in another on the same passages, and where it lies with 95 %."""
 
     difference: float
     low: float
@@ -89,7 +89,7 @@ class Difference:
 
 
 def compared(ours: Sequence[Reading], theirs: Sequence[Reading], start: int = 0) -> Difference:
-    """Of the tokens at positions from `start` on; by a bootstrap over blocks of neighbours within each page."""
+    """Of the tokens at positions from `start` on; by a bootstrap over blocks of neighbours within each passage."""
     pairs = [(a.bins(start), b.bins(start)) for a, b in zip(ours, theirs, strict=True)]
     differences, shares = [a - b for (a, _), (b, _) in pairs], [shares for (_, shares), _ in pairs]
     low, high = middle(draw_blocks(differences, shares, block=BLOCK // BIN))
@@ -97,19 +97,19 @@ def compared(ours: Sequence[Reading], theirs: Sequence[Reading], start: int = 0)
     return Difference(float(np.mean(means)), low, high)
 
 
-def pages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int = 0) -> list[Page]:
-    """`count` pages of `context` tokens, keys in turn at each of `DEPTHS`.
+def key_passages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int = 0) -> list[KeyPassage]:
+    """`count` passages of `context` tokens, keys in turn at each of `DEPTHS`.
 
     Raises:
         UserError: the texts are too short; says how much is missing.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     begin = llm.tokenize(b"", add_bos=True)
-    made: list[Page] = []
+    made: list[KeyPassage] = []
     for name, words in cut(llm, texts, context - len(begin), count):
         depth = DEPTHS[len(made) % len(DEPTHS)]
-        hidden = plant_key(llm, words, str(chance.randrange(10_000, 100_000)), depth)
-        made.append(Page(name, depth, hidden))
+        hidden = plant_key(llm, words, str(rng.randrange(10_000, 100_000)), depth)
+        made.append(KeyPassage(name, depth, hidden))
     return made
 
 
@@ -134,7 +134,7 @@ def band_by_method(method: str, context: int, native: Schedule, own: Schedule | 
 
 
 def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None) -> Llama:
-    """A model loaded to read pages of up to `n_ctx` tokens, in whatever band.
+    """A model loaded to read key_passages of up to `n_ctx` tokens, in whatever band.
 
     Raises:
         UserError: as `Llama`.
@@ -153,13 +153,13 @@ def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None)
     )
 
 
-def read_page(llm: Llama, page: Page, band: Band) -> Reading:
-    """Read a page from its first token in `band`, score its text, and ask for the key.
+def read_passage(llm: Llama, passage: KeyPassage, band: Band) -> Reading:
+    """Read a passage from its first token in `band`, score its text, and ask for the key.
 
     Raises:
-        UserError: the page does not fit.
+        UserError: the passage does not fit.
     """
-    hidden, tokens = page.hidden, page.tokens
+    hidden, tokens = passage.hidden, passage.tokens
     band = band.model_copy(update={"context": max(band.context, len(tokens))})
     start = max(1, len(llm.tokenize(b"", add_bos=True)))
     llm.reset()
@@ -231,10 +231,10 @@ class Readings:
 BEGINNING = b'{"key": '
 
 
-def reading_key(model: str, kv_type: str, band: Band, page: Page) -> str:
+def reading_key(model: str, kv_type: str, band: Band, passage: KeyPassage) -> str:
     """A name for all that a reading depends on; `model` is the file's digest."""
     facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens"})
-    return hashlib.sha256(repr((VERSION, BIN, model, kv_type, facts, page.tokens)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((VERSION, BIN, model, kv_type, facts, passage.tokens)).encode()).hexdigest()[:24]
 
 
 def _reading(data: dict[str, Any]) -> Reading:

@@ -42,16 +42,16 @@ from ..threads import default_threads
 from .evaluators import EvaluatorRecipe, faster, make_evaluator
 from .evaluators.spec import EvaluatorSpec, Kind
 from .held_out import Verdict, verdict
-from .passages import Probe, Text, digest, make_probes, split_texts
+from .passages import Passage, Text, digest, make_passages, split_texts
 
 if TYPE_CHECKING:
     from .evaluators.llama import LlamaEvaluator
     from .evaluators.torch import TorchEvaluator
 
-DOCUMENTS, HELD_DOCUMENTS = 3, 2  # stretches of text for each band, where the texts hold as many
+PASSAGES, HELD_PASSAGES = 3, 2  # stretches of text for each band, where the texts hold as many
 
 LATER = 1.3
-"""How much more a token at a probe's end costs to read than one on average: it sees more."""
+"""How much more a token at a passage's end costs to read than one on average: it sees more."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SearchPlan:
         model: a GGUF file; bands go beyond the last one that it carries.
         texts: some to search on, others to judge by (`split_texts`).
         contexts: of the bands, rising.
-        documents, held_documents: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
+        passages, held_passages: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
             as many as the texts hold, and as the time allows if neither is given.
         settings: its budget is for all bands together; a time includes the judging.
         evaluator: llama, torch, or auto = the faster one here.
@@ -77,8 +77,8 @@ class SearchPlan:
     folder: Path
     settings: Settings = field(default_factory=lambda: Settings(screening=Screening(allowed=True)))
     objective: str = "tail"
-    documents: int | None = None
-    held_documents: int | None = None
+    passages: int | None = None
+    held_passages: int | None = None
     window: int = 1024
     kv: str = "f16"
     evaluator: Literal["auto", "llama", "torch"] = "auto"
@@ -173,8 +173,8 @@ def _check(plan: SearchPlan, base: Schedule) -> None:
 
 def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent], None]) -> tuple[Text, ...]:
     """The texts that hold the longest context; all, if none does, for the error to say so."""
-    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
-        long = [text for text in plan.texts if len(words.tokenize(text.text.encode(), add_bos=True)) >= context]
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as vocab:
+        long = [text for text in plan.texts if len(vocab.tokenize(text.text.encode(), add_bos=True)) >= context]
     if len(long) in (0, len(plan.texts)):
         return plan.texts
     on_event(
@@ -199,8 +199,8 @@ class _Work:
     space: Space
     objective: str
     budget: Budget
-    probes: tuple[Probe, ...]
-    held: tuple[Probe, ...]
+    passages: tuple[Passage, ...]
+    held: tuple[Passage, ...]
 
 
 def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[int]) -> _Work:
@@ -212,23 +212,23 @@ def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[
     original, seed = base.facts.original_context, plan.settings.seed
     objective = plan.objective if context > original else "all"
 
-    def make(texts: Sequence[Text], count: int | None, most: int) -> tuple[Probe, ...]:
+    def make(texts: Sequence[Text], count: int | None, most: int) -> tuple[Passage, ...]:
         for n in [count] if count else range(most, 1, -1):
             try:
-                return make_probes(words, texts, context, n, objective, original, seed)
+                return make_passages(vocab, texts, context, n, objective, original, seed)
             except UserError:
                 if count:
                     raise
-        return make_probes(words, texts, context, 1, objective, original, seed)
+        return make_passages(vocab, texts, context, 1, objective, original, seed)
 
     searched, held = split_texts(plan.texts, seed)
-    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as words:
+    with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as vocab:
         return _Work(
             space=Space(base.facts, base.bands[-1], context),
             objective=objective,
             budget=_share(plan.settings.budget, context, contexts),
-            probes=make(searched, plan.documents, DOCUMENTS),
-            held=make(held, plan.held_documents, HELD_DOCUMENTS),
+            passages=make(searched, plan.passages, PASSAGES),
+            held=make(held, plan.held_passages, HELD_PASSAGES),
         )
 
 
@@ -239,10 +239,10 @@ def _search_band(
     correlation: float | None,
     on_event: Callable[[SearchEvent], None],
 ) -> tuple[Outcome, Kind]:
-    space, probes, window = work.space, work.probes, _window(plan, work.space)
+    space, passages, window = work.space, work.passages, _window(plan, work.space)
     spec = EvaluatorSpec(
         model=str(plan.model),
-        probes=probes,
+        passages=passages,
         base=space.band(space.seed("yarn")),
         window=window if plan.settings.screening.allowed else 0,
         kv=plan.kv,
@@ -254,16 +254,16 @@ def _search_band(
     settings = replace(
         plan.settings,
         budget=work.budget,
-        screen_cost=round(LATER * window / len(probes[0].tokens), 3),
+        screen_cost=round(LATER * window / len(passages[0].tokens), 3),
         objective=work.objective,
-        held_documents=len(work.held),
-        fewer_documents=plan.documents is None and plan.held_documents is None,
+        held_passages=len(work.held),
+        fewer_passages=plan.passages is None and plan.held_passages is None,
     )
     seeds = [carried(start[0], start[1], space)] if start else []
     journal = plan.folder / f"{space.context}.journal"
     with _engine(plan, spec) as engine:
         outcome = search(engine, space, settings, journal, seeds, on_event, correlation)
-    found = outcome.band.found.model_copy(update={"data_digest": digest(probes[: outcome.documents])})
+    found = outcome.band.found.model_copy(update={"data_digest": digest(passages[: outcome.passages])})
     return replace(outcome, band=outcome.band.model_copy(update={"found": found})), kind
 
 
@@ -315,24 +315,24 @@ def _judge_kind(searched: Kind) -> Kind:
 def _judge(
     plan: SearchPlan, work: _Work, outcome: Outcome, kind: Kind, on_event: Callable[[SearchEvent], None]
 ) -> Verdict:
-    """Read the held-out probes in the band found and in YaRN's; readings are kept in the plan's folder.
+    """Read the held-out passages in the band found and in YaRN's; readings are kept in the plan's folder.
 
-    Where the time was too short to search on all documents, no more of them judge than were searched on.
+    Where the time was too short to search on all passages, no more of them judge than were searched on.
     """
     space, band = work.space, outcome.band
-    probes = work.held if outcome.documents == len(work.probes) else work.held[: outcome.documents]
+    passages = work.held if outcome.passages == len(work.passages) else work.held[: outcome.passages]
     yarn = space.band(space.seed("yarn"))
-    spec = EvaluatorSpec(str(plan.model), probes, yarn, kind, window=0, kv=plan.kv, threads=plan.threads)
+    spec = EvaluatorSpec(str(plan.model), passages, yarn, kind, window=0, kv=plan.kv, threads=plan.threads)
     kept = _Kept(plan.folder, spec)
     losses: list[tuple[Losses, Losses]] = []
-    for i in range(len(probes)):
+    for i in range(len(passages)):
         ours = kept.losses(band, i)
-        on_event(Judging(space.context, 2 * i + 1, 2 * len(probes)))
+        on_event(Judging(space.context, 2 * i + 1, 2 * len(passages)))
         theirs = ours if band_key(band) == band_key(yarn) else kept.losses(yarn, i)
-        on_event(Judging(space.context, 2 * i + 2, 2 * len(probes)))
+        on_event(Judging(space.context, 2 * i + 2, 2 * len(passages)))
         losses.append((ours, theirs))
     kept.close()
-    return verdict(losses, probes, work.objective, plan.settings.seed)
+    return verdict(losses, passages, work.objective, plan.settings.seed)
 
 
 class _Kept:
@@ -342,15 +342,15 @@ class _Kept:
         self._folder, self._spec, self._key = folder, spec, spec.key
         self._evaluator: LlamaEvaluator | TorchEvaluator | None = None
 
-    def losses(self, band: Band, document: int) -> Losses:
-        name = hashlib.sha256(repr((self._key, band_key(band), document)).encode()).hexdigest()[:16]
+    def losses(self, band: Band, passage: int) -> Losses:
+        name = hashlib.sha256(repr((self._key, band_key(band), passage)).encode()).hexdigest()[:16]
         path = self._folder / f"held-out-{name}.npy"
-        known = _load(path, len(self._spec.probes[document].targets))
+        known = _load(path, len(self._spec.passages[passage].targets))
         if known is not None:
             return known
         if self._evaluator is None:
             self._evaluator = make_evaluator(self._spec)
-        losses = self._evaluator.losses(band, document)
+        losses = self._evaluator.losses(band, passage)
         data = io.BytesIO()
         np.save(data, losses)
         _put(path, data.getvalue())

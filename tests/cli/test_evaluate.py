@@ -45,7 +45,7 @@ def test_methods_are_read_in_their_bands_and_what_is_alike_once(run, smollm2, tm
     assert struct.unpack_from("<II", data, at) == (4, 8192)  # a 32-bit number
     struct.pack_into("<I", data, at + 4, 512)
     model.write_bytes(data)
-    arguments = [model, "--contexts", "256,768", "--methods", "none,pi,yarn", "--pages", 1, "-o", kept, "--json"]
+    arguments = [model, "--contexts", "256,768", "--methods", "none,pi,yarn", "--passages", 1, "-o", kept, "--json"]
     found = json.loads(run(*arguments, "--plot", picture).stdout)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert found["original_context"] == 512
@@ -65,7 +65,7 @@ def test_methods_are_read_in_their_bands_and_what_is_alike_once(run, smollm2, tm
 
 def test_killed_it_goes_on_with_the_same_result(run, tiny, text, tmp_path):
     kept, whole = tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
-    arguments = [tiny, "--text", text, "--contexts", "512,1024", "--methods", "none,ntk", "--pages", 3, "--json"]
+    arguments = [tiny, "--text", text, "--contexts", "512,1024", "--methods", "none,ntk", "--passages", 3, "--json"]
     expected = json.loads(run(*arguments, "-o", whole).stdout)
     job = subprocess.Popen([sys.executable, "-m", "ropewalk", "eval", *map(str, arguments), "-o", str(kept)])
     while job.poll() is None and (not kept.exists() or kept.read_bytes().count(b"\n") < 2):
@@ -84,7 +84,7 @@ def test_killed_it_goes_on_with_the_same_result(run, tiny, text, tmp_path):
 def test_the_table_names_contexts_methods_and_keys(run, tiny, text, tmp_path):
     schedule = tmp_path / "s.json"
     ropewalk.write_schedule(ropewalk.extend(native_schedule(read_header(tiny)), 1024, "ntk"), schedule)
-    options = ["--contexts", "256,1024", "--methods", "none,yarn,schedule", "--pages", 2, "--schedule", schedule]
+    options = ["--contexts", "256,1024", "--methods", "none,yarn,schedule", "--passages", 2, "--schedule", schedule]
     kept = ["-o", tmp_path / "r.jsonl"]
     shown = run(tiny, "--text", text, *options, *kept)
     assert shown.returncode == 0 and shown.stderr == ""
@@ -123,7 +123,7 @@ def test_mistakes_are_one_line(mistake, tiny, text, tmp_path):
         (["--contexts", "20"], "expected more than"),
     ]
     for options, message in cases:
-        assert message in mistake("eval", tiny, "--text", text, "--pages", 1, *options), options
+        assert message in mistake("eval", tiny, "--text", text, "--passages", 1, *options), options
     assert "none.txt" in mistake("eval", tiny, "--text", tmp_path / "none.txt", "--contexts", 512)
     assert other.read_text() == '{"id": "x"}\n' and not fresh.exists()
     other.write_text('{"key": "x", "reading": "abc"}\n')

@@ -43,7 +43,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(tiny, texts):
-    return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--documents", 2, "--window", 64, "--threads", 1]
+    return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
 
 
 def test_what_is_found_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
@@ -78,15 +78,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_schedule(run, options, tmp_p
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     more = ["--algorithm", algorithm, "--evaluator", "torch", "--seed", 4]
     assert run(*options, *more, "-o", whole).returncode == 0
-    chance = random.Random(0)
-    shares, kills = sorted(chance.uniform(0, 0.9) for _ in range(3)), 0
+    rng = random.Random(0)
+    shares, kills = sorted(rng.uniform(0, 0.9) for _ in range(3)), 0
     for share in [*shares, 2]:  # of what is kept in the end; moments in seconds would be another machine's
         job = subprocess.Popen(command(*options, *more, "-o", killed), stderr=subprocess.DEVNULL)
         while kept(killed) <= share * kept(whole) and job.poll() is None:
             time.sleep(0.001)
         if job.poll() is not None:
             break
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(job.pid, signal.SIGKILL)
         kills += job.wait() != 0
     assert kills

@@ -277,10 +277,10 @@ def test_killed_at_any_moment_nothing_is_under_the_name(checkpoint, tmp_path):
     subprocess.run(command, check=True)
     usual, whole = time.monotonic() - started, (tmp_path / "out.gguf").read_bytes()
     (tmp_path / "out.gguf").unlink()
-    chance = random.Random(1)
+    rng = random.Random(1)
     for _ in range(4):
         child = subprocess.Popen(command)
-        time.sleep(usual * chance.uniform(0.4, 0.95))
+        time.sleep(usual * rng.uniform(0.4, 0.95))
         child.send_signal(signal.SIGKILL)
         child.wait()
         if (tmp_path / "out.gguf").exists():

@@ -63,8 +63,8 @@ ENGLISH = ("The", "quick", "fox's", "jumping", "it;", "DON'T", "we'll", "THEY'RE
 @cache
 def varied_lines(count: int) -> tuple[str, ...]:
     """`count` different lines, the kinds in turn; always the same ones with the same Python."""
-    chance = random.Random(5)
-    kinds = [_english(), _code(), _scripts(chance), _mixtures(chance)]
+    rng = random.Random(5)
+    kinds = [_english(), _code(), _scripts(rng), _mixtures(rng)]
     lines: dict[str, None] = {}
     while len(lines) < count:
         for kind in kinds:
@@ -88,23 +88,23 @@ def _code() -> Iterator[str]:
         yield from (part[:300] for part in text.split("\n\n\n")[:30])
 
 
-def _scripts(chance: random.Random) -> Iterator[str]:
+def _scripts(rng: random.Random) -> Iterator[str]:
     while True:
-        words = chance.choice(list(SCRIPTS.values())).split()
-        line = " ".join(chance.choices(words, k=chance.randint(1, 6)))
-        yield chance.choice((line, line.upper(), line.title(), line.replace(" ", ""), line.replace(" ", "  ")))
+        words = rng.choice(list(SCRIPTS.values())).split()
+        line = " ".join(rng.choices(words, k=rng.randint(1, 6)))
+        yield rng.choice((line, line.upper(), line.title(), line.replace(" ", ""), line.replace(" ", "  ")))
 
 
-def _mixtures(chance: random.Random) -> Iterator[str]:
+def _mixtures(rng: random.Random) -> Iterator[str]:
     """Words of any script, numbers, marks and emoji, with any blanks between them."""
     words = [word for text in SCRIPTS.values() for word in text.split()]
     while True:
         parts = []
-        for _ in range(chance.randint(1, 10)):
-            parts.append(chance.choice(chance.choice((words, ENGLISH, EMOJI, NUMBERS, MARKS))))
-            parts.append(chance.choice(("", " ", " ", " ", chance.choice(BLANKS), chance.choice(BLANKS) * 3)))
+        for _ in range(rng.randint(1, 10)):
+            parts.append(rng.choice(rng.choice((words, ENGLISH, EMOJI, NUMBERS, MARKS))))
+            parts.append(rng.choice(("", " ", " ", " ", rng.choice(BLANKS), rng.choice(BLANKS) * 3)))
         line = "".join(parts)
-        yield chance.choice((line, line, line + "\n", "\n" + line, line.replace(" ", "\r\n", 1), "  " + line))
+        yield rng.choice((line, line, line + "\n", "\n" + line, line.replace(" ", "\r\n", 1), "  " + line))
 
 
 def composed(lines: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from ropewalk import UserError
 from ropewalk.factors import RopeFacts, native_band
 from ropewalk.factors.search import (
     Budget,
-    Covariance,
-    Descent,
+    CmaSettings,
     Evolution,
+    GradientSettings,
     InProcess,
     Note,
     Progress,
@@ -38,12 +38,12 @@ SPACE = Space(FACTS, native_band(FACTS), 32768)
 
 
 class Valley:
-    """A smooth loss around an optimum near YaRN's curve, with an offset and noise of each document's own."""
+    """A smooth loss around an optimum near YaRN's curve, with an offset and noise of each passage's own."""
 
     key = "valley"
 
-    def __init__(self, documents=3, noise=0.0, screen_noise=0.0):
-        self.weights = [1.0] * documents
+    def __init__(self, passages=3, noise=0.0, screen_noise=0.0):
+        self.weights = [1.0] * passages
         self.noise, self.screen_noise = noise, screen_noise
         self.asked = []
         yarn = np.array(SPACE.seed("yarn").log_factors)
@@ -53,13 +53,13 @@ class Valley:
         self.best_attention = SPACE.seed("yarn").attention_factor * 0.97
 
     def evaluate(self, task):
-        self.asked.append((band_key(task.band), task.document, task.fidelity, task.gradient))
-        genes = SPACE.genes(task.band)
-        away = np.array(genes.log_factors) - self.best
-        attention = np.log(genes.attention_factor / self.best_attention)
-        start = 0.01 * abs(np.log2(1 + genes.start_tokens) - np.log2(1 + 16))
-        loss = 3.2 + 0.3 * task.document + 2 * (away**2).mean() + 4 * attention**2 + start
-        digest = hashlib.sha256(f"{band_key(task.band)} {task.document} {task.fidelity}".encode()).digest()
+        self.asked.append((band_key(task.band), task.passage, task.fidelity, task.gradient))
+        candidate = SPACE.candidate(task.band)
+        away = np.array(candidate.log_factors) - self.best
+        attention = np.log(candidate.attention_factor / self.best_attention)
+        start = 0.01 * abs(np.log2(1 + candidate.start_tokens) - np.log2(1 + 16))
+        loss = 3.2 + 0.3 * task.passage + 2 * (away**2).mean() + 4 * attention**2 + start
+        digest = hashlib.sha256(f"{band_key(task.band)} {task.passage} {task.fidelity}".encode()).digest()
         scale = self.screen_noise if task.fidelity == "screen" else self.noise
         loss += scale * (digest[0] / 255 - 0.5)
         slope = tuple((4 * away / len(away)).tolist()) if task.gradient else ()
@@ -97,7 +97,7 @@ def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
 
 
 def test_a_descent_ends_when_hardly_anything_is_gained(monkeypatch):
-    steps = Descent(steps=200)
+    steps = GradientSettings(steps=200)
     ended, reader, _ = run("gradient", 5000, descent=steps)
     monkeypatch.setattr("ropewalk.factors.search.gradient.WORTH_GOING_ON", 0)
     whole, all_, _ = run("gradient", 5000, descent=steps)
@@ -136,7 +136,7 @@ def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
     assert len(full) < len(evaluator.asked) / 2
     bad, evaluator, _ = run(budget=100, evaluator=Valley(screen_noise=5), screening=Screening(allowed=True))
     assert bad.fidelity == "full" and bad.correlation < 0.8
-    _, evaluator, events = run(budget=12, evaluator=Valley(documents=1), screening=Screening(allowed=True))
+    _, evaluator, events = run(budget=12, evaluator=Valley(passages=1), screening=Screening(allowed=True))
     assert {asked[2] for asked in evaluator.asked} == {"full"}
     assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
 
@@ -166,7 +166,7 @@ def test_losses_that_are_no_numbers_never_win():
     class Holes(Valley):
         def evaluate(self, task):
             result = super().evaluate(task)
-            return Result(float("nan"), 0.001) if len(self.asked) % 5 == 0 and task.document == 1 else result
+            return Result(float("nan"), 0.001) if len(self.asked) % 5 == 0 and task.passage == 1 else result
 
     outcome, _, _ = run(budget=60, evaluator=Holes())
     assert np.isfinite(outcome.loss)
@@ -205,19 +205,19 @@ def test_where_the_time_is_short_fewer_documents_are_read():
             time.sleep(0.1 if task.fidelity == "full" else 0.01)
             return super().evaluate(task)
 
-    reader = Long(documents=3)
-    outcome, said = in_time(2, reader, fewer_documents=True, held_documents=2, screen_cost=0.1)
-    assert outcome.documents in (1, 2) and f"{outcome.documents} of 3 stretches" in said[0]
-    assert {asked[1] for asked in reader.asked} == set(range(outcome.documents))
-    assert outcome.seconds < 2 - 2 * outcome.documents * 0.1  # what is kept for judging
+    reader = Long(passages=3)
+    outcome, said = in_time(2, reader, fewer_passages=True, held_passages=2, screen_cost=0.1)
+    assert outcome.passages in (1, 2) and f"{outcome.passages} of 3 stretches" in said[0]
+    assert {asked[1] for asked in reader.asked} == set(range(outcome.passages))
+    assert outcome.seconds < 2 - 2 * outcome.passages * 0.1  # what is kept for judging
     with pytest.raises(UserError, match="minutes"):
-        in_time(0.5, Long(documents=3), held_documents=2)
-    whole, said = in_time(60, Valley(), fewer_documents=True, covariance=Covariance(smallest_step=0.03))
-    assert whole.documents == 3 and not any("stretches" in text for text in said)
+        in_time(0.5, Long(passages=3), held_passages=2)
+    whole, said = in_time(60, Valley(), fewer_passages=True, covariance=CmaSettings(smallest_step=0.03))
+    assert whole.passages == 3 and not any("stretches" in text for text in said)
 
 
 def test_screening_is_used_untried_where_the_budget_is_too_small_for_anything_else():
-    evaluator, events = Valley(documents=1), []
+    evaluator, events = Valley(passages=1), []
     settings = Settings(budget=Budget(evaluations=7), screening=Screening(allowed=True), screen_cost=0.05)
     outcome = search(InProcess(evaluator), SPACE, settings, on_event=events.append)
     assert outcome.fidelity == "screen" and outcome.correlation is None and outcome.evaluations <= 7
@@ -228,14 +228,14 @@ def test_screening_is_used_untried_where_the_budget_is_too_small_for_anything_el
 
 def test_a_band_is_carried_to_a_longer_context():
     short = Space(FACTS, native_band(FACTS), 16384)
-    genes = carried(short, short.band(short.seed("yarn")), SPACE)
+    candidate = carried(short, short.band(short.seed("yarn")), SPACE)
     yarn = SPACE.seed("yarn")
-    assert genes.log_factors[-1] == pytest.approx(np.log(4)) and genes.attention_factor == pytest.approx(
+    assert candidate.log_factors[-1] == pytest.approx(np.log(4)) and candidate.attention_factor == pytest.approx(
         yarn.attention_factor, rel=0.01
     )
     outcome, _, _ = run(budget=60)
     with_seed = search(
-        InProcess(Valley()), SPACE, Settings(budget=Budget(evaluations=60)), seeds=[SPACE.genes(outcome.band)]
+        InProcess(Valley()), SPACE, Settings(budget=Budget(evaluations=60)), seeds=[SPACE.candidate(outcome.band)]
     )
     assert with_seed.loss <= outcome.loss
 
@@ -281,7 +281,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
 
     expected = start("whole").communicate()[0]
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     kills = 0
     while True:
         job = start("killed")
@@ -289,7 +289,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
         before = journal.stat().st_size if journal.exists() else 0
         while job.poll() is None and (not journal.exists() or journal.stat().st_size < before + 300):
             time.sleep(0.002)
-        time.sleep(float(chance.uniform(0, 0.15)))
+        time.sleep(float(rng.uniform(0, 0.15)))
         if kills >= 4 or job.poll() is not None:
             break
         os.kill(job.pid, signal.SIGKILL)

@@ -15,13 +15,13 @@ import pytest
 from ropewalk import UserError
 from ropewalk.factors import RopeFacts, native_band
 from ropewalk.factors.search import InProcess, Processes, Task
-from ropewalk.factors.search.crew import InWorker
 from ropewalk.factors.search.on_ray import Ray
+from ropewalk.factors.search.pool import InWorker
 
 BAND = native_band(RopeFacts(n_rot=8, freq_base=10000.0, original_context=64))
 
 TRIAL = '''
-    """An evaluator that does with each document what it is told to; workers import it by name."""
+    """An evaluator that does with each passage what it is told to; workers import it by name."""
 
     import os, signal, time
     from pathlib import Path
@@ -50,13 +50,13 @@ TRIAL = '''
 
         def evaluate(self, task):
             with (self.folder / "log").open("a") as file:
-                file.write(f"{task.document} {os.getpid()}\\n")
-            if task.document in self.does:
-                self.do(self.does[task.document], task.document)
-            return Result(task.document + 0.25, 0.5, (0.1 + 0.2,), 1e-300)
+                file.write(f"{task.passage} {os.getpid()}\\n")
+            if task.passage in self.does:
+                self.do(self.does[task.passage], task.passage)
+            return Result(task.passage + 0.25, 0.5, (0.1 + 0.2,), 1e-300)
 
-        def do(self, what, document):
-            mark = self.folder / f"mark{document}"
+        def do(self, what, passage):
+            mark = self.folder / f"mark{passage}"
             first = not mark.exists()
             mark.touch()
             if what == "die" or what == "die once" and first:
@@ -64,7 +64,7 @@ TRIAL = '''
             if what == "exit":
                 os._exit(7)
             if what == "user error":
-                raise UserError(f"document {document}: is no good")
+                raise UserError(f"passage {passage}: is no good")
             if what == "odd error":
                 raise Odd("very ", "odd")
             if what == "meet":  # returns only once as many tasks are under way at the same time
@@ -106,7 +106,7 @@ def cluster(trial):
 
 @pytest.fixture
 def crew(request, trial, tmp_path):
-    """``crew(does, n_workers)`` makes an engine; what its evaluators do to document -1 they do when they are made."""
+    """``crew(does, n_workers)`` makes an engine; what its evaluators do to passage -1 they do when they are made."""
     kind = getattr(request, "param", Processes)
     if kind is Ray:
         request.getfixturevalue("cluster")
@@ -131,7 +131,7 @@ def tasks(n):
 def losses(engine, n):
     results = list(engine.run(tasks(n)))
     assert all(result.by_log_factors == (0.1 + 0.2,) and result.by_log_attention == 1e-300 for _, result in results)
-    return {task.document: result.loss for task, result in results}
+    return {task.passage: result.loss for task, result in results}
 
 
 def log(folder):
@@ -165,7 +165,7 @@ def test_in_process(trial, tmp_path):
     with InProcess(evaluator) as engine:
         assert (engine.key, engine.weights) == ("trial", [1, 2.5])
         assert losses(engine, 1) == {0: 0.25}
-        with pytest.raises(UserError, match="document 1: is no good"):
+        with pytest.raises(UserError, match="passage 1: is no good"):
             list(engine.run(tasks(2)))
     assert evaluator.closed
     InProcess(trial.Trial(tmp_path, {})).close()
@@ -194,18 +194,16 @@ def test_results_do_not_depend_on_the_workers(crew):
 @each_crew
 def test_a_lost_workers_task_is_evaluated_again(crew, tmp_path):
     assert losses(crew({2: "die once"}), 5) == {i: i + 0.25 for i in range(5)}
-    assert sorted(document for document, _ in log(tmp_path)) == [0, 1, 2, 2, 3, 4]
+    assert sorted(passage for passage, _ in log(tmp_path)) == [0, 1, 2, 2, 3, 4]
 
 
 @each_crew
 def test_a_task_that_always_kills_is_named(crew, tmp_path):
     engine = crew({1: "die"})
-    with pytest.raises(
-        UserError, match=r"document 1 \(full, context 64\): 3 workers ended while they read it"
-    ) as found:
+    with pytest.raises(UserError, match=r"passage 1 \(full, context 64\): 3 workers ended while they read it") as found:
         list(engine.run(tasks(3)))
     assert "\n" not in str(found.value)
-    assert [document for document, _ in log(tmp_path)].count(1) == 3
+    assert [passage for passage, _ in log(tmp_path)].count(1) == 3
     assert gone({pid for _, pid in log(tmp_path)})
     engine.close()
 
@@ -219,20 +217,20 @@ def test_workers_that_end_before_they_are_ready(crew, tmp_path):
 
 @each_crew
 def test_exceptions_arrive_as_they_are(crew):
-    with pytest.raises(UserError, match=r"^document 1: is no good$") as found:
+    with pytest.raises(UserError, match=r"^passage 1: is no good$") as found:
         list(crew({1: "user error"}).run(tasks(3)))
     assert type(found.value) is UserError
     assert isinstance(found.value.__cause__, InWorker) and "in evaluate" in str(found.value.__cause__)
     with pytest.raises(RuntimeError, match=r"^Odd: very odd$"):  # an exception that cannot be sent
         list(crew({0: "odd error"}).run(tasks(1)))
-    with pytest.raises(UserError, match=r"^document -1: is no good$"):  # while the evaluator is made
+    with pytest.raises(UserError, match=r"^passage -1: is no good$"):  # while the evaluator is made
         assert crew({-1: "user error"}).key
 
 
 def test_after_a_run_that_was_left_the_next_one_begins_anew(crew, tmp_path):
     engine = crew({1: "sleep"})
     left = engine.run(tasks(2))
-    assert next(left)[0].document == 0
+    assert next(left)[0].passage == 0
     left.close()
     assert gone({pid for _, pid in log(tmp_path)})
     assert losses(engine, 1) == {0: 0.25}

@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 from ropewalk import UserError
 from ropewalk.factors import START_TOKENS, Band, RopeFacts, native_band, ntk, pi, yarn, yarn_attention_factor
-from ropewalk.factors.search import Budget, Evolution, Genes, Journal, Racing, Result, Settings, Space, Task, band_key
-from ropewalk.factors.search.algorithm import Answer, Score, Start
+from ropewalk.factors.search import (
+    Budget,
+    Candidate,
+    Evolution,
+    Journal,
+    Racing,
+    Result,
+    Settings,
+    Space,
+    Task,
+    band_key,
+)
+from ropewalk.factors.search.algorithm import Response, Score, Start
 from ropewalk.factors.search.evolution import search as evolve
-from ropewalk.factors.search.journal import digest_of, entry_of
+from ropewalk.factors.search.journal import digest_of, key_of_task
 from ropewalk.factors.search.race import race
 from ropewalk.factors.search.space import FAST_TURNS, non_decreasing
 
@@ -44,20 +55,20 @@ def nearest_by_trying_all(values, low, high):
 @pytest.mark.parametrize("fixed", [0, 1, 3])
 def test_projection_is_the_nearest_within_bounds(fixed):
     space = replace(SMALL, fixed_pairs=fixed)
-    chance = np.random.default_rng(fixed)
+    rng = np.random.default_rng(fixed)
     expected_fixed = np.log(yarn(14, 4.0, 10000.0, 64))[:fixed]
     floor = max(expected_fixed[-1], 0) if fixed else 0.0
     for _ in range(60):
-        values = chance.normal(0.7, 0.8, 7)
-        genes = space.project(Genes(tuple(values), 3, float(chance.uniform(0.5, 2))))
-        found = np.array(genes.log_factors)
+        values = rng.normal(0.7, 0.8, 7)
+        candidate = space.project(Candidate(tuple(values), 3, float(rng.uniform(0.5, 2))))
+        found = np.array(candidate.log_factors)
         np.testing.assert_allclose(found[:fixed], expected_fixed)
         np.testing.assert_allclose(found[fixed:], nearest_by_trying_all(values[fixed:], floor, math.log(5)), atol=1e-12)
         assert np.all(np.diff(found) >= 0) and found[-1] <= math.log(1.25 * 4) and found[0] >= 0
-        assert genes.start_tokens in (2, 4) and 1 <= genes.attention_factor <= 2 * yarn_attention_factor(4) - 1
-        again = space.project(genes)
-        np.testing.assert_allclose(again.log_factors, genes.log_factors, atol=1e-15)
-        assert (again.start_tokens, again.attention_factor) == (genes.start_tokens, genes.attention_factor)
+        assert candidate.start_tokens in (2, 4) and 1 <= candidate.attention_factor <= 2 * yarn_attention_factor(4) - 1
+        again = space.project(candidate)
+        np.testing.assert_allclose(again.log_factors, candidate.log_factors, atol=1e-15)
+        assert (again.start_tokens, again.attention_factor) == (candidate.start_tokens, candidate.attention_factor)
 
 
 def test_non_decreasing_moves_both_sides_of_a_violation():
@@ -68,9 +79,9 @@ def test_closed_forms_are_as_they_are_and_seeds_within_the_space():
     forms = {"pi": (pi(64, 4), 1.0), "ntk": (ntk(64, 4), 1.0)}
     forms["yarn"] = (yarn(64, 4, 100000.0, 8192), yarn_attention_factor(4))
     for method, (factors, attention) in forms.items():
-        genes = SPACE.closed_form(method)
-        np.testing.assert_allclose(np.exp(genes.log_factors), factors)
-        assert (genes.start_tokens, genes.attention_factor) == (0, attention)
+        candidate = SPACE.closed_form(method)
+        np.testing.assert_allclose(np.exp(candidate.log_factors), factors)
+        assert (candidate.start_tokens, candidate.attention_factor) == (0, attention)
         seed = SPACE.seed(method)
         assert seed == SPACE.project(seed)
         np.testing.assert_allclose(np.exp(seed.log_factors[SPACE.n_fixed :]), factors[SPACE.n_fixed :])
@@ -98,17 +109,17 @@ def test_a_band_composes_onto_the_one_that_is_extended():
 
 
 def test_band_and_genes_round_trip():
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     onto = SPACE.band(SPACE.seed("yarn"))
     for space in (SPACE, Space(FACTS, onto, 65536)):
         for _ in range(20):
-            moved = space.moved(space.seed("ntk"), chance.normal(0, 0.1, 32 - space.n_fixed), 0.03)
-            genes = replace(moved, start_tokens=int(chance.choice(START_TOKENS)))
-            back = space.genes(space.band(genes))
-            np.testing.assert_allclose(back.log_factors, genes.log_factors, atol=2e-9)
-            assert back.start_tokens == genes.start_tokens
-            assert back.attention_factor == pytest.approx(genes.attention_factor)
-            assert band_key(space.band(back)) == band_key(space.band(genes))
+            moved = space.moved(space.seed("ntk"), rng.normal(0, 0.1, 32 - space.n_fixed), 0.03)
+            candidate = replace(moved, start_tokens=int(rng.choice(START_TOKENS)))
+            back = space.candidate(space.band(candidate))
+            np.testing.assert_allclose(back.log_factors, candidate.log_factors, atol=2e-9)
+            assert back.start_tokens == candidate.start_tokens
+            assert back.attention_factor == pytest.approx(candidate.attention_factor)
+            assert band_key(space.band(back)) == band_key(space.band(candidate))
 
 
 def test_a_bands_name_is_of_all_that_a_loss_depends_on():
@@ -150,16 +161,16 @@ def test_bad_spaces_are_named(values, message):
 TARGET = np.array(replace(SPACE, fixed_pairs=1).seed("yarn").log_factors) * 1.15
 
 
-def hill(genes):
+def hill(candidate):
     """A smooth loss: least at a curve a little above YaRN's, with 16 start tokens."""
-    return 3 + np.mean((np.array(genes.log_factors) - TARGET) ** 2) + 0.01 * abs(genes.start_tokens - 16) / 256
+    return 3 + np.mean((np.array(candidate.log_factors) - TARGET) ** 2) + 0.01 * abs(candidate.start_tokens - 16) / 256
 
 
 def drive(loss=hill, seed=0, space=None, extra=(), **settings):
     """Run the generator by hand: its questions, and the lowest loss after each."""
     space = space or replace(SPACE, fixed_pairs=1)
     settings = Settings("evolution", seed=seed, budget=Budget(evaluations=1), evolution=Evolution(**settings))
-    seeds = tuple(Score(genes, loss(genes), 1, True) for genes in (space.seed("yarn"), *extra))
+    seeds = tuple(Score(candidate, loss(candidate), 1, True) for candidate in (space.seed("yarn"), *extra))
     generator, answer, asks, best = evolve(Start(space, settings, seeds, math.inf)), None, [], math.inf
     lowest = []
     while True:
@@ -167,7 +178,9 @@ def drive(loss=hill, seed=0, space=None, extra=(), **settings):
             asks.append(next(generator) if answer is None else generator.send(answer))
         except StopIteration:
             return asks, lowest
-        answer = Answer(tuple(Score(genes, loss(genes), 1, True) for genes in asks[-1].candidates), math.inf)
+        answer = Response(
+            tuple(Score(candidate, loss(candidate), 1, True) for candidate in asks[-1].candidates), math.inf
+        )
         best = min([best, *(score.loss for score in answer.scores)])
         lowest.append(best)
 
@@ -177,17 +190,17 @@ def test_evolution_asks_as_published_and_improves():
     asks, lowest = drive(generations=12)
     assert [len(ask.candidates) for ask in asks] == [64] + [32] * 12  # 16 mutations and 16 crossovers each
     assert [len(ask.rivals) for ask in asks] == [0] + [32] * 12 and {ask.places for ask in asks} == {32}
-    for method, genes in zip(("pi", "ntk", "yarn"), asks[0].candidates, strict=False):
-        np.testing.assert_allclose(np.exp(genes.log_factors), np.exp(space.seed(method).log_factors), atol=0.005001)
-    everyone = [genes for ask in asks for genes in ask.candidates]
+    for method, candidate in zip(("pi", "ntk", "yarn"), asks[0].candidates, strict=False):
+        np.testing.assert_allclose(np.exp(candidate.log_factors), np.exp(space.seed(method).log_factors), atol=0.005001)
+    everyone = [candidate for ask in asks for candidate in ask.candidates]
     assert len(set(everyone)) == len(everyone)  # nobody twice
-    for genes in everyone:
-        factors = np.array(space.band(genes).rescale_factors)
+    for candidate in everyone:
+        factors = np.array(space.band(candidate).rescale_factors)
         assert np.all(np.diff(factors) >= 0) and factors[-1] <= 1.25 * 4
         assert all(factor == round(factor, 2) for factor in factors[1:])
         assert factors[0] == space.band(space.seed("yarn")).rescale_factors[0]
-        assert genes.start_tokens in START_TOKENS
-    attention = [genes.attention_factor for genes in everyone]
+        assert candidate.start_tokens in START_TOKENS
+    attention = [candidate.attention_factor for candidate in everyone]
     assert set(attention) == {space.seed(method).attention_factor for method in ("pi", "yarn")}
     assert lowest[-1] < lowest[0] < hill(space.seed("yarn")) + 1e-3 and lowest == sorted(lowest, reverse=True)
     assert hill(space.seed("yarn")) - lowest[-1] > 0.2 * (hill(space.seed("yarn")) - 3)
@@ -210,7 +223,7 @@ def test_evolution_takes_seeds_searches_attention_and_keeps_to_small_settings():
     brought = space.moved(space.seed("yarn"), np.full(31, 0.03))
     asks, _ = drive(extra=[brought], generations=2, search_attention=True)
     np.testing.assert_allclose(np.exp(asks[0].candidates[3].log_factors), np.exp(brought.log_factors), atol=0.005001)
-    factors = {genes.attention_factor for ask in asks for genes in ask.candidates}
+    factors = {candidate.attention_factor for ask in asks for candidate in ask.candidates}
     assert len(factors) > 10 and min(factors) >= 1 and max(factors) <= space.attention_bounds[1]
     asks, _ = drive(generations=3, population=3, parents=1, mutations=2, crossovers=2)
     assert [len(ask.candidates) for ask in asks] == [3, 4, 4, 4]
@@ -219,21 +232,21 @@ def test_evolution_takes_seeds_searches_attention_and_keeps_to_small_settings():
 def test_evolution_ends_where_there_is_nobody_new():
     facts = RopeFacts(n_rot=2, freq_base=10000.0, original_context=64)
     space = Space(facts, native_band(facts), 65, fixed_pairs=0, headroom=1, start_tokens=(0,))
-    asks, _ = drive(lambda genes: genes.log_factors[0], space=space, generations=2, tries=5)
-    assert {round(math.exp(genes.log_factors[0]), 2) for ask in asks for genes in ask.candidates} <= {1.0, 1.01}
+    asks, _ = drive(lambda candidate: candidate.log_factors[0], space=space, generations=2, tries=5)
+    assert {round(math.exp(candidate.log_factors[0]), 2) for ask in asks for candidate in ask.candidates} <= {1.0, 1.01}
 
 
 # --- race
 
 
 def run_race(losses, places=1, rivals=None, weights=None, order=None, racing=None):
-    """Race rows of a table; the result, and what was read: (candidates, documents) each time."""
+    """Race rows of a table; the result, and what was read: (candidates, passages) each time."""
     losses, read = np.array(losses, dtype=float), []
     n = losses.shape[1]
 
-    def measure(candidates, documents):
-        read.append((candidates.tolist(), documents.tolist()))
-        return losses[np.ix_(candidates, documents)]
+    def measure(candidates, passages):
+        read.append((candidates.tolist(), passages.tolist()))
+        return losses[np.ix_(candidates, passages)]
 
     rivals = np.empty((0, n)) if rivals is None else np.array(rivals, dtype=float)
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
@@ -241,13 +254,13 @@ def run_race(losses, places=1, rivals=None, weights=None, order=None, racing=Non
     return race(measure, len(losses), rivals, weights, order, places, racing or Racing()), read
 
 
-def table(candidates, documents, noise=0.002, seed=0):
-    """Losses that differ much between documents, and by 0.02 a candidate; the first is the best."""
-    chance = np.random.default_rng(seed)
+def table(candidates, passages, noise=0.002, seed=0):
+    """Losses that differ much between passages, and by 0.02 a candidate; the first is the best."""
+    rng = np.random.default_rng(seed)
     return (
-        chance.normal(3, 0.5, documents)
+        rng.normal(3, 0.5, passages)
         + 0.02 * np.arange(candidates)[:, None]
-        + chance.normal(0, noise, (candidates, documents))
+        + rng.normal(0, noise, (candidates, passages))
     )
 
 
@@ -258,7 +271,7 @@ def test_a_race_drops_the_bad_and_keeps_the_winner(seed):
     whole = ~np.isnan(result).any(axis=1)
     assert whole[0] and np.array_equal(result[0], losses[0])
     assert np.isnan(result[-1]).sum() >= 14 and whole.sum() <= 3
-    assert sum(len(candidates) * len(documents) for candidates, documents in read) < losses.size / 3
+    assert sum(len(candidates) * len(passages) for candidates, passages in read) < losses.size / 3
     seen = ~np.isnan(result)
     assert np.array_equal(result[seen], losses[seen])
 
@@ -266,7 +279,7 @@ def test_a_race_drops_the_bad_and_keeps_the_winner(seed):
 def test_rungs_double_and_follow_the_order():
     order = np.random.default_rng(0).permutation(13)
     _, read = run_race(table(3, 13, noise=0.1), places=3, order=order)
-    assert [documents for _, documents in read] == [
+    assert [passages for _, passages in read] == [
         order[a:b].tolist() for a, b in [(0, 1), (1, 2), (2, 4), (4, 8), (8, 13)]
     ]
     assert all(candidates == [0, 1, 2] for candidates, _ in read)
@@ -309,13 +322,13 @@ def test_documents_without_weight_do_not_decide():
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("document", [0, 1, 5])
-def test_losses_that_are_no_numbers_drop_their_candidate_only(bad, document):
+@pytest.mark.parametrize("passage", [0, 1, 5])
+def test_losses_that_are_no_numbers_drop_their_candidate_only(bad, passage):
     losses = table(6, 8, noise=0.0001)
-    losses[2, document] = bad
+    losses[2, passage] = bad
     result, _ = run_race(losses, places=5)
     assert not np.isnan(result[[0, 1, 3, 4]]).any()  # whoever holds a place
-    assert np.isnan(result[2, 6:]).all() or document == 5
+    assert np.isnan(result[2, 6:]).all() or passage == 5
     result, read = run_race(np.full((3, 4), bad))
     assert result.shape == (3, 4) and not np.isfinite(result).any() and read
 
@@ -324,7 +337,7 @@ def test_losses_that_are_no_numbers_drop_their_candidate_only(bad, document):
 
 
 def tasks(n):
-    return [Task(SPACE.band(SPACE.seed("yarn")), document, gradient=document % 2 == 1) for document in range(n)]
+    return [Task(SPACE.band(SPACE.seed("yarn")), passage, gradient=passage % 2 == 1) for passage in range(n)]
 
 
 RESULTS = [
@@ -343,7 +356,7 @@ def write(path, n=4, digest="a"):
 
 def results(path, digest="a"):
     with Journal(path, digest) as journal:
-        return {name.document: line.result for name, line in journal.lines.items()}
+        return {name.passage: line.result for name, line in journal.lines.items()}
 
 
 def test_a_journal_keeps_numbers_exactly(tmp_path):
@@ -355,7 +368,7 @@ def test_a_journal_keeps_numbers_exactly(tmp_path):
         assert journal.found == 4
         size = path.stat().st_size
         journal.add(tasks(1)[0], Result(99, 99))  # known already
-        assert path.stat().st_size == size and journal.lines[entry_of(tasks(1)[0])].result == RESULTS[0]
+        assert path.stat().st_size == size and journal.lines[key_of_task(tasks(1)[0])].result == RESULTS[0]
     assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
 
 

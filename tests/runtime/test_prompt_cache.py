@@ -337,12 +337,12 @@ def job(model: Path, folder: Path, limit: int, n_prompts: int, entry_bytes: int 
 
 
 def test_killed_at_any_moment_leaves_nothing_that_hurts(load: Load, tiny: Path, tmp_path: Path) -> None:
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for _ in range(3):
         jobs = [job(tiny, tmp_path, 2_000_000, 10_000) for _ in range(2)]  # two at once
         for one in jobs:
             assert one.stdout is not None and one.stdout.readline() == "ready\n"
-        time.sleep(float(chance.uniform(0.05, 0.4)))
+        time.sleep(float(rng.uniform(0.05, 0.4)))
         for one in jobs:
             os.kill(one.pid, signal.SIGKILL)  # not waited for: a zombie is dead, too
         time.sleep(0.05)

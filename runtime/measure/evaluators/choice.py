@@ -1,6 +1,6 @@
-"""Schedule → loss: a band's loss on probes, by llama.cpp on the file itself or by torch on its weights.
+"""Schedule → loss: a band's loss on passages, by llama.cpp on the file itself or by torch on its weights.
 
-Two fidelities. `full` reads a probe from its first token in the band. `screen` reads all but the last `window` tokens
+Two fidelities. `full` reads a passage from its first token in the band. `screen` reads all but the last `window` tokens
 once, in a base band, and keeps keys and values; for each candidate the kept keys are turned to its λ and only the
 window is read. What lies deeper than the keys' rotation keeps the base's values, so screening ranks bands that are
 near the base and does not measure them; it costs a tenth or less.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ....errors import UserError
 from ....factors.search.protocol import Task
-from ..passages import Probe
+from ..passages import Passage
 from .llama import LlamaEvaluator
 from .spec import EvaluatorSpec, Kind
 
@@ -57,18 +57,18 @@ class EvaluatorRecipe:
 
 
 def faster(spec: EvaluatorSpec, n_tokens: int = TRIAL_TOKENS) -> tuple[Kind, dict[Kind, float]]:
-    """Which of the two reads faster here, measured on the beginning of the first probe, and both speeds (tokens/s).
+    """Which of the two reads faster here, measured on the beginning of the first passage, and both speeds (tokens/s).
 
     A model that torch's reader does not cover has no speed there.
 
     Raises:
         UserError: neither can run it.
     """
-    probe = spec.probes[0]
-    tokens = probe.tokens[: min(n_tokens, len(probe.tokens))]
+    passage = spec.passages[0]
+    tokens = passage.tokens[: min(n_tokens, len(passage.tokens))]
     targets = tuple(range(len(tokens) // 2, len(tokens)))
-    trial = Probe(probe.name, tokens, targets, (1 / len(targets),) * len(targets))
-    trials = replace(spec, probes=(trial, *spec.probes), window=0)  # all of them, as the longest must fit, too
+    trial = Passage(passage.name, tokens, targets, (1 / len(targets),) * len(targets))
+    trials = replace(spec, passages=(trial, *spec.passages), window=0)  # all of them, as the longest must fit, too
     kinds: tuple[Kind, ...] = ("llama", "torch")
     speeds: dict[Kind, float] = {}
     for kind in kinds:

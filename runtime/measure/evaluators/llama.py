@@ -16,7 +16,7 @@ from ....factors.search.protocol import Fidelity, Result, Task
 from ...llama import Llama
 from ...losses import Losses
 from ...memory import available_memory, check_room
-from ..passages import Probe
+from ..passages import Passage
 from .spec import EvaluatorSpec
 
 
@@ -34,7 +34,7 @@ class LlamaEvaluator:
         self._spec, self.key = spec, spec.key
         self.weights = spec.weights
         self._facts = trained_schedule(read_header(spec.model)).facts
-        longest = max(len(probe.tokens) for probe in spec.probes)
+        longest = max(len(passage.tokens) for passage in spec.passages)
         self._llm = Llama(
             spec.model,
             schedule=self._alone(spec.base, longest),
@@ -45,57 +45,57 @@ class LlamaEvaluator:
             n_threads_batch=spec.threads,
             verbose=False,
         )
-        self._windows = [probe.last(spec.window) for probe in spec.probes if spec.window]
+        self._windows = [passage.last(spec.window) for passage in spec.passages if spec.window]
         self._states: dict[int, np.ndarray] = {}
 
     def evaluate(self, task: Task) -> Result:
-        """The weighted mean loss of a task's band on its document; see `Evaluator`."""
+        """The weighted mean loss of a task's band on its passage; see `Evaluator`."""
         if task.gradient:
             raise UserError("gradients need the torch evaluator")
         if task.fidelity == "screen":
-            self._prepare(task.document)
+            self._prepare(task.passage)
         started = time.perf_counter()
-        losses = self.losses(task.band, task.document, task.fidelity)
-        probe = self._probe(task.document, task.fidelity)
-        return Result(float(losses @ np.array(probe.weights)), time.perf_counter() - started)
+        losses = self.losses(task.band, task.passage, task.fidelity)
+        passage = self._passage(task.passage, task.fidelity)
+        return Result(float(losses @ np.array(passage.weights)), time.perf_counter() - started)
 
-    def losses(self, band: Band, document: int, fidelity: Fidelity = "full") -> Losses:
-        """Of each target of the document's probe (in its window, when screening), in nats."""
+    def losses(self, band: Band, index: int, fidelity: Fidelity = "full") -> Losses:
+        """Losses in nats of each target of a passage, by its index; in its window only, when screening."""
         if fidelity == "screen":
-            self._prepare(document)
-        probe, llm = self._probe(document, fidelity), self._llm
+            self._prepare(index)
+        passage, llm = self._passage(index, fidelity), self._llm
         llm.reset()
-        llm.set_schedule(self._alone(band, len(probe.tokens)))
+        llm.set_schedule(self._alone(band, len(passage.tokens)))
         if fidelity == "screen":
-            prefix = np.array(probe.tokens[: -self._spec.window], dtype=np.int32)
-            llm.restore(prefix, self._states[document], self._alone(self._spec.base, len(probe.tokens)).bands[0])
-        losses = llm.token_losses(probe.tokens, targets=probe.targets)
-        if fidelity == "full" and self._windows and self._spec.is_base(band) and document not in self._states:
-            self._keep(document)
+            prefix = np.array(passage.tokens[: -self._spec.window], dtype=np.int32)
+            llm.restore(prefix, self._states[index], self._alone(self._spec.base, len(passage.tokens)).bands[0])
+        losses = llm.token_losses(passage.tokens, targets=passage.targets)
+        if fidelity == "full" and self._windows and self._spec.is_base(band) and index not in self._states:
+            self._keep(index)
         return losses
 
     def close(self) -> None:
         self._llm.close()
 
-    def _probe(self, document: int, fidelity: Fidelity) -> Probe:
-        return self._spec.probes[document] if fidelity == "full" else self._windows[document]
+    def _passage(self, index: int, fidelity: Fidelity) -> Passage:
+        return self._spec.passages[index] if fidelity == "full" else self._windows[index]
 
     def _alone(self, band: Band, context: int) -> Schedule:
         """A schedule of this band only, that serves at least `context` tokens."""
         band = band.model_copy(update={"context": max(band.context, context)})
         return Schedule(facts=self._facts, bands=(band,))
 
-    def _prepare(self, document: int) -> None:
-        """Read a document in the base band, unless that is kept.
+    def _prepare(self, index: int) -> None:
+        """Read a passage in the base band, unless that is kept.
 
         In full, just as its loss is read: in other batches the state would differ in its last bits, and a search that
         was killed could go another way.
         """
-        if document not in self._states:
-            self.losses(self._spec.base, document)
+        if index not in self._states:
+            self.losses(self._spec.base, index)
 
-    def _keep(self, document: int) -> None:
-        llm, tokens = self._llm, self._spec.probes[document].tokens
+    def _keep(self, index: int) -> None:
+        llm, tokens = self._llm, self._spec.passages[index].tokens
         llm.rewind(len(tokens) - self._spec.window)
-        check_room(llm.plan.cache_bytes, len(self._spec.probes) - len(self._states), available_memory())
-        self._states[document] = llm.sequence_state()
+        check_room(llm.plan.cache_bytes, len(self._spec.passages) - len(self._states), available_memory())
+        self._states[index] = llm.sequence_state()

@@ -1,4 +1,4 @@
-"""What an evaluator of the search is made from, as data: the model's file, the probes, and how to read them."""
+"""What an evaluator of the search is made from, as data: the model's file, the passages, and how to read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from ....container import model_digest
 from ....factors import Band
-from ..passages import Probe, digest
+from ..passages import Passage, digest
 
 WINDOW = 1024
 
@@ -24,13 +24,13 @@ class EvaluatorSpec:
     Attributes:
         kind: what reads.
         base: the band in which screening reads what lies before the window.
-        window: tokens at a probe's end that screening reads; 0 = nothing will be screened.
+        window: tokens at a passage's end that screening reads; 0 = nothing will be screened.
         kv: cache type of llama.cpp's evaluator.
         threads: CPU threads; None = the machine's cores.
     """
 
     model: str
-    probes: tuple[Probe, ...]
+    passages: tuple[Passage, ...]
     base: Band
     kind: Kind = "llama"
     window: int = WINDOW
@@ -42,7 +42,7 @@ class EvaluatorSpec:
         """A digest of all that a loss depends on beside the band; threads are not of it."""
         base = self.base.model_dump_json(exclude={"found"})
         kv = self.kv if self.kind == "llama" else None
-        parts = (VERSION, model_digest(self.model), digest(self.probes), base, self.kind, self.window, kv)
+        parts = (VERSION, model_digest(self.model), digest(self.passages), base, self.kind, self.window, kv)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def is_base(self, band: Band) -> bool:
@@ -52,5 +52,5 @@ class EvaluatorSpec:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """How much each probe counts: all the same."""
-        return (1.0,) * len(self.probes)
+        """How much each passage counts: all the same."""
+        return (1.0,) * len(self.passages)

@@ -1,7 +1,7 @@
-"""torch's losses and gradients for the search: Llama-family models, the GGUF's weights made floats, CPU or CUDA.
+"""torch's losses and gradients for the search: Llama-family models, the GGUF's weights dequantised, on a CPU or CUDA.
 
-Screening keeps, for each probe, keys before rotation and values of what lies before the window, read in the base band;
-see `evaluators`.
+Screening keeps, for each passage, the unrotated keys and the values of what lies before the window, read in the base
+band; see `evaluators`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRIAL_TOKENS = 4096  # read twice to see whether 16 bits will do
 
 
 class TorchEvaluator:
-    """Losses and gradients of bands on probes; see `Evaluator`.
+    """Losses and gradients of bands on passages; see `Evaluator`.
 
     Raises:
         UserError: a model that torch's reader does not cover, or too little memory.
@@ -33,48 +33,48 @@ class TorchEvaluator:
         self.weights = spec.weights
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_torch_model(spec.model, device=device, threads=spec.threads)
-        self._windows = [probe.last(spec.window) for probe in spec.probes if spec.window]
+        self._windows = [passage.last(spec.window) for passage in spec.passages if spec.window]
         self._states: dict[int, PrefixState] = {}
-        self._model.check_room(max(len(probe.tokens) for probe in spec.probes))
-        self._model.try_half(spec.probes[0].tokens[:TRIAL_TOKENS], spec.base)
+        self._model.check_room(max(len(passage.tokens) for passage in spec.passages))
+        self._model.try_half(spec.passages[0].tokens[:TRIAL_TOKENS], spec.base)
 
     def evaluate(self, task: Task) -> Result:
-        """The weighted mean loss of a task's band on its document, and its derivatives if they are asked for."""
-        state = self._state(task.document) if task.fidelity == "screen" else None
-        probe = self._windows[task.document] if state else self._spec.probes[task.document]
+        """The weighted mean loss of a task's band on its passage, and its derivatives if they are asked for."""
+        state = self._state(task.passage) if task.fidelity == "screen" else None
+        passage = self._windows[task.passage] if state else self._spec.passages[task.passage]
         started = time.perf_counter()
         if not task.gradient:
-            losses = self.losses(task.band, task.document, task.fidelity)
-            return Result(float(losses @ np.array(probe.weights)), time.perf_counter() - started)
-        model, what = self._model, (probe.tokens, task.band, probe.targets, probe.weights)
+            losses = self.losses(task.band, task.passage, task.fidelity)
+            return Result(float(losses @ np.array(passage.weights)), time.perf_counter() - started)
+        model, what = self._model, (passage.tokens, task.band, passage.targets, passage.weights)
         found = model.window_gradient(state, *what) if state else model.loss_and_gradient(*what)
         by_factors = tuple(found.by_log_factors.tolist())
         return Result(found.loss, time.perf_counter() - started, by_factors, found.by_log_attention)
 
-    def losses(self, band: Band, document: int, fidelity: Fidelity = "full") -> Losses:
-        """Of each target of the document's probe (in its window, when screening), in nats."""
+    def losses(self, band: Band, index: int, fidelity: Fidelity = "full") -> Losses:
+        """Losses in nats of each target of a passage, by its index; in its window only, when screening."""
         if fidelity == "screen":
-            probe = self._windows[document]
-            return self._model.window_losses(self._state(document), probe.tokens, band, probe.targets)
-        if self._windows and self._spec.is_base(band) and document not in self._states:
-            return self._read_base(document)
-        probe = self._spec.probes[document]
-        return self._model.token_losses(probe.tokens, band, probe.targets)
+            passage = self._windows[index]
+            return self._model.window_losses(self._state(index), passage.tokens, band, passage.targets)
+        if self._windows and self._spec.is_base(band) and index not in self._states:
+            return self._read_base(index)
+        passage = self._spec.passages[index]
+        return self._model.token_losses(passage.tokens, band, passage.targets)
 
-    def _read_base(self, document: int) -> Losses:
-        """A document's losses in the base band; what screening needs is kept of the same reading."""
-        probe, left = self._spec.probes[document], len(self._spec.probes) - len(self._states)
-        n_prefix = len(probe.tokens) - self._spec.window
+    def _read_base(self, index: int) -> Losses:
+        """A passage's losses in the base band; what screening needs is kept of the same reading."""
+        passage, left = self._spec.passages[index], len(self._spec.passages) - len(self._states)
+        n_prefix = len(passage.tokens) - self._spec.window
         check_room(self._model.state_bytes(n_prefix), left, self._model.free_memory)
-        read = self._model.losses_and_state(probe.tokens, self._spec.base, probe.targets, n_prefix)
-        losses, self._states[document] = read
+        read = self._model.losses_and_state(passage.tokens, self._spec.base, passage.targets, n_prefix)
+        losses, self._states[index] = read
         return losses
 
     def close(self) -> None:
         self._states.clear()
 
-    def _state(self, document: int) -> PrefixState:
+    def _state(self, index: int) -> PrefixState:
         """What screening needs, always of a whole reading: in one of the prefix alone the last bits would differ."""
-        if document not in self._states:
-            self._read_base(document)
-        return self._states[document]
+        if index not in self._states:
+            self._read_base(index)
+        return self._states[index]

@@ -27,7 +27,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Text:
+class Rows:
     """What is read: embedded rows ``(rows, n_embd)``, and the keys and values of what stands before them, by layer.
 
     Earlier keys are as they were before rotation, and have shape ``(kv heads, 1, earlier, head size)``, as have
@@ -65,10 +65,10 @@ class Decoder:
         self._weights, self._shape = weights, weights.shape
         self._scale = self._shape.head_size**-0.5
 
-    def losses(self, text: Text, targets: Targets, n_kept: int = 0) -> tuple[npt.NDArray[np.float64], list[KeysValues]]:
+    def losses(self, text: Rows, targets: Targets, n_kept: int = 0) -> tuple[npt.NDArray[np.float64], list[KeysValues]]:
         """``-ln p`` of each target, shape ``(targets,)``; and what each layer makes of the first `n_kept` rows.
 
-        That is their keys before rotation, and values, in `Text`'s shapes.
+        That is their keys before rotation, and values, in `Rows`'s shapes.
         """
         x, kept = text.rows, []
         for i, layer in enumerate(self._weights.layers):
@@ -79,7 +79,7 @@ class Decoder:
         losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
         return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64), kept
 
-    def gradient(self, text: Text, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
+    def gradient(self, text: Rows, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
         """The weighted mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
@@ -112,7 +112,7 @@ class Decoder:
         q, k, v = (part.reshape(shape).permute(1, 2, 0, 3) for part in (q, k, v))
         return q, k, v
 
-    def _rotated(self, i: int, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, text: Text) -> Heads:
+    def _rotated(self, i: int, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, text: Rows) -> Heads:
         """The same as layer `i`'s attention takes them, after the keys and values that `text` brings."""
         q, k, v = heads
         if text.keys:
@@ -124,7 +124,7 @@ class Decoder:
         return attend(*heads, self._scale, self.half)
 
     def _attention_gradient(
-        self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Text
+        self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Rows
     ) -> tuple[torch.Tensor, ...]:
         """Gradients in layer `i`'s input and in both tables, for `grad` of what its attention gave."""
         leaves = [part.detach().requires_grad_() for part in (x, text.cos, text.sin)]

@@ -21,7 +21,7 @@ from ....container import read_header
 from ....errors import UserError, mib
 from ....factors import Array, Band, RopeFacts
 from ...threads import default_threads
-from .layers import CHUNK_BYTES, Decoder, Targets, Text
+from .layers import CHUNK_BYTES, Decoder, Rows, Targets
 from .rope import RopeTable
 from .weights import Weights, free_memory, load_weights
 
@@ -243,14 +243,14 @@ class TorchModel:
 
     def _embed(
         self, state: PrefixState | None, tokens: Sequence[int], band: Band, gradient: bool
-    ) -> tuple[Text, RopeTable]:
+    ) -> tuple[Rows, RopeTable]:
         first = 0 if state is None else len(state.tokens)
         self._check_memory(len(tokens), len(tokens) - first, gradient)
         weights = self._weights.embedding
         table = RopeTable(self.facts, band, len(tokens), weights.device)
         rows = weights[torch.tensor(list(tokens[first:]), device=weights.device)]
         before = () if state is None else (state.keys, state.values)
-        return Text(rows, *table.cast(weights.dtype), *before), table
+        return Rows(rows, *table.cast(weights.dtype), *before), table
 
     # --- what is asked for
 

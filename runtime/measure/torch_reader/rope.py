@@ -42,7 +42,7 @@ class RopeTable:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn dimensions (i, n_rot/2 + i) of `x` ``(…, rows, head size)`` by tables ``(rows, n_rot/2)``.
+    """Rotation dimensions (i, n_rot/2 + i) of `x` ``(…, rows, head size)`` by tables ``(rows, n_rot/2)``.
 
     Dimensions from n_rot on stay as they are, and unscaled.
     """

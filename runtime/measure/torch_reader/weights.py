@@ -298,6 +298,6 @@ def _floats(raw: bytearray, kind: int, room: torch.Tensor) -> None:
     assert block is not None
     direct = room.device.type == "cpu" and room.dtype == torch.float32
     floats = room if direct else torch.empty(room.shape)
-    block.to_float(torch.frombuffer(raw, dtype=torch.uint8).data_ptr(), floats.data_ptr(), room.numel())
+    block.dequantise(torch.frombuffer(raw, dtype=torch.uint8).data_ptr(), floats.data_ptr(), room.numel())
     if not direct:
         room.copy_(floats)

@@ -57,9 +57,9 @@ def test_cut_at_what_there_is(text: str, parts: list[str]) -> None:
 @pytest.mark.parametrize("count", [words, characters])
 @pytest.mark.parametrize("seed", range(30))
 def test_nothing_is_lost_and_every_part_fits(count: Callable[[str], int], seed: int) -> None:
-    chance = random.Random(seed)
-    text = "".join(chance.choice(["a", "bc", " ", ". ", "\n", "\n\n", "é", "。", "x" * 40]) for _ in range(400))
-    capacity = chance.randint(1, 60)
+    rng = random.Random(seed)
+    text = "".join(rng.choice(["a", "bc", " ", ". ", "\n", "\n\n", "é", "。", "x" * 40]) for _ in range(400))
+    capacity = rng.randint(1, 60)
     parts = split(text, capacity, count)
     assert "".join(parts) == text
     assert all(part for part in parts)

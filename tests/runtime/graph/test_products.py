@@ -40,7 +40,7 @@ class Product:
         self.node = base.ggml_mul_mat(self.context, weight, rows)
         stored = np.empty_like(drawn)
         if ggml.is_blocks(code):
-            ggml.to_floats(ggml.tensor_at(weight), 0, n_out, stored.ctypes.data)
+            ggml.dequantise(ggml.tensor_at(weight), 0, n_out, stored.ctypes.data)
             self.expected = self.rows.astype(np.float64) @ stored.astype(np.float64).T
 
     def compute(self, fast, n_threads=2):
@@ -87,7 +87,7 @@ def test_a_failure_names_the_node(smollm2, monkeypatch):
         raise MemoryError("no room for a weight")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ggml, "to_floats", broken)
+        patch.setattr(ggml, "dequantise", broken)
         with pytest.raises(NodeError, match=r"product node .*: MemoryError: no room for a weight"):
             llm.eval(list(range(300, 400)))
     assert llm.n_tokens == 0

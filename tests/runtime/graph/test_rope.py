@@ -10,7 +10,7 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, RopeFacts, Schedule, yarn, yarn_attention_factor
 from ropewalk.runtime.graph import ggml
 from ropewalk.runtime.graph.hook import GraphHook
-from ropewalk.runtime.graph.rope import STILL, RopeHook, plan_turns, turning_factors
+from ropewalk.runtime.graph.rope import STILL, RopeHook, plan_rotations, rotation_factors
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2, "logits_all": True}
 
@@ -130,7 +130,7 @@ def test_start_tokens_one_at_a_time_are_the_same(tiny_llama, tmp_path):
 
 def test_turning_factors_add_up():
     old, new = np.array([1.0, 1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.5, 2.0])
-    factors = np.array(turning_factors(old, new))
+    factors = np.array(rotation_factors(old, new))
     assert factors[0] == STILL
     np.testing.assert_allclose(1 / factors[1:] + 1 / old[1:], 1 / new[1:])
 
@@ -156,7 +156,7 @@ def band(factors, start_tokens=0, attention_factor=1.0):
     ],
 )
 def test_passes_over_the_cache(old, new, n_tokens, spans):
-    turns = plan_turns(FACTS, old, new, n_tokens)
+    turns = plan_rotations(FACTS, old, new, n_tokens)
     assert [(turn.start, turn.stop, turn.scale) for turn in turns] == spans
 
 

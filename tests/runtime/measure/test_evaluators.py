@@ -15,7 +15,7 @@ from ropewalk.factors.search.protocol import Task
 from ropewalk.runtime.measure.evaluators import faster, make_evaluator
 from ropewalk.runtime.measure.evaluators import llama as llama_evaluator
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
-from ropewalk.runtime.measure.passages import Text, make_probes
+from ropewalk.runtime.measure.passages import Text, make_passages
 from ropewalk.runtime.measure.torch_reader import weights
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -34,9 +34,9 @@ def band(smollm2):
 @pytest.fixture(scope="module")
 def spec(smollm2, band):
     words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
-    probes = make_probes(words, [Text("a", TEXT), Text("b", TEXT[99_000:])], CONTEXT, 2, "tail+0.5*needle", 256)
+    passages = make_passages(words, [Text("a", TEXT), Text("b", TEXT[99_000:])], CONTEXT, 2, "tail+0.5*needle", 256)
     words.close()
-    return EvaluatorSpec(str(smollm2), probes, band, window=128, threads=2)
+    return EvaluatorSpec(str(smollm2), passages, band, window=128, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def test_they_agree_and_are_the_weighted_losses_of_the_targets(evaluators, spec,
     for candidate in (band, other(band), other(band, 16)):
         losses = {kind: e.evaluate(Task(candidate, 1)).loss for kind, e in evaluators.items()}
         assert losses["torch"] == pytest.approx(losses["llama"], rel=5e-3)
-    probe = spec.probes[1]
+    passage = spec.passages[1]
     schedule = native_schedule(read_header(smollm2))
     alone = schedule.model_copy(update={"bands": (other(band, 16).model_copy(update={"context": 8192}),)})
     llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, verbose=False)
-    direct = llm.token_losses(probe.tokens, targets=probe.targets) @ np.array(probe.weights)
+    direct = llm.token_losses(passage.tokens, targets=passage.targets) @ np.array(passage.weights)
     llm.close()
     assert losses["llama"] == pytest.approx(direct, abs=1e-6)
 
@@ -71,23 +71,25 @@ def test_losses_are_llama_cpps_own_perplexity(tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "tiny.gguf", context_length=512)
     plain = native_schedule(read_header(path)).bands[0]
     words = ropewalk.Llama(path, vocab_only=True, verbose=False)
-    (probe,) = probes = make_probes(words, [Text("a", TEXT)], 500, 1, "tail", 250)
+    (passage,) = passages = make_passages(words, [Text("a", TEXT)], 500, 1, "tail", 250)
     words.close()
     stock = llama_cpp.Llama(str(path), n_ctx=500, n_batch=500, logits_all=True, n_threads=2, verbose=False)
-    stock.eval(list(probe.tokens))
-    before = np.array(probe.targets) - 1
-    chosen = stock.logits_to_logprobs(stock.scores[before])[np.arange(len(before)), np.array(probe.tokens)[before + 1]]
+    stock.eval(list(passage.tokens))
+    before = np.array(passage.targets) - 1
+    chosen = stock.logits_to_logprobs(stock.scores[before])[
+        np.arange(len(before)), np.array(passage.tokens)[before + 1]
+    ]
     stock.close()
     for kind in ("llama", "torch"):
-        evaluator = make_evaluator(EvaluatorSpec(str(path), probes, plain, kind=kind, window=64, threads=2))
+        evaluator = make_evaluator(EvaluatorSpec(str(path), passages, plain, kind=kind, window=64, threads=2))
         assert np.exp(evaluator.losses(plain, 0).mean()) == pytest.approx(np.exp(-chosen.mean()), rel=1e-3)
         evaluator.close()
 
 
 @pytest.mark.parametrize("kind", ["llama", "torch"])
 def test_screening_is_exact_in_the_base_band_and_near_it_elsewhere(evaluators, spec, band, kind):
-    evaluator, window = evaluators[kind], spec.probes[0].last(spec.window)
-    places = np.searchsorted(spec.probes[0].targets, window.targets)
+    evaluator, window = evaluators[kind], spec.passages[0].last(spec.window)
+    places = np.searchsorted(spec.passages[0].targets, window.targets)
     screened = evaluator.losses(band, 0, "screen")
     np.testing.assert_allclose(screened, evaluator.losses(band, 0)[places], atol=0.02)
     away = other(band, 16)
@@ -99,12 +101,12 @@ def test_screening_is_exact_in_the_base_band_and_near_it_elsewhere(evaluators, s
 def test_a_kept_state_is_the_same_however_it_came_to_be(smollm2, band):
     """Bit for bit: a search that was killed finds full readings in its journal and makes the states anew."""
     words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
-    probes = make_probes(words, [Text("a", TEXT)], 640, 1, "tail", 256)
+    passages = make_passages(words, [Text("a", TEXT)], 640, 1, "tail", 256)
     words.close()
     for kind in ("llama", "torch"):
         losses = []
         for tasks in ([Task(band, 0), Task(other(band), 0, "screen")], [Task(other(band), 0, "screen")]):
-            evaluator = make_evaluator(EvaluatorSpec(str(smollm2), probes, band, kind, window=128, threads=2))
+            evaluator = make_evaluator(EvaluatorSpec(str(smollm2), passages, band, kind, window=128, threads=2))
             losses.append([evaluator.evaluate(task).loss for task in tasks][-1])
             assert evaluator.losses(other(band), 0, "screen").mean() == pytest.approx(losses[-1], rel=1e-9)
             evaluator.close()
@@ -119,11 +121,11 @@ def test_the_first_tokens_keep_the_models_own_factors_in_both(tiny_llama, tmp_pa
     long = extend(native, 512).bands[-1].model_copy(update={"start_tokens": 64})
     convert_model(source, target, schedule=native.model_copy(update={"bands": (short, long)}))
     words = ropewalk.Llama(target, vocab_only=True, n_ctx=1, verbose=False)
-    probes = make_probes(words, [Text("a", TEXT)], 512, 1, "all", 256)
+    passages = make_passages(words, [Text("a", TEXT)], 512, 1, "all", 256)
     words.close()
     losses = {}
     for path, kind in ((source, "torch"), (target, "torch"), (target, "llama")):
-        evaluator = make_evaluator(EvaluatorSpec(str(path), probes, long, kind, window=0, kv="f32"))
+        evaluator = make_evaluator(EvaluatorSpec(str(path), passages, long, kind, window=0, kv="f32"))
         losses[path, kind] = evaluator.losses(long, 0)
         evaluator.close()
     np.testing.assert_array_equal(losses[target, "torch"], losses[source, "torch"])
@@ -172,7 +174,7 @@ def test_gradients_are_torchs(evaluators, band):
 def test_keys_name_all_that_a_loss_depends_on(spec, band):
     same = replace(spec, threads=1)
     others = [
-        replace(spec, probes=spec.probes[:1]),
+        replace(spec, passages=spec.passages[:1]),
         replace(spec, base=other(band)),
         replace(spec, kind="torch"),
         replace(spec, window=32),
@@ -187,7 +189,7 @@ def test_what_is_kept_for_screening_must_fit_into_memory(evaluators, spec, band,
         monkeypatch.setattr(place, "available_memory", lambda: 1 << 20)
     for evaluator in evaluators.values():
         evaluator._states.clear()
-        with pytest.raises(UserError, match=r"not enough memory to screen 2 documents: [1-9]"):
+        with pytest.raises(UserError, match=r"not enough memory to screen 2 passages: [1-9]"):
             evaluator.evaluate(Task(band, 0, "screen"))
 
 

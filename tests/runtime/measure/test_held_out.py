@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ropewalk.runtime.measure.held_out import draw_blocks, middle, verdict
-from ropewalk.runtime.measure.passages import Part, Probe
+from ropewalk.runtime.measure.passages import ObjectivePart, Passage
 
 
 def interval(differences, weights, seed=0):
@@ -11,20 +11,20 @@ def interval(differences, weights, seed=0):
 
 
 def test_it_covers_the_truth_nineteen_times_in_twenty():
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        differences = [chance.normal(-0.01, 0.3, 4096) for _ in range(2)]
+        differences = [rng.normal(-0.01, 0.3, 4096) for _ in range(2)]
         low, high = interval(differences, [np.full(4096, 1 / 4096)] * 2, seed=3)
         covered += low <= -0.01 <= high
     assert 180 <= covered <= 198
 
 
 def test_neighbours_that_agree_make_it_wider():
-    chance = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     weights = [np.full(8192, 1 / 8192)]
-    apart = chance.normal(0, 1, 8192)
-    together = np.repeat(chance.normal(0, 1, 128), 64)
+    apart = rng.normal(0, 1, 8192)
+    together = np.repeat(rng.normal(0, 1, 128), 64)
     widths = [np.ptp(interval([x], weights)) for x in (apart, together)]
     assert widths[1] > 4 * widths[0]
 
@@ -39,15 +39,15 @@ def test_weights_count_and_the_seed_decides():
 
 
 def test_each_part_of_a_mix_is_judged_by_itself():
-    """Two probes of 1,000 words and a key of 4 digits: words a little better and surely so, one key lost."""
-    chance, n = np.random.default_rng(3), 1000
+    """Two passages of 1,000 words and a key of 4 digits: words a little better and surely so, one key lost."""
+    rng, n = np.random.default_rng(3), 1000
     words, digits = np.r_[np.full(n, 1 / n), np.zeros(4)], np.r_[np.zeros(n), np.full(4, 0.25)]
-    parts = (Part("tail", 0.8, tuple(words)), Part("needle", 0.2, tuple(digits)))
+    parts = (ObjectivePart("tail", 0.8, tuple(words)), ObjectivePart("needle", 0.2, tuple(digits)))
     weights = tuple(0.8 * words + 0.2 * digits)
-    probes = [Probe(name, (0,) * (n + 5), tuple(range(1, n + 5)), weights, parts) for name in "ab"]
-    theirs = [chance.normal(3, 1, n + 4) for _ in probes]
-    ours = [x - np.r_[chance.normal(0.1, 0.2, n), np.full(4, key)] for x, key in zip(theirs, (2.0, -1.0), strict=True)]
-    found = verdict(list(zip(ours, theirs, strict=True)), probes, "tail+0.25*needle")
+    passages = [Passage(name, (0,) * (n + 5), tuple(range(1, n + 5)), weights, parts) for name in "ab"]
+    theirs = [rng.normal(3, 1, n + 4) for _ in passages]
+    ours = [x - np.r_[rng.normal(0.1, 0.2, n), np.full(4, key)] for x, key in zip(theirs, (2.0, -1.0), strict=True)]
+    found = verdict(list(zip(ours, theirs, strict=True)), passages, "tail+0.25*needle")
     tail, needle = found.parts
     assert found.kind == "tail+0.25*needle" and (tail.kind, needle.kind) == ("tail", "needle")
     assert found.loss == pytest.approx(np.mean([weights @ x for x in ours]))
@@ -56,6 +56,6 @@ def test_each_part_of_a_mix_is_judged_by_itself():
     assert needle.difference == pytest.approx(-0.5) and (needle.low, needle.high) == pytest.approx((-2, 1))
     assert not needle.is_better and not found.is_better
 
-    alone = [Probe(p.name, p.tokens, p.targets, p.parts[0].weights, p.parts[:1]) for p in probes]
+    alone = [Passage(p.name, p.tokens, p.targets, p.parts[0].weights, p.parts[:1]) for p in passages]
     judged = verdict(list(zip(ours, theirs, strict=True)), alone, "tail")
     assert (judged.kind, judged.parts) == ("tail", ()) and judged.difference == pytest.approx(tail.difference)

@@ -6,7 +6,7 @@ import pydoc_data.topics
 import pytest
 import ropewalk
 from ropewalk import UserError
-from ropewalk.runtime.measure.passages import Text, digest, make_probes, parse_objective, split_texts
+from ropewalk.runtime.measure.passages import Text, digest, make_passages, parse_objective, split_texts
 from ropewalk.runtime.measure.passkey import OPENING, plant_key
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -29,9 +29,9 @@ def test_objectives_are_names_or_mixes():
 
 def test_each_objective_scores_its_tokens(words):
     def one(objective):
-        (probe,) = make_probes(words, [Text("doc", TEXT)], 400, 1, objective, 256)
-        assert len(probe.tokens) <= 400 and math.isclose(sum(probe.weights), 1)
-        return probe
+        (passage,) = make_passages(words, [Text("doc", TEXT)], 400, 1, objective, 256)
+        assert len(passage.tokens) <= 400 and math.isclose(sum(passage.weights), 1)
+        return passage
 
     begin = len(words.tokenize(b"", add_bos=True))
     tail, everything, needle, mix = map(one, ("tail", "all", "needle", "3*tail+needle"))
@@ -50,42 +50,42 @@ def test_each_objective_scores_its_tokens(words):
 
 def test_in_the_last_window_each_part_keeps_its_share(words):
     """Digits stand at the end: were all weights scaled alike, a short window would be about little else."""
-    (probe,) = make_probes(words, [Text("doc", TEXT)], 400, 1, "tail+0.25*needle", 256)
-    window = probe.last(50)
+    (passage,) = make_passages(words, [Text("doc", TEXT)], 400, 1, "tail+0.25*needle", 256)
+    window = passage.last(50)
     assert window.targets[0] == 351 and math.isclose(sum(window.weights), 1)
-    digits = {at for at, weight in zip(probe.targets, probe.parts[1].weights, strict=True) if weight}
+    digits = {at for at, weight in zip(passage.targets, passage.parts[1].weights, strict=True) if weight}
     assert len(digits) == 5 and digits < set(window.targets)
     of_digits = [w for at, w in zip(window.targets, window.weights, strict=True) if at in digits]
     assert sum(of_digits) == pytest.approx(0.2) and len({round(w, 12) for w in window.weights}) == 2
-    (tail,) = make_probes(words, [Text("doc", TEXT)], 400, 1, "tail", 256)
+    (tail,) = make_passages(words, [Text("doc", TEXT)], 400, 1, "tail", 256)
     assert tail.last(50).weights == pytest.approx([1 / 49] * 49)
     assert {round(w, 12) for w in window.last(3).weights} == {round(1 / 2, 12)}  # only digits are left
     with pytest.raises(UserError, match="nothing to predict"):
-        probe.last(0)
+        passage.last(0)
 
 
 def test_stretches_are_spread_and_do_not_overlap(words):
-    probes = make_probes(words, [Text("a", TEXT), Text("b", TEXT[50_000:])], 300, 5, "all", 256)
-    assert [p.name for p in probes] == ["a (1 of 3)", "a (2 of 3)", "a (3 of 3)", "b (1 of 2)", "b (2 of 2)"]
-    assert len({p.tokens for p in probes}) == 5
-    assert digest(probes) == digest(probes) != digest(probes[:4])
+    passages = make_passages(words, [Text("a", TEXT), Text("b", TEXT[50_000:])], 300, 5, "all", 256)
+    assert [p.name for p in passages] == ["a (1 of 3)", "a (2 of 3)", "a (3 of 3)", "b (1 of 2)", "b (2 of 2)"]
+    assert len({p.tokens for p in passages}) == 5
+    assert digest(passages) == digest(passages) != digest(passages[:4])
 
 
 def test_shorter_texts_give_what_they_hold(words):
     short = words.detokenize(words.tokenize(TEXT.encode(), add_bos=False)[:350]).decode()
     texts = [Text("short", short), Text("none", short[:100]), Text("long", TEXT)]
-    names = [p.name for p in make_probes(words, texts, 300, 4, "all", 256)]
+    names = [p.name for p in make_passages(words, texts, 300, 4, "all", 256)]
     assert names == ["short", "long (1 of 3)", "long (2 of 3)", "long (3 of 3)"]
     with pytest.raises(UserError, match=r"2 texts, the longest short: 3\d\d tokens, 2\d\d too few for 2 stretches of"):
-        make_probes(words, texts[:2], 300, 2, "all", 256)
+        make_passages(words, texts[:2], 300, 2, "all", 256)
 
 
 def test_a_text_that_is_too_short_says_how_much_is_missing(words):
     short = words.detokenize(words.tokenize(TEXT.encode(), add_bos=False)[:290]).decode()
     with pytest.raises(UserError, match=r"doc: 29\d tokens, 3\d\d too few for 2 stretches of"):
-        make_probes(words, [Text("doc", short)], 300, 2, "all", 100)
+        make_passages(words, [Text("doc", short)], 300, 2, "all", 100)
     with pytest.raises(UserError, match="none past the original"):
-        make_probes(words, [Text("doc", TEXT)], 256, 1, "tail", 256)
+        make_passages(words, [Text("doc", TEXT)], 256, 1, "tail", 256)
 
 
 def test_a_key_is_planted_at_its_depth(words):

@@ -75,7 +75,7 @@ def attempt(work: Callable[..., Any], *args: Any) -> Any:
 
 
 @dataclass
-class Errand:
+class Assignment:
     """A task on its way, and how many workers were lost over it."""
 
     task: Task
@@ -84,16 +84,16 @@ class Errand:
 
 @dataclass(eq=False, kw_only=True)
 class Worker:
-    """One of a crew: ready for an errand, on one, or still making its evaluator."""
+    """One of a crew: ready for an assignment, on one, or still making its evaluator."""
 
     ready: bool = False
-    errand: Errand | None = field(default=None)
+    assignment: Assignment | None = field(default=None)
 
 
 W = TypeVar("W", bound=Worker)
 
 
-class Crew(ABC, Generic[W]):
+class WorkerPool(ABC, Generic[W]):
     """Workers that are started when there is work for them, and replaced when they are lost. Close it, or use `with`.
 
     Args:
@@ -110,11 +110,11 @@ class Crew(ABC, Generic[W]):
             raise UserError(f"workers: {n_workers}, expected at least 1")
         self.n_workers = n_workers
         self.workers: list[W] = []
-        self._stillborn = 0
+        self._failed_starts = 0
         self._facts: Facts | None = None
         self._make = None if isinstance(make_evaluator, type) else make_evaluator  # a class has what its evaluators do
 
-    def __enter__(self) -> Crew[W]:
+    def __enter__(self) -> WorkerPool[W]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -139,57 +139,57 @@ class Crew(ABC, Generic[W]):
             UserError: a task over which three workers were lost, or three workers lost before they were ready; and
                 what an evaluator raises. All workers have ended then.
         """
-        waiting = deque(Errand(task) for task in tasks)
+        waiting = deque(Assignment(task) for task in tasks)
         left = len(waiting)
         try:
-            self._dismiss([worker for worker in self.workers if worker.errand is not None])
+            self._end_workers([worker for worker in self.workers if worker.assignment is not None])
             while left:
-                self._hire(left)
+                self._start_workers(left)
                 self._hand_out(waiting)
                 results = []
                 for worker, message in self._messages():
-                    errand, worker.errand = worker.errand, None
-                    if errand is None:
+                    assignment, worker.assignment = worker.assignment, None
+                    if assignment is None:
                         continue
                     if isinstance(message, Lost):
-                        waiting.appendleft(_again(errand, message.how))
+                        waiting.appendleft(_again(assignment, message.how))
                     elif isinstance(message, Result):
-                        results.append((errand.task, message))
+                        results.append((assignment.task, message))
                 left -= len(results)
                 self._hand_out(waiting)  # before the caller takes its time over the results
                 yield from results
         except BaseException:
-            self._dismiss(list(self.workers))
+            self._end_workers(list(self.workers))
             raise
 
     def close(self) -> None:
         """End all workers; a later run starts new ones."""
-        self._dismiss(list(self.workers))
+        self._end_workers(list(self.workers))
 
     def _known(self) -> Facts:
         try:
             while self._facts is None:
-                self._hire(1)
+                self._start_workers(1)
                 self._messages()
         except BaseException:
-            self._dismiss(list(self.workers))
+            self._end_workers(list(self.workers))
             raise
         return self._facts
 
-    def _hire(self, n_tasks: int) -> None:
+    def _start_workers(self, n_tasks: int) -> None:
         while len(self.workers) < min(self.n_workers, n_tasks):
             self._start()
 
-    def _dismiss(self, workers: list[W]) -> None:
+    def _end_workers(self, workers: list[W]) -> None:
         for worker in workers:
             self.workers.remove(worker)
             self._end(worker)
 
-    def _hand_out(self, waiting: deque[Errand]) -> None:
+    def _hand_out(self, waiting: deque[Assignment]) -> None:
         for worker in self.workers:
-            if waiting and worker.ready and worker.errand is None:
-                worker.errand = waiting.popleft()
-                self._send(worker, worker.errand.task)
+            if waiting and worker.ready and worker.assignment is None:
+                worker.assignment = waiting.popleft()
+                self._send(worker, worker.assignment.task)
 
     def _messages(self) -> list[tuple[W, Message]]:
         """What has come in, after the crew has taken note of it."""
@@ -198,11 +198,11 @@ class Crew(ABC, Generic[W]):
             if isinstance(message, Failure):
                 raise message.error from InWorker(message.where)
             if isinstance(message, Facts):
-                worker.ready, self._facts, self._stillborn = True, message, 0
+                worker.ready, self._facts, self._failed_starts = True, message, 0
             elif isinstance(message, Lost):
-                self._dismiss([worker])
-                self._stillborn += not worker.ready
-                if self._stillborn >= MOST_LOST:
+                self._end_workers([worker])
+                self._failed_starts += not worker.ready
+                if self._failed_starts >= MOST_LOST:
                     raise UserError(
                         f"workers: {MOST_LOST} in a row ended before they had made their evaluator"
                         f" (the last: {message.how}); fewer workers take less memory"
@@ -226,12 +226,12 @@ class Crew(ABC, Generic[W]):
         """End a worker at once, whatever it does."""
 
 
-def _again(errand: Errand, how: str) -> Errand:
-    errand.lost += 1
-    task = errand.task
-    if errand.lost >= MOST_LOST:
+def _again(assignment: Assignment, how: str) -> Assignment:
+    assignment.lost += 1
+    task = assignment.task
+    if assignment.lost >= MOST_LOST:
         raise UserError(
-            f"document {task.document} ({task.fidelity}, context {task.band.context}): {MOST_LOST} workers ended while"
+            f"passage {task.passage} ({task.fidelity}, context {task.band.context}): {MOST_LOST} workers ended while"
             f" they read it (the last: {how}); less memory may do with a shorter context or fewer workers"
         )
-    return errand
+    return assignment
