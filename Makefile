@@ -1,12 +1,14 @@
 # make demo   the whole job once, on the bundled model
 # make test   style, types and the test suite
 # make oracle what llama.cpp's own converter makes of the tests' tiny checkpoints, anew
+# make matrix the runtime's tests with several releases of llama-cpp-python, each in a venv of its own
 # Each sets up .venv first, with the exact versions of constraints.txt, where that is not done yet.
 
 PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .oracle
 LLAMA_CPP := llama_cpp_python-0.3.36
+VERSIONS ?= 0.3.30 0.3.33 0.3.36
 
 # llama.cpp's AMX code crashes when it is built by GCC 12, which drops the stores of its tile configuration
 # (llama.cpp's pull request 26954); without AMX it uses AVX-512, here and in whatever is built below.
@@ -14,7 +16,7 @@ NO_AMX := $(shell grep -qsw amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-am
 export CFLAGS := $(CFLAGS) $(NO_AMX)
 export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 
-.PHONY: demo test bench oracle clean
+.PHONY: demo test bench oracle matrix clean
 
 demo: .venv/ready
 	$(BIN)/ropewalk demo
@@ -53,5 +55,20 @@ $(ORACLE)/ready:
 	tar -xzf $(ORACLE)/$(LLAMA_CPP).tar.gz -C $(ORACLE) $(LLAMA_CPP)/vendor/llama.cpp
 	touch $@
 
+matrix: $(VERSIONS:%=.matrix/%/ready)
+	@failed=; for version in $(VERSIONS); do \
+		echo "== llama-cpp-python $$version"; \
+		.matrix/$$version/bin/pytest --numprocesses 2 --dist worksteal tests/runtime || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed with llama-cpp-python$$failed"; exit 1; }
+
+# Everything else has the versions of constraints.txt, and no release is refused here because of what pyproject asks for.
+.matrix/%/ready: constraints.txt
+	$(PYTHON) -m venv .matrix/$*
+	grep -vE '^(#|llama_cpp_python)' constraints.txt > .matrix/$*/requirements.txt
+	.matrix/$*/bin/pip install --quiet --disable-pip-version-check --requirement .matrix/$*/requirements.txt
+	.matrix/$*/bin/pip install --quiet --disable-pip-version-check --no-deps llama-cpp-python==$* mistral-common==1.13.1
+	.matrix/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .oracle .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .oracle .matrix .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,4 +1,4 @@
-"""`python -m ropewalk` is `ropewalk`."""
+"""`python -m ropewalk` runs the `ropewalk` command."""
 
 from .cli.main import main
 

@@ -1,16 +1,16 @@
-"""The one kind of error a user can mend, and how its messages give sizes.
+"""The error that a user can fix, and how sizes are written in its messages.
 
 Every message is one line: what, where, what was expected. The command line prints it and exits with 2;
-anything else that is raised is a fault of ours and keeps its traceback.
+any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 def mib(n_bytes: float) -> str:
-    """A number of bytes as messages give it: ``1,234 MiB``."""
+    """A number of bytes as text for a message: ``1,234 MiB``."""
     return f"{n_bytes / 2**20:,.0f} MiB"
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, an option, a request the machine cannot meet."""
+    """An error in the user's input: a file, an option, or a request that the machine cannot meet."""

@@ -1,10 +1,10 @@
-"""The one place that puts bytes on a disk safely: whole files, and files of lines.
+"""Safe writing to disk: whole files, and files of lines.
 
-A whole file is written beside its place, under a name that nobody can guess, and renamed when it is complete: readers
-see the old file or the new one, never half of either. Nothing is left behind on failure, and what a killed process
-leaves is told by its lock, which ends with the process, and removed by the next one that writes there.
+A whole file is written next to its target as a part file with an unguessable name, and renamed when it is complete:
+readers see the old file or the new one, never half of either. Nothing is left behind on failure. The part file of a
+killed process is recognised by its lock, which ended with the process, and removed by the next one that writes there.
 
-Lines are on the disk before the call that appends them returns, and one process at a time may append to a file.
+Lines are on disk before the call that appends them returns, and only one process at a time may append to a file.
 
 Linux and macOS are supported, which have POSIX locks and renames; on Windows use WSL.
 """
@@ -24,26 +24,26 @@ from typing import BinaryIO
 
 from .errors import UserError
 
-LONGEST_STEM = 200
-"""Bytes of a target's name that go into its part's name, as most file systems allow 255."""
+MAX_STEM_BYTES = 200
+"""Most bytes of a target's name that are used in its part file's name; most file systems allow 255 in all."""
 
 DEAD_AFTER_S = 24 * 3600.0
-"""A part that nobody has written to for so long is dead, where the file system knows no locks."""
+"""On a file system without locks, a part file that has not been written to for this long is dead."""
 
 # --- whole files
 
 
 @contextmanager
 def replacement(path: str | os.PathLike[str], *, private: bool = False, sync: bool = True) -> Iterator[BinaryIO]:
-    """A new file, open for reading and appending, that takes the place of `path` when the block is done.
+    """Yield a new file, open for reading and appending, that replaces `path` when the block ends.
 
-    Its own path until then is its `name`. On any exception nothing of it is left, and what was at `path` stays. Where
-    `path` is a link, what it leads to is replaced. The file is locked while it is open: see `lock`.
+    Its path until then is its `name`. On any exception it is removed, and `path` stays unchanged. If `path` is a link,
+    the link's target is replaced. The file is locked while it is open: see `lock`.
 
     Args:
-        private: the file stays readable by its owner alone; otherwise it ends with the mode of the file that it
-            replaces, or of any new file.
-        sync: wait until it is on the disk, so that it survives a power cut.
+        private: the file stays readable by its owner only; otherwise it gets the mode of the file that it replaces, or
+            that of any new file.
+        sync: wait until it is on disk, so that it survives a power cut.
 
     Raises:
         OSError: it cannot be written.
@@ -51,8 +51,9 @@ def replacement(path: str | os.PathLike[str], *, private: bool = False, sync: bo
     target = Path(os.path.realpath(path))
     _remove_dead_parts(target)
     part = target.with_name(f"{_part_stem(target.name)}.{secrets.token_hex(8)}.part")
+    file = open(part, "x+b", opener=_open_private)  # noqa: SIM115  (what it would leave behind is removed below)
     try:
-        with open(part, "x+b", opener=_open_private) as file:
+        with file:
             lock(file.fileno())
             yield file
             file.flush()
@@ -71,16 +72,16 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, private: bool = Fal
     """Write a small file, whole or not at all; see `replacement`.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: it cannot be written; `path` stays unchanged.
     """
     with replacement(path, private=private, sync=sync) as file:
         file.write(data)
 
 
 def remove_dead_part(path: Path) -> None:
-    """Remove a part at `path` unless the process that writes it is alive.
+    """Remove the part file at `path` unless the process that writes it is alive.
 
-    Where the file system knows no locks, a part is dead when nobody has written to it for a day.
+    On a file system without locks, a part file is dead when it has not been written to for a day.
     """
     with suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -102,7 +103,7 @@ def check_place(path: Path) -> None:
     """Refuse a path where no file can be written.
 
     Raises:
-        UserError: a folder, not a regular file, or in a folder that does not exist.
+        UserError: it is a folder or not a regular file, or its folder does not exist.
     """
     try:
         mode = path.stat().st_mode
@@ -118,7 +119,7 @@ def check_place(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new name in `folder` survive a power cut; not every file system can."""
+    """Make a rename or a new name in `folder` survive a power cut, where the file system supports it."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -128,7 +129,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _remove_dead_parts(target: Path) -> None:
-    """Remove what killed processes have left of replacements of `target`."""
+    """Remove the part files for `target` that killed processes have left behind."""
     name = re.compile(rf"{re.escape(_part_stem(target.name))}\.[0-9a-f]{{16}}\.part")
     with suppress(OSError), os.scandir(target.parent) as found:
         for part in [Path(entry.path) for entry in found if name.fullmatch(entry.name)]:
@@ -140,7 +141,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _part_stem(name: str) -> str:
-    return "." + os.fsdecode(os.fsencode(name)[:LONGEST_STEM])
+    return "." + os.fsdecode(os.fsencode(name)[:MAX_STEM_BYTES])
 
 
 def _mode_of(target: Path) -> int:
@@ -148,7 +149,7 @@ def _mode_of(target: Path) -> int:
     try:
         return stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
-        mask = os.umask(0o077)  # reading it is to set it
+        mask = os.umask(0o077)  # it can only be read by setting it
         os.umask(mask)
         return 0o666 & ~mask
 
@@ -157,13 +158,13 @@ def _mode_of(target: Path) -> int:
 
 
 def lock(fd: int) -> bool:
-    """Lock an open file for this process, until it is closed or the process ends; False if another has it."""
+    """Lock an open file for this process, until it is closed or the process ends; False if another process has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks: better unlocked than not at all
+        return True  # a file system without locks: better an unlocked file than none
     return True
 
 
@@ -179,12 +180,12 @@ def is_same(fd: int, path: Path) -> bool:
 
 
 def open_locked(path: Path) -> int:
-    """Open `path` for reading and appending, made if it is missing, and lock it; returns the descriptor.
+    """Open `path` for reading and appending, create it if it is missing, lock it, and return the descriptor.
 
-    Where `path` is a link, what it leads to is meant.
+    If `path` is a link, the link's target is opened.
 
     Raises:
-        UserError: a folder, not a place to write to, or open in another process.
+        UserError: it is a folder, cannot be written to, or is open in another process.
     """
     check_place(path)
     target = Path(os.path.realpath(path))
@@ -196,16 +197,16 @@ def open_locked(path: Path) -> int:
         if not lock(fd):
             os.close(fd)
             raise UserError(f"{path}: another run is writing it")
-        if is_same(fd, target):  # or else another run has just replaced or removed it
+        if is_same(fd, target):  # otherwise another run has just replaced or removed it
             return fd
         os.close(fd)
 
 
 def append_line(fd: int, path: Path, line: bytes) -> None:
-    """Put one line, with its newline, on the disk: whole or not at all.
+    """Append one line, with its newline, and sync it to disk: whole or not at all.
 
     Raises:
-        UserError: it cannot be written; the file is as before.
+        UserError: it cannot be written; the file is unchanged.
     """
     size = os.fstat(fd).st_size
     try:
@@ -217,14 +218,14 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`, however many calls that takes."""
+    """Write all of `data`, in as many calls as that takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def is_torn(line: bytes, beginning: bytes) -> bool:
-    """Whether a last line without its newline is the rest of one that begins with `beginning`.
+    """Whether `line`, the last of a file, is an incomplete line that starts with `beginning`.
 
     A crash can leave zeros in place of what was to be written.
     """
@@ -233,7 +234,7 @@ def is_torn(line: bytes, beginning: bytes) -> bool:
 
 
 def close_log(fd: int, path: Path) -> None:
-    """Close the file, which ends the lock; an empty one is removed."""
+    """Close the file, which releases the lock; remove it if it is empty."""
     target = Path(os.path.realpath(path))
     if os.fstat(fd).st_size == 0 and is_same(fd, target):
         target.unlink()

@@ -1,10 +1,11 @@
-"""A sequence that outgrows its band: turning its cached keys against reading it again.
+"""A sequence that outgrows its band: rotating its cached keys compared with reading it again.
 
-    python benchmarks/band_switch.py [--model FILE.gguf] [--text FILE] [--kv q8_0:f16] [--next 1024] [--chunk 512]
+    python benchmarks/band_switch.py [--model FILE.gguf] [--text FILE] [--kv q8_0:f16] [--next 1024]
 
-The model reads as many tokens of the text as it was trained for in its short band, the keys are turned to the next
-band's λ, and the perplexity of the tokens that follow is taken. Against it: the same tokens, the long band's λ from
-the first token on. Printed: both perplexities, the seconds of the switch and of the second reading, their ratio.
+The model reads as many tokens of the text as it was trained for in its short band, the keys are rotated to the next
+band's λ, and the perplexity of the tokens that follow is measured. This is compared with the same tokens read with the
+long band's λ from the first token on. Printed: both perplexities, the seconds of the switch and of the second reading,
+and their ratio.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ropewalk.factors import extend
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
-    parser.add_argument("--text", type=Path, default=None, help="a real book; default: Python's documentation")
+    parser.add_argument("--text", type=Path, default=None, help="a book, for example; default: Python's documentation")
     parser.add_argument("--kv", default="q8_0:f16")
     parser.add_argument("--next", type=int, default=1024, help="tokens after the switch")
     args = parser.parse_args()
@@ -49,9 +50,9 @@ def main() -> None:
 
     print(f"{model.name}, {args.kv} cache, {short:,} tokens, then {len(switched):,} more")
     print(f"{'':28}{'perplexity':>12}{'seconds':>10}")
-    print(f"{'short band, keys turned':28}{np.exp(switched.mean()):12.2f}{change.seconds:10.2f}")
+    print(f"{'short band, keys rotated':28}{np.exp(switched.mean()):12.2f}{change.seconds:10.2f}")
     print(f"{'long band from the start':28}{np.exp(from_start.mean()):12.2f}{reading:10.2f}")
-    print(f"the switch takes {change.seconds / reading:.2%} of reading again; read again: {change.reread}")
+    print(f"the switch takes {change.seconds / reading:.2%} of the time of reading again; read again: {change.reread}")
 
 
 if __name__ == "__main__":

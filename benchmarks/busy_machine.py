@@ -1,10 +1,10 @@
-"""Speed of writing beside other busy processes, by how the engine's threads wait for each other.
+"""Speed of generation next to other busy processes, by how the engine's threads wait for each other.
 
     python benchmarks/busy_machine.py [--model FILE.gguf] [--tokens 32] [--busy 0,1,2] [--rounds 3]
 
-A wait of libgomp's own length (`default`) keeps a core busy that another thread of the same model needs; ours is short
-(runtime/threads.py). What that costs differs from run to run, with where the system puts the threads. Each reading is
-a process of its own, since libgomp decides as it is loaded; interleaved.
+libgomp's default spinning (`default`) keeps a core busy that another thread of the same model needs; ours is short
+(runtime/threads.py). Its cost differs from run to run, depending on where the system puts the threads. Each measurement
+is a separate process, because libgomp reads its settings when it is loaded; the measurements are interleaved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(800, 800)\nwhile
 WAITS = {"default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
 
 
-def read_speed(model: str, n_tokens: int) -> None:
+def print_speed(model: str, n_tokens: int) -> None:
     import ropewalk
 
     llm = ropewalk.Llama(model, n_ctx=512, verbose=False)
@@ -43,7 +43,7 @@ def speed(model: Path, n_tokens: int, wait: str) -> float:
 
 
 def compare(model: Path, n_tokens: int, busy: list[int], n_rounds: int) -> None:
-    print(f"{'busy beside it':16}" + "".join(f"{wait:>12}" for wait in WAITS))
+    print(f"{'busy processes':16}" + "".join(f"{wait:>12}" for wait in WAITS))
     for n_busy in busy:
         others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n_busy)]
         try:
@@ -59,12 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--busy", default="0,1,2", help="how many busy processes beside it")
+    parser.add_argument("--busy", default="0,1,2", help="numbers of other busy processes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--read", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
-        read_speed(args.read, args.tokens)
+        print_speed(args.read, args.tokens)
     else:
         compare(args.model or bundled_model(), args.tokens, [int(n) for n in args.busy.split(",")], args.rounds)
 

@@ -1,11 +1,11 @@
-"""Time and memory of converting a checkpoint: ours against llama.cpp's own converter, interleaved.
+"""Time and memory of converting a checkpoint: ours compared with llama.cpp's own converter, interleaved.
 
     python benchmarks/convert.py CHECKPOINT --llama-cpp FOLDER --llama-cpp-python PYTHON [--types f16,bf16,q8_0]
                                  [--rounds 3]
 
-FOLDER holds llama.cpp's source (the source distribution of llama-cpp-python has it under vendor/), PYTHON runs its
-converter; `make oracle` sets up both. Each conversion is a process of its own, with its imports; memory is the largest
-that was resident, as the system tells it. The best of the rounds counts.
+FOLDER has llama.cpp's source (the source distribution of llama-cpp-python has it in vendor/), PYTHON runs its
+converter; `make oracle` sets up both. Each conversion is a separate process, imports included; memory is the peak
+resident size that the system reports. The best round counts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and MiB that a command takes."""
+def measure(command: list[str]) -> tuple[float, float]:
+    """Run a command; return its seconds and its peak MiB."""
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -42,7 +42,7 @@ def main() -> None:
     source = str(args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "out.gguf")
-        print(f"{args.checkpoint.name}, {os.cpu_count()} cores; seconds and MiB, imports and all")
+        print(f"{args.checkpoint.name}, {os.cpu_count()} cores; seconds and MiB, imports included")
         for kind in args.types.split(","):
             commands = {
                 "ours": [sys.executable, "-m", "ropewalk", "convert", source, target, "--type", kind, "--force"],
@@ -52,7 +52,7 @@ def main() -> None:
             for _ in range(args.rounds):
                 for name, command in commands.items():
                     Path(target).unlink(missing_ok=True)
-                    best[name] = tuple(map(min, best[name], measured(command)))  # type: ignore[assignment]
+                    best[name] = tuple(map(min, best[name], measure(command)))  # type: ignore[assignment]
             (ours, our_memory), (theirs, their_memory) = best.values()
             print(
                 f"{kind:5} ours {ours:6.1f} s {our_memory:6,.0f} MiB   llama.cpp's {theirs:6.1f} s {their_memory:6,.0f}"

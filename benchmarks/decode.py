@@ -1,8 +1,8 @@
-"""Speed of writing with the rope callback against without: one process, interleaved, the ratio of each pair.
+"""Speed of generation with and without the rope callback: one process, interleaved, with the ratio of each pair.
 
     python benchmarks/decode.py [--model FILE.gguf] [--prompt 512] [--tokens 32] [--rounds 15]
 
-Both are the same file and settings, in the short band, where the callback leaves the numbers as they are.
+Both have the same file and settings, in the short band, where the callback leaves the numbers unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import extend
 
 
-def seconds_to_write(llm: llama_cpp.Llama, n_tokens: int) -> float:
+def seconds_to_generate(llm: llama_cpp.Llama, n_tokens: int) -> float:
     started = time.perf_counter()
     for _ in range(n_tokens):
         llm.eval([llm.sample(temp=0)])
@@ -43,11 +43,11 @@ def main() -> None:
     for llm in (with_callback, without):
         llm.eval(prompt)
         llm._sampler = llm._init_sampler(temp=0.0)
-        seconds_to_write(llm, args.tokens)
+        seconds_to_generate(llm, args.tokens)
     ratios, speeds = [], []
     for i in range(args.rounds):
         pair = (with_callback, without) if i % 2 else (without, with_callback)
-        spent = {llm: seconds_to_write(llm, args.tokens) for llm in pair}
+        spent = {llm: seconds_to_generate(llm, args.tokens) for llm in pair}
         ratios.append(spent[without] / spent[with_callback])
         speeds.append((args.tokens / spent[with_callback], args.tokens / spent[without]))
     print(f"{'':12}{'with':>10}{'without':>10}{'ratio':>8}")

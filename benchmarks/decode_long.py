@@ -1,10 +1,10 @@
-"""Speed of writing after a long text, by cache type: ours against stock llama-cpp-python, interleaved in one process.
+"""Speed of generation after a long text, by cache type: ours and stock llama-cpp-python, interleaved in one process.
 
     python benchmarks/decode_long.py [--model FILE.gguf] [--text FILE] [--kv f16,q8_0:f16,q8_0,q4_0] [--depth 16384]
                                      [--tokens 8] [--rounds 3] [--threads 2] [--plain]
 
-Each cache is filled once by us and handed to stock as a saved state. Both run with flash attention; --plain adds stock
-f16 without it, which has to read the text itself. The best of the rounds counts.
+Each cache is filled once by ours and passed to stock as a saved state. Both use flash attention; --plain adds stock f16
+without it, which has to read the text itself. The best round counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ropewalk.factors import extend
 
 
 def speed(llm: ropewalk.Llama, tokens: list[int], depth: int, count: int) -> float:
-    """Tokens a second, one at a time, after `depth` of them."""
+    """Tokens per second, one at a time, after `depth` tokens."""
     llm.rewind(depth)
     started = time.perf_counter()
     for token in tokens[depth : depth + count]:
@@ -47,19 +47,19 @@ def main() -> None:
     schedule = extend(native, max(n_ctx, 2 * native.context), contexts=[max(n_ctx, 2 * native.context)]).only(-1)
     options = {"schedule": schedule, "n_ctx": n_ctx, "n_threads": args.threads, "n_threads_batch": args.threads}
     options |= {"verbose": False}
-    readers: dict[str, ropewalk.Llama] = {}
+    llms: dict[str, ropewalk.Llama] = {}
     for kv in args.kv.split(","):
-        ours = readers[f"{kv} ours"] = ropewalk.Llama(model, kv=kv, flash_attn=True, **options)
-        stock = readers[f"{kv} stock"] = ropewalk.Llama(model, kv=kv, flash_attn=True, fast_prefill=False, **options)
+        ours = llms[f"{kv} ours"] = ropewalk.Llama(model, kv=kv, flash_attn=True, **options)
+        stock = llms[f"{kv} stock"] = ropewalk.Llama(model, kv=kv, flash_attn=True, fast_prefill=False, **options)
         tokens = ours.tokenize(text(args.text).encode())[:n_ctx]
         ours.eval(tokens[: args.depth])
         stock.load_state(ours.save_state())
     if args.plain:
-        plain = readers["f16 stock, no flash attention"] = ropewalk.Llama(model, kv="f16", flash_attn=False, **options)
+        plain = llms["f16 stock, no flash attention"] = ropewalk.Llama(model, kv="f16", flash_attn=False, **options)
         plain.eval(tokens[: args.depth])
     print(f"{model.name}, after {args.depth:,} tokens, {args.threads} threads", flush=True)
-    rounds = [[speed(llm, tokens, args.depth, args.tokens) for llm in readers.values()] for _ in range(args.rounds)]
-    for name, speeds in zip(readers, zip(*rounds, strict=True), strict=True):
+    rounds = [[speed(llm, tokens, args.depth, args.tokens) for llm in llms.values()] for _ in range(args.rounds)]
+    for name, speeds in zip(llms, zip(*rounds, strict=True), strict=True):
         print(f"{name:32}{max(speeds):8.1f} tokens/s")
 
 

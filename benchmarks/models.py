@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the bundled model unless another is named, and a real text of any length."""
+"""The inputs of the benchmarks: the bundled model unless another is given, and a real text of any length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ropewalk.cli.model import bundled_model as bundled_model
 
 
 def text(path: Path | None) -> str:
-    """The file at `path`, or the standard library's documentation (some 700 kB of English)."""
+    """The text of the file at `path`, or the standard library's documentation (some 700 kB of English)."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     return "\n\n".join(pydoc_data.topics.topics.values())

@@ -1,11 +1,11 @@
-"""Whether what is fast is right: perplexity of a long text, ours against stock llama-cpp-python, by cache type.
+"""Whether the fast path is correct: perplexity of a long text, ours and stock llama-cpp-python, by cache type.
 
     python benchmarks/perplexity.py [--model FILE.gguf] [--text FILE] [--kv f16,q8_0,q4_0] [--context 16384]
                                     [--threads 2]
 
-Every reader gets the same tokens in the band that holds them. The difference is that of the mean losses, in per cent of
-perplexity, with the standard error that the tokens' own differences give it. Stock reads 16,384 tokens over a q8_0 or
-q4_0 cache in a quarter to half an hour.
+Each contender reads the same tokens in the smallest band that holds them. The difference is that of the mean losses, as
+a percentage of perplexity, with its standard error from the differences of single tokens. Stock takes a quarter to half
+an hour to read 16,384 tokens with a q8_0 or q4_0 cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ropewalk.factors import Schedule, extend
 
 
 def losses(model: Path, kv: str, schedule: Schedule, tokens: list[int], threads: int, **options: bool) -> np.ndarray:
-    """Of each token but the first, in nats."""
+    """The loss of each token but the first, in nats."""
     llm = ropewalk.Llama(
         model,
         schedule=schedule,
@@ -56,7 +56,7 @@ def main() -> None:
     if len(tokens) < args.context:
         raise SystemExit(f"the text has {len(tokens):,} tokens, {args.context - len(tokens):,} too few")
     print(f"{model.name}, {len(tokens):,} tokens")
-    print(f"{'':34}{'perplexity':>12}{'against stock':>22}{'seconds':>10}")
+    print(f"{'':34}{'perplexity':>12}{'compared with stock':>22}{'seconds':>10}")
     for kv in args.kv.split(","):
         kinds = {"stock, flash attention": {"fast_prefill": False, "flash_attn": True}}
         if kv in ("f32", "f16", "bf16"):
@@ -67,11 +67,11 @@ def main() -> None:
             found = losses(model, kv, schedule, tokens, args.threads, **options)
             seconds = time.perf_counter() - started
             base = found if base is None else base
-            away = found - base
-            difference = math.expm1(away.mean())
-            error = away.std() / math.sqrt(len(away))
-            against = f"{difference:+.3%} ± {error:.3%}" if away.any() else ""
-            print(f"{kv + ' ' + name:34}{np.exp(found.mean()):12.4f}{against:>22}{seconds:10.0f}", flush=True)
+            per_token = found - base
+            difference = math.expm1(per_token.mean())
+            error = per_token.std() / math.sqrt(len(per_token))
+            shown = f"{difference:+.3%} ± {error:.3%}" if per_token.any() else ""
+            print(f"{kv + ' ' + name:34}{np.exp(found.mean()):12.4f}{shown:>22}{seconds:10.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Reading a long prompt: ours against stock llama-cpp-python, one process, interleaved, same file, same threads.
+"""Reading a long prompt: ours and stock llama-cpp-python, interleaved in one process, same file, same threads.
 
     python benchmarks/prefill.py [--model FILE.gguf] [--text FILE] [--kv q8_0] [--context 16384] [--samples 6]
                                  [--rounds 2] [--threads 2]
 
-The time of a whole prompt is put together from samples: at depths spread evenly over the context, each contender reads
-the same 512 tokens over the same cache (read by us, handed over as a saved state), turn by turn, and its best round
-counts. `--samples` as many as the context has blocks of 512 reads all of it. Stock is also timed over an f16 cache.
-The share is what ours does of the machine's f32 matrix products, measured in the same run.
+The time of a whole prompt is estimated from samples: at depths spread evenly over the context, each contender in turn
+reads the same 512 tokens with the same cache (filled by ours, passed on as a saved state), and its best round counts.
+With `--samples` equal to the context's number of 512-token blocks, all of it is read. Stock is also timed with an f16
+cache. The share at the end is that of the machine's speed in f32 matrix products, measured in the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK = 512
 
 
 def matrix_peak(n_threads: int) -> float:
-    """FLOP a second of f32 matrix products, one a thread: the best of five."""
+    """FLOP per second of f32 matrix products, one per thread: the best of five."""
     best = 0.0
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     before = torch.get_num_threads()
@@ -44,7 +44,7 @@ def matrix_peak(n_threads: int) -> float:
 
 
 def flop_of_block(path: Path, depth: int) -> float:
-    """Of reading BLOCK tokens after `depth`: the layers' weights, and attention over what each token sees."""
+    """The FLOP of reading BLOCK tokens after `depth`: the layers' weights, and attention over what each token sees."""
     header = read_header(path)
     weights = sum(t.shape[0] * t.shape[1] for t in header.tensors if t.name.startswith("blk.") and len(t.shape) == 2)
     layers = header.get(f"{header.arch}.block_count")
@@ -87,26 +87,26 @@ def main() -> None:
     names = [f"ours {args.kv}", *(f"stock {kv}" for kv in kinds)]
     totals = dict.fromkeys(names, 0.0)
     flop = 0.0
-    print(f"{model.name}, {args.context:,} tokens, {args.threads} threads; tokens a second at each depth")
+    print(f"{model.name}, {args.context:,} tokens, {args.threads} threads; tokens per second at each depth")
     print(f"{'depth':>8}" + "".join(f"{name:>14}" for name in names))
     for depth in depths:
         for kv in kinds:
             ours[kv].eval(tokens[ours[kv].n_tokens : depth])
             stock[kv].load_state(ours[kv].save_state())
-        turns = [ours[args.kv], *stock.values()]
+        llms = [ours[args.kv], *stock.values()]
         best = [
             min(pair)
-            for pair in zip(*[[seconds(x, tokens, depth) for x in turns] for _ in range(args.rounds)], strict=True)
+            for pair in zip(*[[seconds(llm, tokens, depth) for llm in llms] for _ in range(args.rounds)], strict=True)
         ]
         print(f"{depth:8,}" + "".join(f"{BLOCK / spent:14.1f}" for spent in best), flush=True)
         for name, spent in zip(names, best, strict=True):
             totals[name] += spent * blocks / count
         flop += flop_of_block(model, depth) * blocks / count
     print(f"{'all':>8}" + "".join(f"{args.context / spent:14.1f}" for spent in totals.values()))
-    mine = totals[names[0]]
-    print("ours is " + ", ".join(f"{totals[name] / mine:.2f} x {name}" for name in names[1:]))
+    own = totals[names[0]]
+    print("ours is " + ", ".join(f"{totals[name] / own:.2f} x {name}" for name in names[1:]))
     peak = matrix_peak(args.threads)
-    print(f"ours reaches {flop / mine / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} in f32 products: {flop / mine / peak:.0%}")
+    print(f"ours reaches {flop / own / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} in f32 products: {flop / own / peak:.0%}")
 
 
 if __name__ == "__main__":

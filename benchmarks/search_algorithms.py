@@ -1,15 +1,15 @@
-"""How many evaluations each algorithm of the search needs: against LongRoPE's evolution at its full budget.
+"""How many evaluations each search algorithm needs, compared with LongRoPE's evolution at its full budget.
 
     python benchmarks/search_algorithms.py --text FILE... [--model FILE.gguf] [--context 10240] [--window 256]
                                            [--folder search-algorithms] [--algorithms cma,gradient] [--share 0.1]
                                            [--evaluator torch] [--workers 2]
 
-A real model and a short extension. What is evaluated is cheap, so that some 1,344 evaluations (64 + 40 x 32, arXiv
-2402.13753, appendix A) take about an hour: the last `window` tokens of one stretch of each text, over a cache that is
-read once and whose keys are turned to each candidate. All algorithms minimise that same number, from the same start.
+A real model and a short extension. Evaluations are cheap, so that 1,344 of them (64 + 40 x 32, arXiv 2402.13753,
+appendix A) take about an hour: each scores the last `window` tokens of one passage of each text, with a cache that is
+read once and whose keys are rotated for each candidate. All algorithms minimise the same loss, from the same start.
 The others get `share` of the evaluations, of which a gradient counts four; gradients need torch. The minutes of the
-first have the workers' reading of the texts in them, some five; the others find it done. Killed, it goes on where it
-was: evaluations are kept in `folder`, and the curves are drawn in `folder`/curves.png.
+first include the workers' reading of the texts, some five; the others find it done. If killed, it resumes where it was:
+evaluations are kept in `folder`, and the curves are drawn to `folder`/curves.png.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
 from ropewalk.runtime.measure.passages import Text, make_passages
 
 PAPER = 64 + 40 * 32
-BEFORE = 4  # the start and three closed forms are evaluated before an algorithm begins
+BEFORE = 4  # the start and three closed forms are evaluated before an algorithm starts
 
 
 class Windowed:
-    """An evaluator for which reading the window is all there is."""
+    """An evaluator that reads only the window, at any fidelity."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator, self.key, self.weights = evaluator, f"window {evaluator.key}", evaluator.weights
@@ -54,7 +54,7 @@ class Windowed:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Makes a `Windowed`, in any process."""
+    """Creates a `Windowed`, in any process."""
 
     spec: EvaluatorSpec
 
@@ -75,13 +75,13 @@ def run(engine: Engine, space: Space, algorithm: str, evaluations: float, folder
 
 def report(outcomes: dict[str, Outcome], folder: Path) -> None:
     paper = outcomes["evolution"]
-    print(f"YaRN {paper.yarn:.5f} nats a token")
+    print(f"YaRN {paper.yarn:.5f} nats per token")
     for name, outcome in outcomes.items():
         reached = next((spent for spent, loss in outcome.history if loss <= paper.loss), None)
-        said = "never" if reached is None else f"after {reached:,.0f}, {reached / PAPER:.3f} of the full budget"
+        when = "never" if reached is None else f"after {reached:,.0f}, {reached / PAPER:.3f} of the full budget"
         minutes = outcome.seconds / 60
         print(f"{name:10} best {outcome.loss:.5f}, {outcome.evaluations:,.0f} evaluations, {minutes:.1f} min;", end=" ")
-        print(f"as good as evolution's best {said}")
+        print(f"as good as evolution's best: {when}")
         print("    " + "  ".join(f"{spent:,.0f}: {loss:.5f}" for spent, loss in outcome.history))
     from matplotlib.figure import Figure
 
@@ -114,9 +114,9 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     model = args.model or bundled_model()
     native = native_schedule(read_header(model))
-    words = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
+    vocab = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
     texts = [Text(path.name, path.read_text(encoding="utf-8")) for path in args.text]
-    passages = make_passages(words, texts, args.context, len(texts), "tail", native.context, 0)
+    passages = make_passages(vocab, texts, args.context, len(texts), "tail", native.context, 0)
     space = Space(native.facts, native.bands[-1], args.context)
     base = space.band(space.seed("yarn"))
     spec = EvaluatorSpec(str(model), passages, base, window=args.window, threads=1, kind=args.evaluator)

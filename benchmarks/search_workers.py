@@ -1,9 +1,9 @@
-"""What a second worker brings a search: candidates an hour with one process and with several, interleaved.
+"""Speed-up of a search by a second worker: candidates per hour with one process and with several, interleaved.
 
     python benchmarks/search_workers.py [--model FILE.gguf] [--text FILE] [--context 4096] [--workers 2]
                                         [--candidates 4] [--rounds 2]
 
-A worker has one thread; one worker with as many threads as there are workers stands beside. The best round counts.
+Each worker has one thread; for comparison, one worker has as many threads as there are workers. The best round counts.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or bundled_model()
     native = native_schedule(read_header(model))
-    words = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
+    vocab = ropewalk.Llama(model, n_ctx=1, vocab_only=True, verbose=False)
     texts = [Text("text", text(args.text))]
-    passages = make_passages(words, texts, args.context, 1, "all", native.context, 0)
+    passages = make_passages(vocab, texts, args.context, 1, "all", native.context, 0)
     space = Space(native.facts, native.bands[-1], 2 * native.context)
     yarn = space.seed("yarn")
     bands = [space.band(replace(yarn, start_tokens=n)) for n in space.start_token_choices[: args.candidates]]
@@ -54,10 +54,10 @@ def main() -> None:
     for _ in range(args.rounds):
         for kind, engine in engines.items():
             best[kind] = min(best[kind], seconds(engine, [Task(band, 0) for band in bands]))
-    print(f"{model.name}, {args.context:,} tokens a candidate")
+    print(f"{model.name}, {args.context:,} tokens per candidate")
     for (workers, threads), spent in best.items():
         rate, times = len(bands) / spent * 3600, best[1, 1] / spent
-        print(f"{workers} workers, {threads} threads each: {rate:8,.1f} candidates an hour, {times:5.2f} x")
+        print(f"{workers} workers, {threads} threads each: {rate:8,.1f} candidates per hour, {times:5.2f} x")
     for engine in engines.values():
         engine.close()
 

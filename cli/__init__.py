@@ -1,1 +1,1 @@
-"""The command line: words and pictures; each command is one short module."""
+"""The command line: one short module for each command, and what they share."""

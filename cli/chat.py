@@ -15,44 +15,54 @@ from .reading_bar import ReadingBar
 
 if TYPE_CHECKING:
     from ..runtime import Llama
-    from ..runtime.chat.answer import Answer, Sampling
-    from ..runtime.chat.conversation import Conversation
+    from ..runtime.chat import Answer, Conversation, Sampling
 
 
 def chat(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
+        str | None, typer.Argument(metavar="MODEL", help="Path to a GGUF model.", show_default="the bundled SmolLM2")
     ] = None,
-    context: Annotated[int, typer.Option(min=0, help="Context in tokens; 0 = all that the last band holds.")] = 0,
-    kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
-    system: Annotated[str, typer.Option(help="A system message: how the model should answer.")] = "",
+    context: Annotated[
+        int, typer.Option(min=0, help="Context size in tokens; 0 = as much as the last band holds.")
+    ] = 0,
+    kv: Annotated[str, typer.Option(help="KV cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
+    system: Annotated[str, typer.Option(help="System message: how the model should answer.")] = "",
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer, in tokens.", show_default="what the context leaves")
+        int | None,
+        typer.Option(min=1, help="Maximum number of tokens in an answer.", show_default="the rest of the context"),
     ] = None,
-    temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.2,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed, to get the same answers again.")] = None,
-    schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
+    temp: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 = greedy.")] = 0.2,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed, for reproducible answers.")
+    ] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Rescale schedule (JSON) to use instead of the model's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
+    ] = None,
     prompt_cache: CacheFolder = None,
     prompt_cache_size: CacheSize = DEFAULT_SIZE,
-    as_json: Annotated[bool, typer.Option("--json", help="From a pipe: answer with a JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With piped input: print the answer as a JSON object.")
+    ] = False,
 ) -> None:
-    """Talk with a model, and let it read whole documents: /file PATH; /help lists the other commands.
+    """Chat with a model, and let it read whole documents.
 
-    With something piped in, that is the question: one answer on standard output, and nothing else.
+    In the chat, /file PATH reads a document and /help lists all commands.
+    Piped input is one question: only the answer goes to standard output.
     """
     from .model import LoadOptions, load_model, model_path
 
     piped = not sys.stdin.isatty()
     if as_json and not piped:
-        raise UserError("--json: answers a question from a pipe, as in: echo QUESTION | ropewalk chat --json")
+        raise UserError("--json: expected a question from a pipe, as in: echo QUESTION | ropewalk chat --json")
     question = _piped_question() if piped else ""
     path = model_path(model)
     options = LoadOptions(context=context, kv=kv, schedule=schedule, threads=threads)
     folder = open_folder(prompt_cache, prompt_cache_size)
 
-    from ..runtime.chat.answer import Sampling
-    from ..runtime.chat.conversation import Conversation
+    from ..runtime.chat import Conversation, Sampling
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temp, seed=seed)
     if piped:
@@ -79,9 +89,9 @@ def _piped_question() -> str:
 
 
 def _answer_once(conversation: Conversation, question: str, sampling: Sampling, as_json: bool) -> None:
-    """The answer goes to standard output as it is written, or at the end as JSON."""
+    """Print the answer as it is generated, or at the end as JSON."""
     llm = conversation.llm
-    stream: Any = sys.stdout  # as it is now: a progress bar takes sys.stdout over
+    stream: Any = sys.stdout  # taken now, since a progress bar replaces sys.stdout
     stream.reconfigure(errors="replace")
 
     def show(text: str) -> None:

@@ -1,7 +1,7 @@
-"""The line that a user types: editing, history, completion, and what is typed ahead.
+"""The input line of a chat: editing, history, completion and type-ahead.
 
-Enter sends, Alt-Enter begins a new line, and pasted lines stay together. Where a conversation is kept under a bare
-name is settled here as well, since the names are completed.
+Enter sends, Alt-Enter starts a new line, and pasted lines stay together. The folder of saved conversations is defined
+here as well, since their names are completed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STYLE = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt"
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command: what it takes, what it does, and what completes its argument."""
+    """A slash command: its argument, its help text, what it runs, and what completes its argument."""
 
     argument: str
     help: str
@@ -45,7 +45,7 @@ class Command:
 
 
 def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -> PromptSession[str]:
-    """The prompt, with `status` in the line below it."""
+    """Create the prompt, with `status` in the line below it."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -53,7 +53,7 @@ def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -
         event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("escape", "c-j")  # the same, typed ahead while the terminal still turned Enter into a newline
+    @keys.add("escape", "c-j")  # the same, typed ahead while the terminal still translated Enter to a newline
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -72,7 +72,7 @@ def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """What is typed meanwhile is kept for the next prompt, and does not show up in the middle of an answer."""
+    """While the block runs, keep what is typed for the next prompt instead of showing it in the middle of an answer."""
     if termios is None or not sys.stdin.isatty():
         yield
         return
@@ -87,17 +87,17 @@ def without_echo() -> Iterator[None]:
 
 
 def typed_path(argument: str, command: str) -> Path:
-    """A path as one types or drops it: quoted, with escaped spaces, or plain."""
+    """A path as it was typed or dropped: quoted, with escaped spaces, or plain."""
     if not argument:
         raise UserError(f"{command}: expected a path")
     plain = Path(argument).expanduser()
     if plain.exists():
         return plain
     try:
-        words = shlex.split(argument)
+        parts = shlex.split(argument)
     except ValueError:
-        words = []
-    return Path(words[0]).expanduser() if len(words) == 1 else plain
+        parts = []
+    return Path(parts[0]).expanduser() if len(parts) == 1 else plain
 
 
 def _saved_folder() -> Path:
@@ -105,7 +105,7 @@ def _saved_folder() -> Path:
 
 
 def saved_place(name: str) -> Path:
-    """A bare name is one of the user's kept conversations; anything with a separator is a folder of its own."""
+    """The folder of a saved conversation: a bare name is in the user's state folder, one with a separator is a path."""
     path = typed_path(name, "/save")
     return path if path.name != name or name in (".", "..") else _saved_folder() / name
 
@@ -118,7 +118,7 @@ def saved_names() -> list[str]:
 
 
 class _Completer(Completer):
-    """Commands by their beginning, then what the command wants: paths, or names of kept conversations."""
+    """Completes command names, then their arguments: paths, or names of saved conversations."""
 
     def __init__(self, commands: Mapping[str, Command]) -> None:
         self._commands = commands
@@ -134,12 +134,12 @@ class _Completer(Completer):
                 if candidate.startswith(name):
                     yield Completion(candidate, -len(name), display_meta=command.help)
             return
-        wants = self._commands[name].completes if name in self._commands else ""
-        if wants == "saved":
+        kind = self._commands[name].completes if name in self._commands else ""
+        if kind == "saved":
             for saved in saved_names():
                 if saved.startswith(argument):
                     yield Completion(saved, -len(argument))
-        if wants == "paths" or (wants == "saved" and "/" in argument):
+        if kind == "paths" or (kind == "saved" and "/" in argument):
             yield from self._paths.get_completions(Document(argument), complete_event)
 
 
@@ -149,5 +149,5 @@ def _history() -> History:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (folder / "chat_history").touch(mode=0o600)
     except OSError:
-        return InMemoryHistory()  # no place to keep it: not worth a word
+        return InMemoryHistory()  # nowhere to keep it: not worth a message
     return FileHistory(str(folder / "chat_history"))

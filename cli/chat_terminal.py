@@ -1,6 +1,6 @@
-"""The conversation at the terminal: a prompt with history and completion, answers as they are written, commands.
+"""The conversation at the terminal: a prompt with history and completion, streamed answers, slash commands.
 
-Ctrl-C stops what is being done and never the program; what goes wrong is one line, and the conversation goes on.
+Ctrl-C stops the current command or answer, never the program; an error is one line, and the conversation continues.
 Answers go to standard output; everything else is dim and goes to standard error.
 """
 
@@ -17,8 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..runtime.chat.answer import Answer, ContextFull, Sampling
-from ..runtime.chat.conversation import Conversation
+from ..runtime.chat import Answer, ContextFull, Conversation, Sampling
 from .chat_prompt import Command, prompt_session, saved_names, saved_place, typed_path, without_echo
 from .documents import DocumentError, read_document
 from .reading_bar import ReadingBar
@@ -28,16 +27,16 @@ if TYPE_CHECKING:
     from ..runtime import BandChange
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters with which an answer could take over the terminal."""
+"""Control characters, with which an answer could take over the terminal."""
 
 
 def run(conversation: Conversation, sampling: Sampling) -> None:
-    """Converse until Ctrl-D or /exit."""
+    """Chat until Ctrl-D or /exit."""
     Chat(conversation, sampling).converse()
 
 
 class Leave(Exception):
-    """The user wants to go."""
+    """The user wants to leave the chat."""
 
 
 class Chat:
@@ -68,7 +67,7 @@ class Chat:
                     return
 
     def _respond(self, line: str) -> None:
-        """Do what a line asks for; what goes wrong is one line."""
+        """Handle one line of input; an error is reported in one line."""
         problem = ""
         try:
             with without_echo():
@@ -88,7 +87,7 @@ class Chat:
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C interrupts what a line has asked for, and nothing else."""
+        """While the block runs, Ctrl-C interrupts only the handling of a line."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self._interruptible:
@@ -101,7 +100,7 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def handle(self, line: str) -> None:
-        """One line of input: a command or a question."""
+        """Run one line of input: a command or a question."""
         text = line.strip()
         if not line.startswith("/"):
             if text:
@@ -129,7 +128,7 @@ class Chat:
             self.last = answer
         self._say_changes()
         if answer.ending == "interrupted":
-            say("stopped" if answer.text.strip() else "stopped before the first word: the question was not asked")
+            say("stopped" if answer.text.strip() else "stopped before the first word: the question was dropped")
         elif answer.ending == "length":
             say(f"stopped at --max-tokens {self.sampling.max_tokens}")
         elif answer.ending == "context":
@@ -152,10 +151,10 @@ class Chat:
         self._say_changes()
         n_tokens = self._used() - before
         if n_read < n_tokens / 2:
-            took = f"{n_tokens:,} tokens, {n_tokens - n_read:,} of them read before, in {seconds:.1f} s"
+            details = f"{n_tokens:,} tokens, {n_tokens - n_read:,} of them read before, in {seconds:.1f} s"
         else:
-            took = f"{n_read:,} tokens in {seconds:.1f} s ({n_read / seconds:.0f} tokens/s)"
-        say(f"read {path.name}: {took}; now ask about it")
+            details = f"{n_read:,} tokens in {seconds:.1f} s ({n_read / seconds:.0f} tokens/s)"
+        say(f"read {path.name}: {details}; now ask about it")
 
     def save(self, argument: str) -> None:
         name = argument or self.saved_as
@@ -171,14 +170,14 @@ class Chat:
     def load(self, argument: str) -> None:
         if not argument:
             names = saved_names()
-            say("saved: " + ", ".join(names) if names else "nothing is saved yet; /save NAME does it")
+            say("saved: " + ", ".join(names) if names else "nothing is saved yet; use /save NAME")
             return
         self.conversation.load(saved_place(argument))
         self.saved_as = argument
-        said = self.conversation.transcript
+        transcript = self.conversation.transcript
         self.last = None
-        say(f"loaded: {len(said.messages)} messages, {said.n_tokens:,} tokens, nothing to read again")
-        for message in said.messages[-2:]:
+        say(f"loaded: {len(transcript.messages)} messages, {transcript.n_tokens:,} tokens, nothing to read again")
+        for message in transcript.messages[-2:]:
             lines = message.content.strip().splitlines() or [""]
             say(f"{'> ' if message.role == 'user' else '  '}{_shorten(lines[-1 if message.role == 'user' else 0])}")
 
@@ -222,8 +221,8 @@ class Chat:
     def help(self, argument: str) -> None:
         for name, command in COMMANDS.items():
             say(f"{name + ' ' + command.argument:<18} {command.help}")
-        say("Enter sends; Alt-Enter (or Esc, then Enter) begins a new line, and pasted lines stay together.")
-        say("Ctrl-C stops an answer or clears the line, Ctrl-D leaves. A line that begins with a space is no command.")
+        say("Enter sends; Alt-Enter (or Esc, then Enter) starts a new line, and pasted lines stay together.")
+        say("Ctrl-C stops an answer or clears the line, Ctrl-D leaves. A line starting with a space is not a command.")
 
     def leave(self, argument: str) -> None:
         raise Leave
@@ -263,13 +262,13 @@ class Chat:
 
 COMMANDS = {
     "/file": Command("PATH", "let the model read a document; ask about it afterwards", Chat.read, "paths"),
-    "/save": Command("NAME", "keep the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
-    "/load": Command("NAME", "go on with a kept one; without a name, list them", Chat.load, "saved"),
-    "/reset": Command("", "forget everything said so far", Chat.reset),
-    "/system": Command("TEXT", "tell the model how to answer", Chat.system),
-    "/stats": Command("", "tokens, band, cache, memory and speed", Chat.stats),
-    "/help": Command("", "this list", Chat.help),
-    "/exit": Command("", "leave", Chat.leave),
+    "/save": Command("NAME", "save the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
+    "/load": Command("NAME", "resume a saved conversation; without a name, list them", Chat.load, "saved"),
+    "/reset": Command("", "forget the conversation so far", Chat.reset),
+    "/system": Command("TEXT", "set the system message; without text, show it", Chat.system),
+    "/stats": Command("", "show tokens, band, cache, memory and speed", Chat.stats),
+    "/help": Command("", "show this list", Chat.help),
+    "/exit": Command("", "leave the chat", Chat.leave),
 }
 
 

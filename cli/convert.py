@@ -1,4 +1,4 @@
-"""`ropewalk convert`: a checkpoint or a GGUF file, made long by a closed form or a schedule, requantised, or both."""
+"""`ropewalk convert`: a checkpoint or GGUF file to a GGUF file, extended by a closed form or schedule, requantised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..convert import Plan
     from ..factors import Schedule
 
-FLOATS = ("f32", "f16", "bf16")  # bringing quantised weights to these rounds nothing that matters
+FLOATS = ("f32", "f16", "bf16")  # converting quantised weights to these rounds nothing that matters
 
 
 def convert(
@@ -26,61 +26,62 @@ def convert(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, a Hugging Face checkpoint's folder, or its name there: org/name@revision.",
+            help="A GGUF file, a folder with a Hugging Face checkpoint, or its name on the Hub: org/name@revision.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="Where to write it.")],
-    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="The longest context it is to hold.")] = None,
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="GGUF file to write.")],
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Context to extend the model to.")] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="yarn|ntk|pi", help="How the factors are made (yarn if not given).")
+        str | None, typer.Option(metavar="yarn|ntk|pi", help="How to compute the rescale factors (default: yarn).")
     ] = None,
     schedule: Annotated[
-        Path | None, typer.Option(metavar="S.json", help="A schedule to embed, in place of a method's.")
+        Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to embed, instead of --method.")
     ] = None,
     weight_type: Annotated[
         str | None,
         typer.Option(
             "--type",
             metavar="q8_0",
-            help="Weights as f16, q8_0, q4_k_m, …; if not given, a checkpoint's in 16 bits, a file's as they are.",
+            help="Type of the weights: f16, q8_0, q4_k_m, … (default: 16 bits for a checkpoint, else unchanged).",
         ),
     ] = None,
     existing: Annotated[
         str | None,
         typer.Option(
             metavar="compose|replace",
-            help="Factors the file carries: multiply onto all of them, or drop all. If not given, the model's own are"
-            " kept and a schedule embedded before is dropped.",
+            help="What to do with factors that the model already has: compose multiplies the new ones onto all of them,"
+            " replace drops them all. By default its own are kept and an embedded schedule is dropped.",
         ),
     ] = None,
     split_max_size: Annotated[
-        str | None, typer.Option(metavar="2G", help="Several files of at most so many bytes of weights each.")
+        str | None,
+        typer.Option(metavar="2G", help="Split the output into files with at most this many bytes of weights each."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.gguf if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="What was done as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as a JSON object.")] = False,
 ) -> None:
-    """Make a model long: embed rescale factors for a longer context, and requantise it if asked.
+    """Extend a model to a longer context by embedding rescale factors, requantise it, or both.
 
-    A checkpoint becomes a GGUF file, with or without that.
+    A Hugging Face checkpoint is converted to a GGUF file, extended or not.
     """
     from ..convert import in_parts, is_checkpoint, parse_size
 
-    wishes = FactorOptions(context, method, schedule, existing)
-    way = _from_checkpoint if is_checkpoint(source) else _from_file
+    options = FactorOptions(context, method, schedule, existing)
+    convert_source = _from_checkpoint if is_checkpoint(source) else _from_file
     if split_max_size is None:
-        said = way(source, target, wishes, weight_type, force)
+        notes = convert_source(source, target, options, weight_type, force)
         names: tuple[Path, ...] = (target,)
     else:
-        all_said: list[ConversionNotes] = []
+        all_notes: list[ConversionNotes] = []
         names = in_parts(
-            lambda whole: all_said.append(way(source, whole, wishes, weight_type, True)),
+            lambda whole: all_notes.append(convert_source(source, whole, options, weight_type, True)),
             target,
             parse_size(split_max_size),
             force=force,
             bar=_bar,
         )
-        said = all_said[0]
-    facts = _gather(source, names, said)
+        notes = all_notes[0]
+    facts = _gather(source, names, notes)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
@@ -89,7 +90,7 @@ def convert(
 
 @dataclass(frozen=True)
 class ConversionNotes:
-    """What a conversion did about the factors, and what else is to be known."""
+    """What a conversion did with the factors, and notes for the user."""
 
     plan: Plan | None
     notes: tuple[str, ...] = ()
@@ -97,7 +98,7 @@ class ConversionNotes:
 
 @dataclass(frozen=True)
 class FactorOptions:
-    """What is to become of the factors, as the command line has it."""
+    """The command-line options about rescale factors."""
 
     context: int | None
     method: str | None
@@ -105,13 +106,17 @@ class FactorOptions:
     existing: str | None
 
     def plan(self, header: Header) -> Plan | None:
-        """The plan for a model; None where the model's factors are to stay as they are."""
+        """The plan for a model; None if its factors stay as they are.
+
+        Raises:
+            UserError: options that do not go together, or do not suit the model.
+        """
         from ..convert import plan_extension, plan_given
         from ..factors import read_schedule
 
         if self.schedule is not None:
             if self.method is not None:
-                raise UserError(f"--method {self.method}: has no meaning with --schedule, which brings its own factors")
+                raise UserError(f"--method {self.method}: not allowed with --schedule, which has its own factors")
             given = read_schedule(self.schedule)
             return plan_given(header, given, str(self.schedule), self.context, self.existing)
         if self.context is not None:
@@ -123,14 +128,14 @@ class FactorOptions:
 
 
 def _from_file(
-    source: str, target: Path, wishes: FactorOptions, weight_type: str | None, force: bool
+    source: str, target: Path, options: FactorOptions, weight_type: str | None, force: bool
 ) -> ConversionNotes:
     """Convert a GGUF file."""
     from ..container import read_header
     from ..convert import convert_model, quantised_types
 
     header = read_header(source)
-    plan = wishes.plan(header)
+    plan = options.plan(header)
     if plan is None and weight_type is None:
         raise UserError("nothing to do: expected --context, --schedule or --type")
     schedule = plan.schedule if plan else None
@@ -139,20 +144,20 @@ def _from_file(
     if not lossy:
         return ConversionNotes(plan)
     return ConversionNotes(
-        plan, (f"the weights were quantised already ({', '.join(lossy)}): rounding them again loses a little",)
+        plan, (f"the weights were quantised already ({', '.join(lossy)}): rounding them again loses some precision",)
     )
 
 
 def _from_checkpoint(
-    source: str, target: Path, wishes: FactorOptions, weight_type: str | None, force: bool
+    source: str, target: Path, options: FactorOptions, weight_type: str | None, force: bool
 ) -> ConversionNotes:
-    """Convert a checkpoint, fetched first if it is a name on the hub."""
+    """Convert a checkpoint; one that is a name on the Hub is downloaded first."""
     from ..convert import checkpoint_folder, convert_checkpoint
 
     plans: list[Plan | None] = []
 
     def choose(header: Header) -> Schedule | None:
-        plans.append(wishes.plan(header))
+        plans.append(options.plan(header))
         return plans[0].schedule if plans[0] else None
 
     folder = checkpoint_folder(source)
@@ -165,13 +170,13 @@ def _bar(label: str) -> AbstractContextManager[Advance]:
     return progress(label, is_bytes=True)
 
 
-def _gather(source: str, names: tuple[Path, ...], said: ConversionNotes) -> dict[str, Any]:
+def _gather(source: str, names: tuple[Path, ...], conversion: ConversionNotes) -> dict[str, Any]:
     from ..container import read_header, schedule_of, takes_native_factors, what_stock_does
 
     written = read_header(names[0])
     schedule = schedule_of(written)
     plain = len(schedule.bands) == 1 and set(schedule.bands[0].rescale_factors) == {1.0}
-    kept = "not extended: --context makes it hold more" if plain else "the model's own factors are kept"
+    kept = "not extended; use --context to extend it" if plain else "the model's own factors are kept"
     return {
         "source": source,
         "target": str(names[0]),
@@ -182,7 +187,7 @@ def _gather(source: str, names: tuple[Path, ...], said: ConversionNotes) -> dict
         "context": schedule.context,
         "bands": [band.model_dump() for band in schedule.bands],
         "native_factors": takes_native_factors(written),
-        "notes": [said.plan.note if said.plan else kept, *said.notes],
+        "notes": [conversion.plan.note if conversion.plan else kept, *conversion.notes],
         "stock_llama_cpp": what_stock_does(written),
     }
 

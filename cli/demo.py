@@ -1,4 +1,4 @@
-"""`ropewalk demo`: the whole job once, on the bundled model and a real text, in a few readable lines."""
+"""`ropewalk demo`: extend, read and summarise once, on the bundled model and a real text, in a few readable lines."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .terminal import out, progress, size
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..runtime import Llama
-    from ..runtime.measure.passkey import HiddenKey, KeyReading
+    from ..runtime.measure import HiddenKey, KeyReading
 
 KV_TYPE = "q8_0"
 SUMMARY_TOKENS = 80
-MARGIN = 40  # tokens for the instruction to summarise, and the template around it
+MARGIN = 40  # tokens for the instruction to summarise and the chat template
 
 
 def demo(
     tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the text to read; more than the model was trained for.")
+        int, typer.Option(min=1, help="Length of the text, in tokens; more than the model was trained for.")
     ] = 15_990,
-    seed: Annotated[int, typer.Option(help="Draws the pass key.")] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw loss against position.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the pass key.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot perplexity against position.")] = None,
 ) -> None:
-    """Extend the bundled model, read a text twice as long as it was trained for, find a hidden key, summarise."""
+    """Extend the bundled model, read a text twice its trained length, find a key hidden in it, and summarise it."""
     from ..container import native_schedule, read_header, schedule_of
     from ..errors import UserError
     from .model import bundled_long, bundled_model
@@ -38,7 +38,7 @@ def demo(
 
     if plot is not None:
         check_picture_place(plot)
-    began = time.perf_counter()
+    started = time.perf_counter()
     original = native_schedule(read_header(bundled_model()))
     model = bundled_long()
     extended = schedule_of(read_header(model))
@@ -55,17 +55,17 @@ def demo(
     _show_readings(before, after, hidden, trained, len(hidden.text))
     _summarise(llm, hidden)
     _say(
-        f"[bold]In all[/]      {time.perf_counter() - began:.0f} s; {len(hidden.text):,} tokens in a {KV_TYPE} cache of"
-        f" {size(llm.cache_bytes)}"
+        f"[bold]In total[/]    {time.perf_counter() - started:.0f} s; {len(hidden.text):,} tokens in a {KV_TYPE} cache"
+        f" of {size(llm.cache_bytes)}"
     )
     for line in changes:
         _say(f"            [dim]{line}[/]")
     if plot is not None:
         from .picture import draw_losses, save_figure
 
-        curves = {"as it came": before.losses, "extended": after.losses}
+        curves = {"unmodified": before.losses, "extended": after.losses}
         save_figure(draw_losses(curves, trained, "A text longer than the model was trained for"), plot)
-        _say(f"            loss against position drawn in {plot}")
+        _say(f"            perplexity against position plotted in {plot}")
     llm.close()
 
 
@@ -91,7 +91,7 @@ def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str
 
     def note(change: BandChange) -> None:
         if change.old.rescale_factors == change.new.rescale_factors:
-            return  # the model as it came, run on past what it was trained for
+            return  # the unmodified model, run past the context it was trained for
         changes.append(
             f"{change.n_tokens:,} cached tokens moved from the {change.old.context:,} to the {change.new.context:,}"
             f" band in {change.seconds:.2f} s, without reading them again"
@@ -104,7 +104,7 @@ def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str
 def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
     import pydoc_data.topics
 
-    from ..runtime.measure.passkey import hide_key
+    from ..runtime.measure import hide_key
 
     key = str(random.Random(seed).randrange(10_000, 100_000))
     text = "\n\n".join(pydoc_data.topics.topics.values())
@@ -117,19 +117,19 @@ def _hide(llm: Llama, tokens: int, seed: int) -> HiddenKey:
 
 
 def _read_twice(llm: Llama, hidden: HiddenKey, original: Schedule, extended: Schedule) -> tuple[KeyReading, KeyReading]:
-    """As the model came and as it is extended; what both share, up to the original context, is read once."""
+    """Read with the model unmodified and extended; what both share, up to the original context, is read once."""
     from ..factors import Schedule
-    from ..runtime.measure.passkey import read
+    from ..runtime.measure import read_key
 
     trained = original.context
     with _reading(llm, f"Both: the first {trained:,} tokens"):
         llm.eval(hidden.tokens[: trained - 1])
     unscaled = original.bands[-1].model_copy(update={"context": llm.n_ctx()})
-    as_it_came = Schedule(facts=original.facts, bands=(unscaled,))
-    with _reading(llm, "As it came: the rest"):
-        before = read(llm, hidden, as_it_came, trained)
+    unmodified = Schedule(facts=original.facts, bands=(unscaled,))
+    with _reading(llm, "Unmodified: the rest"):
+        before = read_key(llm, hidden, unmodified, trained)
     with _reading(llm, "Extended: the rest"):
-        after = read(llm, hidden, extended, trained)
+        after = read_key(llm, hidden, extended, trained)
     return before, after
 
 
@@ -145,37 +145,35 @@ def _show_readings(before: KeyReading, after: KeyReading, hidden: HiddenKey, tra
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("            ")
-    for name in ("as it came", "extended"):
+    for name in ("unmodified", "extended"):
         table.add_column(name, justify="right")
     table.add_row(
         f"            perplexity, tokens {trained:,} to {length:,}",
         *(f"{reading.perplexity:.1f}" for reading in (before, after)),
     )
     table.add_row("            loss on the key's digits (nats)", *(f"{r.key_loss:.2f}" for r in (before, after)))
-    table.add_row('            "The secret pass key of the vault is …"', *(repr(r.said) for r in (before, after)))
+    table.add_row('            "The secret pass key of the vault is …"', *(repr(r.answer) for r in (before, after)))
     table.add_row("            seconds for those tokens", *(f"{r.seconds:.0f}" for r in (before, after)))
     out.print(table)
-    found = [hidden.key in reading.said for reading in (before, after)]
+    found = [hidden.key in reading.answer for reading in (before, after)]
     verdict = {
-        (False, True): "the model as it came has lost the key; extended, it names it",
-        (True, True): "both name the key",
-        (False, False): "neither names the key",
-        (True, False): "only the model as it came names the key",
+        (False, True): "the unmodified model has lost the key; the extended one finds it",
+        (True, True): "both find the key",
+        (False, False): "neither finds the key",
+        (True, False): "only the unmodified model finds the key",
     }[found[0], found[1]]
     _say(f"            {verdict}")
 
 
 def _summarise(llm: Llama, hidden: HiddenKey) -> None:
-    from ..runtime.chat.answer import Answer, Sampling
-    from ..runtime.chat.summary import PROMPT
-    from ..runtime.chat.template import ChatTemplate, Message
+    from ..runtime.chat import PROMPT, Answer, ChatTemplate, Message, Sampling
 
     prompt = ChatTemplate(llm).tokens([Message("user", f"{hidden.body}\n\n{PROMPT}")])
     answer = Answer(llm, prompt, Sampling(max_tokens=SUMMARY_TOKENS))
     answer.write()
     _say(
         f"[bold]3  Summarise[/] the same text: {answer.read_tokens:,} of {answer.prompt_tokens:,} tokens were not read"
-        f" before; {answer.written_tokens} written at {answer.write_speed:.0f} tokens/s"
+        f" before; {answer.written_tokens} generated at {answer.write_speed:.0f} tokens/s"
     )
     for line in answer.text.strip().splitlines():
         _say(f"            [italic]{line}[/]")

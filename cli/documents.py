@@ -1,7 +1,7 @@
-"""What the user named → documents: files, folders, patterns and JSON Lines records, each with an id and its text.
+"""The documents that the user named: files, folders, patterns and JSON Lines records, each with an id and its text.
 
-A mistake in what was named (no such file, a pattern that matches nothing) is a `UserError` before any work. A document
-that turns out to be unreadable, binary, empty or no UTF-8 carries its `error` instead, and the others go on.
+A wrong name (no such file, a pattern that matches nothing) is a `UserError` before any work. A document that turns out
+to be unreadable, binary, empty or not UTF-8 has its `error` set instead, and the others are still processed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAX_BYTES = 1 << 30
 
 
 class DocumentError(UserError):
-    """A document that cannot be used, though it was rightly named."""
+    """A document that exists but cannot be used."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text to work on, or the `error` that there is in its place.
+    """One text to process, or the `error` that took its place.
 
-    `source` is the file, with the line for a record; `digest` is the SHA-256 of the input's bytes; `n_bytes` is how
-    much of the file it stands for.
+    `source` is the file, with the line number for a record; `digest` is the SHA-256 of the input's bytes; `n_bytes` is
+    how many bytes of the file it accounts for.
     """
 
     id: str
@@ -44,13 +44,13 @@ class Document:
 
 
 def find_files(names: Sequence[str], *, records: bool, leave_out: Path | None = None) -> list[Path]:
-    """The files that `names` stand for, each once, in the order given; folders and patterns in sorted order.
+    """Find the files that `names` refer to, each once, in the order given; folders and patterns in sorted order.
 
-    Folders give their text files, at any depth and without hidden ones, and their JSON Lines files if `records` are
-    wanted. `leave_out` is a file that a folder or pattern may hold and is not wanted: the output.
+    A folder stands for its text files at any depth, hidden ones excepted, and with `records` for its JSON Lines files
+    as well. `leave_out` is a file that is not an input even if a folder or pattern contains it: the output.
 
     Raises:
-        UserError: a name that stands for nothing, or for what is no file.
+        UserError: a name that matches nothing, or something that is not a file.
     """
     found: dict[str, Path] = {}
     for name in names:
@@ -76,12 +76,12 @@ def find_files(names: Sequence[str], *, records: bool, leave_out: Path | None = 
 
 
 def is_records(path: Path) -> bool:
-    """Whether the file holds one document a line."""
+    """Whether the file holds one document per line."""
     return path.suffix.lower() in RECORD_SUFFIXES
 
 
 def read_documents(files: Sequence[Path], field: str | None = None) -> Iterator[Document]:
-    """Every document in `files`, read when its turn comes."""
+    """Yield every document in `files`; each is read only when it is next."""
     for file in files:
         if field is not None and is_records(file):
             yield from _read_records(file, field)
@@ -104,19 +104,19 @@ def _document(name: str, source: str, raw: bytes, n_bytes: int) -> Document:
 
 
 def read_document(path: Path) -> str:
-    """The text of one file.
+    """Return the text of one file.
 
     Raises:
-        DocumentError: missing, unreadable, binary, empty or no UTF-8; the message does not name the file.
+        DocumentError: missing, unreadable, binary, empty or not UTF-8; the message does not name the file.
     """
     return as_text(_read_bytes(path))
 
 
 def as_text(raw: bytes) -> str:
-    """Bytes as text with plain newlines.
+    """Decode bytes to text with plain newlines.
 
     Raises:
-        DocumentError: they are binary, empty or no UTF-8.
+        DocumentError: they are binary, empty or not UTF-8.
     """
     if b"\0" in raw:
         raise DocumentError(f"binary (a NUL byte at offset {raw.index(0)}), expected UTF-8 text")
@@ -147,7 +147,7 @@ def _open(path: Path) -> Any:
 
 
 def _read_records(path: Path, field: str) -> Iterator[Document]:
-    """One document a line; blank lines are passed over."""
+    """Yield one document per line; blank lines are skipped."""
     empty = True
     try:
         with _open(path) as file:
@@ -207,7 +207,7 @@ def _in_folder(folder: Path, records: bool) -> list[Path]:
 
 
 def _matching(pattern: str, records: bool) -> list[Path]:
-    # glob.glob and not Path.glob: it takes absolute patterns, and leaves hidden files out
+    # glob.glob and not Path.glob: it takes absolute patterns and skips hidden files
     found: list[Path] = []
     for path in sorted(map(Path, glob(str(Path(pattern).expanduser()), recursive=True))):  # noqa: PTH207
         found += _in_folder(path, records) if path.is_dir() else [path]

@@ -16,8 +16,7 @@ from .terminal import Advance, out, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
-    from ..runtime.measure.passages import Text
-    from ..runtime.measure.readings import Difference, KeyPassage, Reading
+    from ..runtime.measure import Difference, KeyPassage, Reading, Text
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
@@ -25,7 +24,7 @@ QUARTERS = 4
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
+        str | None, typer.Argument(metavar="MODEL", help="Path to a GGUF model.", show_default="the bundled SmolLM2")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="PATHS", hidden=True)] = None,
     text: Annotated[
@@ -39,32 +38,39 @@ def evaluate(
     ] = None,
     contexts: Annotated[
         str | None,
-        typer.Option(metavar="4096,8192,…", help="Contexts to read in.", show_default="half the original, doubled"),
+        typer.Option(
+            metavar="4096,8192,…", help="Contexts to read in.", show_default="half the original, then doubled"
+        ),
     ] = None,
-    methods: Annotated[str, typer.Option(metavar=METHODS, help="Whose factors to read by.")] = METHODS,
+    methods: Annotated[str, typer.Option(metavar=METHODS, help="Methods to compare.")] = METHODS,
     schedule: Annotated[
-        Path | None, typer.Option(metavar="S.json", help="What `schedule` means, in place of the model's own.")
+        Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")
     ] = None,
     passages: Annotated[
         int,
-        typer.Option("--passages", "--pages", min=1, help="Passages per context, each with a key at another depth."),
+        typer.Option(
+            "--passages", "--pages", min=1, help="Passages per context, each with a key at a different depth."
+        ),
     ] = 5,
-    kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the keys.")] = 0,
+    kv: Annotated[str, typer.Option(help="KV cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the keys.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="R.jsonl", help="Keep each reading; go on from what it holds."),
+        typer.Option("-o", "--output", metavar="R.jsonl", help="Save each reading to this file, and resume from it."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw perplexity against position, and the keys' losses.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot perplexity against position, and the keys' losses.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The table as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as a JSON object.")] = False,
 ) -> None:
-    """Measure how well a model reads beyond what it was trained for, method by method.
+    """Measure how well a model reads texts longer than it was trained for, by method.
 
-    Every passage is read under each method: perplexity by position, and a pass key that is hidden in it and asked for.
-    With -o, a run that was stopped goes on where it was.
+    Each passage is read with each method's rescale factors, which gives its
+    perplexity by position, and whether a pass key hidden in it is found.
+    With -o, the same command resumes a run that was stopped.
     """
     from ..container import read_header, schedule_of, trained_schedule
     from ..factors import check_matches, read_schedule
@@ -90,12 +96,12 @@ def evaluate(
 
         save_figure(draw_evaluation(found, native.context, f"{path.name}: perplexity and hidden keys"), plot)
         if not as_json:
-            out.print(f"drawn in {plot}", soft_wrap=True)
+            out.print(f"plotted in {plot}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be read: bands by context and method."""
+    """What to read: bands by context and method."""
 
     native: Schedule
     own: Schedule
@@ -105,7 +111,7 @@ class _Plan:
     seed: int
 
     def band(self, context: int, method: str) -> Band:
-        from ..runtime.measure.readings import band_by_method
+        from ..runtime.measure import band_by_method
 
         return band_by_method(method, context, self.native, self.own)
 
@@ -121,21 +127,21 @@ Found = dict[tuple[int, str], list[tuple["KeyPassage", "Reading"]]]
 
 def _contexts(contexts: str | None, native: Schedule, own: Schedule) -> tuple[int, ...]:
     if contexts is None:
-        at, all_ = native.context // 2, []
-        while at <= max(own.context, 2 * native.context):
-            all_.append(at)
-            at *= 2
-        return tuple(all_)
+        context, doubled = native.context // 2, []
+        while context <= max(own.context, 2 * native.context):
+            doubled.append(context)
+            context *= 2
+        return tuple(doubled)
     return numbers_of("--contexts", contexts)
 
 
 def numbers_of(option: str, text: str) -> tuple[int, ...]:
-    """Numbers of tokens with commas between, rising.
+    """Parse comma-separated numbers of tokens, sorted.
 
     Raises:
         UserError: something else; names `option`.
     """
-    from ..factors.schedule import MAX_CONTEXT
+    from ..factors import MAX_CONTEXT
 
     try:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
@@ -151,12 +157,12 @@ def _names(methods: str) -> tuple[str, ...]:
 
 
 def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
-    """The texts that --text and what follows it name; Python's documentation if nothing does.
+    """Read the texts that --text and the arguments after it name; by default, Python's documentation.
 
     Raises:
-        UserError: what is named is not there, or is no text.
+        UserError: one of them does not exist, or is not a text.
     """
-    from ..runtime.measure.passages import Text
+    from ..runtime.measure import Text
     from .documents import find_files, read_document
 
     if not named and more:
@@ -175,9 +181,9 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
 
 
 def _read_all(path: Path, plan: _Plan, texts: list[Text], kv: str, threads: int | None, output: Path | None) -> Found:
-    """Every passage under every method, shortest contexts first; what `output` holds already is not read again."""
+    """Read every passage by every method, in the order of contexts; what `output` holds already is not read again."""
     from ..container import model_digest
-    from ..runtime.measure.readings import Readings, key_passages, read_passage, reader, reading_key
+    from ..runtime.measure import Readings, key_passages, read_passage, reader, reading_key
 
     found: Found = {}
     digest = model_digest(path)
@@ -210,8 +216,8 @@ def _about(context: int, method: str, passage: KeyPassage) -> dict[str, Any]:
 
 
 def _against_yarn(found: Found, context: int, method: str, original: int) -> Difference | None:
-    """A method compared with YaRN on the same passages, past the original context where there is a past."""
-    from ..runtime.measure.readings import compared
+    """Compare a method with YaRN on the same passages, past the original context if they are that long."""
+    from ..runtime.measure import compared
 
     if method == "yarn" or (context, "yarn") not in found:
         return None
@@ -250,7 +256,7 @@ def _quarters(context: int) -> list[tuple[int, int]]:
 
 
 def _perplexity(readings: list[tuple[KeyPassage, Reading]], start: int = 0, stop: int | None = None) -> float:
-    """Of all passages' tokens in that range, each passage counting the same."""
+    """Perplexity of all passages' tokens in that range; each passage counts the same."""
     return math.exp(math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings))
 
 

@@ -1,4 +1,4 @@
-"""`ropewalk inspect`: what a model file says of itself, its bands, the memory it needs, what others make of it."""
+"""`ropewalk inspect`: a model file's metadata and bands, the memory it needs, and what stock llama.cpp does with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHOWN_KV_TYPES = ("f16", "q8_0:f16", "q8_0", "q4_0")
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model.")],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw λ against dimension.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Path to a GGUF model.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot λ against dimension.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as a JSON object.")] = False,
 ) -> None:
-    """Show a model's facts and bands, the memory it needs, and what stock llama.cpp will make of it."""
+    """Show a model's metadata and bands, the memory it needs, and what stock llama.cpp does with it."""
     from ..container import read_header, schedule_of
 
     header = read_header(file)
@@ -38,7 +38,7 @@ def inspect(
     else:
         _show(facts, schedule)
         if plot is not None:
-            out.print(f"\nλ drawn in {plot}", soft_wrap=True)
+            out.print(f"\nλ plotted in {plot}", soft_wrap=True)
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
 
 
 def _memory_row(header: Header, n_ctx: int, kv: str, bands: int) -> dict[str, Any]:
-    from ..runtime.memory import plan_memory
+    from ..runtime import plan_memory
 
     plan = plan_memory(header, n_ctx, kv, bands=bands, flash_attn=True, fast_prefill=True)  # as the commands run it
     return {
@@ -139,7 +139,7 @@ def _show_memory(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             f"{n_ctx:,}", *(text if row["fits"] else f"[red]{text} !" for text, row in zip(texts, cells, strict=True))
         )
-    out.print("\n[bold]Memory[/] in all / of that the KV cache, by cache type K:V")
+    out.print("\n[bold]Memory[/] in total / of which KV cache, by cache type K:V")
     out.print(table)
     if not all(row["fits"] for row in rows):
-        out.print("[red]![/] more than this machine has free now")
+        out.print("[red]![/] more than is free on this machine now")

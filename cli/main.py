@@ -1,7 +1,7 @@
-"""The `ropewalk` command: what commands there are, and how every one of them ends.
+"""The `ropewalk` command: its subcommands, and how each of them exits.
 
-Exit codes: 0 done; 1 done, but some documents failed; 2 the user's mistake, in one line; 130 Ctrl-C; 143 SIGTERM.
-Each command's module is imported when it is run, so that `--help` answers at once.
+Exit codes: 0 done; 1 done, but some documents failed; 2 a user error, in one line; 130 Ctrl-C; 143 SIGTERM.
+What is slow to import is imported only when a command runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -25,16 +26,20 @@ from .summarize import summarize
 
 app = typer.Typer(
     name="ropewalk",
-    help="Long context for local language models: extend a GGUF, search its factors, chat, summarise.",
-    add_completion=False,
+    help="Long context for local language models: extend a GGUF file, search its factors, chat, summarise.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, inspect, search, chat, summarize, demo):
-    app.command()(command)
-app.command("eval")(evaluate)
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Convert": {"convert": convert, "inspect": inspect},
+    "Run": {"chat": chat, "summarize": summarize, "demo": demo},
+    "Measure": {"search": search, "eval": evaluate},
+}
+for group, commands in GROUPS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=group)(command)
 
-UsageMistake: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # click's, wherever typer keeps its click
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # click's, wherever typer keeps its click
 
 
 def _version(wanted: bool) -> None:
@@ -55,7 +60,7 @@ def options(
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)  # unwinds, so that whatever is half-written is removed
+    raise SystemExit(128 + signum)  # unwinds, so that half-written files are removed
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -64,19 +69,19 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line and turn every ending into its exit code."""
+    """Run the command line, and exit with the right code however it ends."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()
-    except UsageMistake as error:
+    except UsageError as error:
         fail(error.format_message())
     except UserError as error:
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader has left (`ropewalk … | head`): there is nothing more to say, at the interpreter's end either.
+        # The reader has gone (`ropewalk … | head`): print nothing more, not even when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     raise SystemExit(result if isinstance(result, int) else 0)

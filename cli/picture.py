@@ -1,4 +1,4 @@
-"""Pictures of a schedule: a few characters wide for the terminal, and a PNG."""
+"""Plots of schedules, losses and searches: as a line of characters for the terminal, and as PNG files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_COLUMNS = 64
 
 
 def spark(schedule: Schedule) -> list[tuple[str, str]]:
-    """λ against dimension: for each band (context, one bar a rotary pair), all on one logarithmic scale."""
+    """λ against dimension: for each band (context, one bar per rotary pair), all on one logarithmic scale."""
     logs = [[math.log(factor) for factor in band.rescale_factors] for band in schedule.bands]
     low, high = min(map(min, logs)), max(map(max, logs))
     every = -(-len(logs[0]) // MAX_COLUMNS)
@@ -33,7 +33,7 @@ def spark(schedule: Schedule) -> list[tuple[str, str]]:
 
 
 def draw_factors(schedule: Schedule, title: str) -> Figure:
-    """A figure of λ against the rotary pair, one line a band."""
+    """Plot λ against the rotary pair, one line per band."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -46,7 +46,7 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     facts = schedule.facts
-    axes.set_xlabel(f"rotary pair i of {facts.n_rot // 2} (base {facts.freq_base:g}): turns fastest → slowest")
+    axes.set_xlabel(f"rotary pair i of {facts.n_rot // 2} (base {facts.freq_base:g}): rotates fastest → slowest")
     axes.set_ylabel("rescale factor λ")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -55,7 +55,7 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
 
 
 def draw_losses(curves: dict[str, npt.NDArray[np.float64]], start: int, title: str) -> Figure:
-    """A figure of perplexity against position, from losses (nats) at positions `start` and on, smoothed over 256."""
+    """Plot perplexity against position, from losses (nats) at positions from `start` on, smoothed over 256 tokens."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def draw_losses(curves: dict[str, npt.NDArray[np.float64]], start: int, title: s
 
 
 def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, float]]], title: str) -> Figure:
-    """A figure of the lowest loss against evaluations, by context, with the closed forms' losses across."""
+    """Plot the lowest loss against evaluations, by context, with the closed forms' losses as horizontal lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2 * len(curves)), layout="constrained")
@@ -86,7 +86,7 @@ def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, flo
         axes.step(*zip(*curve, strict=True), where="post", linewidth=1.6, marker=".", label="searched")
         worst = max(loss for _, loss in curve)
         for (method, loss), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-            if loss - worst < 0.2:  # one that is far worse would leave no room for what is looked at
+            if loss - worst < 0.2:  # one that is far worse would squeeze the curve flat
                 axes.axhline(loss, linestyle=style, linewidth=1, color="grey", label=method)
         axes.set_xlabel("evaluations (one = all texts, read in full)")
         axes.set_ylabel(f"loss at {context:,} (nats/token)")
@@ -97,10 +97,10 @@ def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, flo
 
 
 def check_picture_place(path: Path) -> None:
-    """Refuse a place for a picture before work begins that is only drawn in the end.
+    """Check where a picture is to be saved, before the long work whose result it shows.
 
     Raises:
-        UserError: another kind of picture, a folder, or in a folder that does not exist.
+        UserError: not a PNG file, a folder, or in a folder that does not exist.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot: {str(path)!r}, expected a name that ends in .png")
@@ -108,10 +108,10 @@ def check_picture_place(path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all.
+    """Write a PNG file, completely or not at all.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: it cannot be written.
     """
     try:
         with replacement(path) as file:

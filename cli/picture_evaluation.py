@@ -1,4 +1,4 @@
-"""A picture of an evaluation: perplexity against position by method, and the keys' losses by depth and context."""
+"""The plot of an evaluation: perplexity against position by method, and the keys' losses by depth and context."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..runtime.measure.readings import KeyPassage, Reading
+    from ..runtime.measure import KeyPassage, Reading
 
 SMOOTH = 8
-"""Bins of a reading whose losses are drawn as one point."""
+"""Number of a reading's bins that are drawn as one point."""
 
 WORST = 6.0
-"""Nats at which a key's loss is drawn at its darkest."""
+"""Loss on a key (nats) that gets the darkest colour."""
 
 Readings = dict[tuple[int, str], list[tuple["KeyPassage", "Reading"]]]
 
 
 def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
-    """One row a context with perplexity against position, and beside it the loss on keys by depth and method."""
+    """Plot one row per context: perplexity against position, and the loss on keys by depth and method."""
     contexts = list(dict.fromkeys(context for context, _ in found))
     figure = Figure(figsize=(10, 2.4 * len(contexts) + 1), layout="constrained")
     rows = figure.subplots(len(contexts), 2, squeeze=False, width_ratios=(3, 1))
@@ -32,7 +32,7 @@ def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
         _draw_curves(curves, chosen, context, original)
         _draw_keys(keys, chosen)
     rows[0][0].legend(fontsize=8, ncols=3)
-    rows[0][1].set_title("loss on the key (nats; ✓ named)", fontsize=9)
+    rows[0][1].set_title("loss on the key (nats; ✓ found)", fontsize=9)
     rows[-1][0].set_xlabel("position in the text (tokens)")
     rows[-1][1].set_xlabel("depth of the key")
     figure.suptitle(title, fontsize=10)
@@ -40,7 +40,7 @@ def draw_evaluation(found: Readings, original: int, title: str) -> Figure:
 
 
 def _draw_curves(axes: Axes, chosen: dict[str, list[tuple[KeyPassage, Reading]]], context: int, original: int) -> None:
-    from ..runtime.measure.readings import BIN
+    from ..runtime.measure import BIN
 
     for method, readings in chosen.items():
         shortest = min(len(reading.losses) for _, reading in readings)

@@ -1,4 +1,4 @@
-"""The options --prompt-cache and --prompt-cache-size, as the commands share them."""
+"""The options --prompt-cache and --prompt-cache-size, which several commands share."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 CacheFolder = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Keep what is read there: what begins the same way is not read again."),
+    typer.Option(metavar="DIR", help="Cache prompts in DIR: a beginning that was read before is not read again."),
 ]
-CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="The most that the prompts in DIR may take.")]
+CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Maximum total size of the prompts in DIR.")]
 DEFAULT_SIZE = "4GiB"
 
 SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
 
 def open_folder(folder: Path | None, size: str) -> PromptFolder | None:
-    """The folder of the options, None without one.
+    """Open the folder given by the options; None without one.
 
     Raises:
-        UserError: it cannot be written to, or the size is none.
+        UserError: it cannot be written to, or the size is not a size.
     """
     n_bytes = _bytes(size)
     if folder is None:
@@ -40,7 +40,7 @@ def open_folder(folder: Path | None, size: str) -> PromptFolder | None:
 
 
 def open_cache(llm: Llama, folder: PromptFolder | None) -> PromptCache | None:
-    """What `llm` keeps in `folder`, None without one."""
+    """Return the prompt cache of `llm` in `folder`; None without one."""
     if folder is None:
         return None
     from ..runtime.prompt_cache import PromptCache
@@ -49,7 +49,7 @@ def open_cache(llm: Llama, folder: PromptFolder | None) -> PromptCache | None:
 
 
 def _bytes(text: str) -> int:
-    """Bytes of a size as people write them: `500MB`, `2GiB`, `4g`, or a plain number."""
+    """Parse a human-readable size: `500MB`, `2GiB`, `4g`, or a plain number of bytes."""
     match = SIZE.fullmatch(text.strip())
     n_bytes = 0
     if match is not None:

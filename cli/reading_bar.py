@@ -1,4 +1,4 @@
-"""A progress bar for what a model reads."""
+"""A progress bar for the reading of prompts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .terminal import progress
 if TYPE_CHECKING:
     from ..runtime import Llama
 
-LEAST_BAR = 1024  # tokens; what is read faster than one looks needs no bar
+MIN_TOKENS = 1024  # a shorter prompt is read before one could look at a bar
 
 
 class ReadingBar:
-    """A bar for what `llm` reads meanwhile, from the moment that it turns out to be long; `close` removes it early."""
+    """A bar that appears when `llm` reads a long prompt while the block runs; `close` removes it early."""
 
     def __init__(self, llm: Llama, label: str) -> None:
         self._llm, self._label = llm, label
@@ -31,9 +31,9 @@ class ReadingBar:
         self.close()
 
     def show(self, done: int, total: int) -> None:
-        """The callback: so many of so many tokens are read."""
+        """Show that `done` of `total` tokens have been read; the callback for `Llama.on_progress`."""
         if self._advance is None:
-            if total < LEAST_BAR:
+            if total < MIN_TOKENS:
                 return
             self._advance = self._stack.enter_context(progress(self._label))
         self._advance(done, total)

@@ -1,4 +1,4 @@
-"""`ropewalk search`: λ and n̂ found for the very file that will run, and judged on texts that the search never saw."""
+"""`ropewalk search`: search λ and n̂ for the very file that will run, and judge them on texts held out of the search."""
 
 from __future__ import annotations
 
@@ -16,41 +16,52 @@ from .terminal import out
 if TYPE_CHECKING:
     from ..factors import Schedule
     from ..factors.search import Budget
-    from ..runtime.measure.held_out import Verdict
-    from ..runtime.measure.search_schedule import FoundBand, SearchPlan
+    from ..runtime.measure import FoundBand, SearchPlan, Verdict
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h)?")
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
 
 def _evolution(text: str, default: str) -> Any:
-    return typer.Option(help=text, rich_help_panel="Of --algorithm evolution", show_default=default)
+    return typer.Option(help=text, rich_help_panel="Options for --algorithm evolution", show_default=default)
 
 
 def search(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default="the bundled SmolLM2")
+        str | None, typer.Argument(metavar="MODEL", help="Path to a GGUF model.", show_default="the bundled SmolLM2")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="PATHS", hidden=True)] = None,
     context: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="The longest context.", show_default="four times the model's")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Longest context to search for.", show_default="four times the model's"),
     ] = None,
     bands: Annotated[
-        str | None, typer.Option(metavar="16384,32768", help="Contexts to search bands for.", show_default="doubling")
+        str | None,
+        typer.Option(metavar="16384,32768", help="Contexts of the bands to search.", show_default="doubling"),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="PATHS...", help="Long texts: files, folders, patterns; a third judges."),
+        typer.Option(
+            "--text",
+            metavar="PATHS...",
+            help="Long texts: files, folders, quoted patterns. A third is held out to judge the result.",
+            show_default="Python's documentation",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="S.json", help="Where the schedule goes.")
+        Path | None, typer.Option("-o", "--output", metavar="S.json", help="Schedule to write (required).")
     ] = None,
-    algorithm: Annotated[str, typer.Option(metavar="cma|gradient|evolution", help="How to search.")] = "cma",
+    algorithm: Annotated[str, typer.Option(metavar="cma|gradient|evolution", help="Search algorithm.")] = "cma",
     objective: Annotated[
-        str, typer.Option(metavar="tail|all|needle", help="What counts, or a mix like tail+0.5*needle.")
+        str,
+        typer.Option(
+            metavar="tail|all|needle",
+            help="What to score: tokens past the original context (tail), all tokens, a hidden key's digits (needle),"
+            " or a mix like tail+0.5*needle.",
+        ),
     ] = "tail",
     budget: Annotated[
-        str, typer.Option(metavar="45m|2h|200", help="How long to search: 45m, 2h, or a number of evaluations.")
+        str, typer.Option(metavar="45m|2h|200", help="How long to search: a time, or a number of evaluations.")
     ] = "45m",
     passages: Annotated[
         int | None,
@@ -58,51 +69,61 @@ def search(
             "--passages",
             "--documents",
             min=1,
-            help="Passages of text to search on, for each band.",
-            show_default="3, if there is as much text",
+            help="Passages to search on, per band.",
+            show_default="3, if the texts hold as many",
         ),
     ] = None,
     held_out: Annotated[
         int | None,
-        typer.Option(min=1, help="Passages to judge by, from texts never searched on.", show_default="2, if there are"),
+        typer.Option(
+            min=1, help="Held-out passages to judge by, per band.", show_default="2, if the texts hold as many"
+        ),
     ] = None,
     window: Annotated[int, typer.Option(min=64, help="Tokens at a passage's end that screening reads.")] = 1024,
     screen: Annotated[
-        bool, typer.Option(help="Let readings of the end alone stand in, where they rank candidates alike.")
+        bool, typer.Option(help="Read only the end of passages, if that ranks candidates like full readings.")
     ] = True,
-    readjust: Annotated[bool, typer.Option(help="Search the model's own band, too (fine-tuned models).")] = False,
-    evaluator: Annotated[str, typer.Option(metavar="auto|llama|torch", help="What reads; auto = the faster.")] = "auto",
-    kv: Annotated[str, typer.Option(help="Cache type that llama.cpp reads with.")] = "f16",
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="Where candidates are evaluated.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray actors, that hold the model.")] = 1,
-    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster.", show_default="one on this machine")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.", show_default="its share")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed finds the same schedule.")] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the loss against evaluations.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="What was found as one JSON object.")] = False,
-    population: Annotated[int | None, _evolution("The first generation.", "64")] = None,
-    parents: Annotated[int | None, _evolution("How many of the best have children.", "32")] = None,
-    mutations: Annotated[int | None, _evolution("Children by mutation, a generation.", "16")] = None,
-    crossovers: Annotated[int | None, _evolution("Children by crossover, a generation.", "16")] = None,
+    readjust: Annotated[bool, typer.Option(help="Search the model's own band as well (fine-tuned models).")] = False,
+    evaluator: Annotated[
+        str, typer.Option(metavar="auto|llama|torch", help="What computes losses; auto = the faster.")
+    ] = "auto",
+    kv: Annotated[str, typer.Option(help="KV cache type for llama.cpp.")] = "f16",
+    engine: Annotated[str, typer.Option(metavar="local|ray", help="Where to evaluate candidates.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes, or of Ray actors.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster.", show_default="one on this machine")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads per worker.", show_default="its share of the cores")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed, for reproducible results.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot the loss against evaluations.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as a JSON object.")] = False,
+    population: Annotated[int | None, _evolution("Candidates in the first generation.", "64")] = None,
+    parents: Annotated[int | None, _evolution("Best candidates that have children.", "32")] = None,
+    mutations: Annotated[int | None, _evolution("Children by mutation, per generation.", "16")] = None,
+    crossovers: Annotated[int | None, _evolution("Children by crossover, per generation.", "16")] = None,
     generations: Annotated[int | None, _evolution("Generations after the first.", "40")] = None,
-    probability: Annotated[float | None, _evolution("That a gene is mutated, or crossed over.", "0.3")] = None,
+    probability: Annotated[
+        float | None, _evolution("Probability that a value is mutated or crossed over.", "0.3")
+    ] = None,
 ) -> None:
-    """Search the rescale factors for a longer context, on your texts, for the very file that will run.
+    """Search for rescale factors for a longer context, on your texts and with the very file that will run.
 
-    A run that was stopped goes on where it was, with the same result. Then: ropewalk convert MODEL OUT.gguf
-    --schedule S.json
+    The same command resumes a run that was stopped, with the same result.
+    To use the result: ropewalk convert MODEL OUT.gguf --schedule S.json
     """
-    from ..runtime.measure.search_schedule import SearchPlan, default_contexts, search_schedule
+    from ..runtime.measure import SearchPlan, default_contexts, search_schedule
     from .evaluate import numbers_of, texts_of
     from .model import searched_model
     from .picture import check_picture_place
 
     if output is None:
-        raise UserError("-o: missing, expected where the schedule goes")
+        raise UserError("-o: missing, expected a file for the schedule")
     _check_choice("--evaluator", evaluator, ("auto", "llama", "torch"))
     _check_choice("--engine", engine, ("local", "ray"))
     if ray_address is not None and engine != "ray":
-        raise UserError("--ray-address: has no meaning without --engine ray")
+        raise UserError("--ray-address: only valid with --engine ray")
     _check_output(output)
     if plot is not None:
         check_picture_place(plot)
@@ -145,13 +166,13 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
         with SearchTable() as table:
             schedule, found = search_schedule(plan, table.take)
     except KeyboardInterrupt:
-        typer.echo(f"ropewalk: stopped; the same command goes on from {plan.folder}", err=True)
+        typer.echo(f"ropewalk: stopped; the same command resumes from {plan.folder}", err=True)
         raise SystemExit(130) from None
     write_schedule(schedule, output)
     if plot is not None:
         from .picture import draw_search, save_figure
 
-        save_figure(draw_search(table.curves, f"{plan.model.name}: the best so far"), plot)
+        save_figure(draw_search(table.curves, f"{plan.model.name}: best loss so far"), plot)
     if as_json:
         print(json.dumps(_facts(schedule, found, plan, output), ensure_ascii=False, indent=1))
     else:
@@ -164,13 +185,13 @@ def _settings(algorithm: str, seed: int, budget: str, screen: bool, evolution: d
     _check_choice("--algorithm", algorithm, tuple(ALGORITHMS))
     given = {name: value for name, value in evolution.items() if value is not None}
     if given and algorithm != "evolution":
-        raise UserError(f"--{next(iter(given))}: has no meaning without --algorithm evolution")
-    screening, found = Screening(allowed=screen), parse_budget(budget)
-    return Settings(algorithm, seed, found, screening=screening, evolution=Evolution(**given))
+        raise UserError(f"--{next(iter(given))}: only valid with --algorithm evolution")
+    screening = Screening(allowed=screen)
+    return Settings(algorithm, seed, parse_budget(budget), screening=screening, evolution=Evolution(**given))
 
 
 def parse_budget(text: str) -> Budget:
-    """`45m`, `2h`, `90s`: a time; a bare number: evaluations.
+    """Parse a time, as in `45m`, `2h` or `90s`, or a bare number of evaluations.
 
     Raises:
         UserError: neither.
@@ -185,7 +206,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def _check_output(path: Path) -> None:
-    """A search takes long: where its schedule cannot go is told before."""
+    """Check that the schedule can be written, before a long search."""
     from ..factors import read_schedule
     from ..files import check_place
 
@@ -194,7 +215,7 @@ def _check_output(path: Path) -> None:
         try:
             read_schedule(path)
         except UserError as error:
-            raise UserError(f"-o: would replace what is no schedule: {error}") from None
+            raise UserError(f"-o: would replace a file that is not a schedule: {error}") from None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -239,7 +260,7 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
     def say(line: str) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
-    say(f"{output}" + (f"; drawn in {plot}" if plot else ""))
+    say(f"{output}" + (f"; plotted in {plot}" if plot else ""))
     original = schedule.facts.original_context
     for one in found:
         outcome, band = one.outcome, one.outcome.band
@@ -250,18 +271,18 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
             f" ({band.found.method}); {outcome.evaluations:.1f} evaluations in {_time(outcome.seconds)}"
         )
         if not outcome.beats_yarn:
-            theirs = "the model's" if plan.readjust and one is found[0] else "YaRN's"
-            say(f"  nothing was better on the search's own texts: the band is {theirs}")
+            owner = "the model's" if plan.readjust and one is found[0] else "YaRN's"
+            say(f"  nothing better was found on the search texts: the band is {owner}")
             continue
-        say(f"  texts searched on: {_change(outcome.loss - outcome.yarn)} against YaRN")
+        say(f"  search texts: {_change(outcome.loss - outcome.yarn)} against YaRN")
         for part in one.verdict.parts:
-            say(f"  texts held out, {_compared(part, original)}")
-        sure = "better" if one.verdict.is_better else "NOT surely better than YaRN"
-        say(f"  texts held out, {_compared(one.verdict, original)}: {sure}")
+            say(f"  held-out texts, {_compared(part, original)}")
+        conclusion = "better" if one.verdict.is_better else "NOT significantly better than YaRN"
+        say(f"  held-out texts, {_compared(one.verdict, original)}: {conclusion}")
 
 
 def _compared(verdict: Verdict, original: int) -> str:
-    """One kind of loss on the texts held out, in the unit that is usual for it."""
+    """Describe one kind of loss on the held-out texts, in its usual unit."""
     change = f"{_change(verdict.difference)} against YaRN (95 %: {_change(verdict.low)} to {_change(verdict.high)})"
     if verdict.kind == "needle":
         return f"keys' digits: {verdict.loss:.2f} nats, YaRN's {verdict.against:.2f}"

@@ -1,4 +1,4 @@
-"""What a search shows while it runs: one line a band, on a terminal; nothing when piped."""
+"""The progress of a search: one line per band, on a terminal; nothing when piped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.table import Table
 from .terminal import err
 
 if TYPE_CHECKING:
-    from ..runtime.measure.search_schedule import SearchEvent
+    from ..runtime.measure import SearchEvent
 
 
 class SearchTable:
     """A live table of the bands searched so far.
 
     Attributes:
-        curves: by context, (evaluations, lowest loss) as it fell, and the baselines' losses.
+        curves: by context, (evaluations, lowest loss) whenever that fell, and the baselines' losses.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class SearchTable:
     def take(self, event: SearchEvent) -> None:
         """Show one event."""
         from ..factors.search import Note, Progress
-        from ..runtime.measure.search_schedule import Judging, Searching
+        from ..runtime.measure import Judging, Searching
 
         if isinstance(event, Searching):
             self._context = event.context
@@ -55,7 +55,7 @@ class SearchTable:
         elif isinstance(event, Judging):
             curve, _ = self.curves[event.context]
             if event.done == 1 and curve:
-                curve.append((self._spent, curve[-1][1]))  # so that the picture shows how long nothing was gained
+                curve.append((self._spent, curve[-1][1]))  # so that the plot shows how long nothing improved
             self._rows[-1][1] = f"held-out texts: {event.done} of {event.total} read"
             self._rows[-1][3] = ""
 
@@ -85,7 +85,7 @@ class SearchTable:
 
 
 def _left(event: Any) -> str:
-    """What is left of the budget in time, by the speed so far."""
+    """Time left of the budget, estimated from the speed so far."""
     if event.of_seconds is not None:
         left = event.of_seconds - event.seconds
     elif event.of and event.evaluations:

@@ -1,4 +1,4 @@
-"""`ropewalk summarize`: documents in, one line of JSON out for each as soon as it is done."""
+"""`ropewalk summarize`: documents in, and one line of JSON out for each as soon as it is done."""
 
 from __future__ import annotations
 
@@ -17,51 +17,58 @@ from .prompt_cache import DEFAULT_SIZE, CacheFolder, CacheSize, open_cache, open
 
 if TYPE_CHECKING:
     from ..runtime import Llama
-    from ..runtime.chat.results import Results, StandardOutput
-    from ..runtime.chat.summary import Summarizer, Summary
+    from ..runtime.chat import Results, StandardOutput, Summarizer, Summary
     from .documents import Document
 
-RECORD_VERSION = 1  # raise it when the same settings would give other summaries than before
+RECORD_VERSION = 1  # increase it when the same settings would give different summaries than before
 
 
 def summarize(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATHS...", help="Text and Markdown files, JSON Lines (see --field), folders, quoted patterns."
+            metavar="PATHS...", help="Text or Markdown files, JSON Lines (see --field), folders, quoted patterns."
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the summaries go, as JSON Lines; - = stdout.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON Lines file to write; - = standard output.")],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A GGUF file.", show_default="the bundled SmolLM2")
+        str | None, typer.Option("-m", "--model", help="Path to a GGUF model.", show_default="the bundled SmolLM2")
     ] = None,
-    field: Annotated[str | None, typer.Option(help="In JSON Lines: the field that holds the text.")] = None,
+    field: Annotated[str | None, typer.Option(help="Field that holds the text, in JSON Lines.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask of each text.", show_default="a few sentences")
+        str | None, typer.Option(help="What to ask about each text.", show_default="a summary in a few sentences")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=16, help="The longest summary, in tokens.")] = 256,
-    context: Annotated[int, typer.Option(min=0, help="Context in tokens; 0 = all that the last band holds.")] = 0,
-    kv: Annotated[str, typer.Option(help="Cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
-    schedule: Annotated[Path | None, typer.Option(help="A rescale schedule (JSON) in place of the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
-    temp: Annotated[float, typer.Option(min=0.0, help="Temperature; 0 = always the likeliest word.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed, for temperatures above 0.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Maximum number of tokens in a summary.")] = 256,
+    context: Annotated[
+        int, typer.Option(min=0, help="Context size in tokens; 0 = as much as the last band holds.")
+    ] = 0,
+    kv: Annotated[str, typer.Option(help="KV cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
+    schedule: Annotated[
+        Path | None, typer.Option(help="Rescale schedule (JSON) to use instead of the model's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
+    ] = None,
+    temp: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 = greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed, for temperatures above 0.")] = 0,
     prompt_cache: CacheFolder = None,
     prompt_cache_size: CacheSize = DEFAULT_SIZE,
-    force: Annotated[bool, typer.Option("--force", help="Start the output over, whatever it holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over: replace the output if it exists.")] = False,
 ) -> None:
-    """Summarise documents; run it again to go on where it was stopped.
+    """Summarise documents to JSON Lines; the same command resumes a run that was stopped.
 
-    What OUT already holds (same text, model, prompt and settings) is skipped, and errors are tried again. A document
-    longer than the context is split at paragraphs, and the parts' summaries are summarised together.
+    Documents that the output already holds (same text, model, prompt and
+    settings) are skipped; those that failed are tried again.
+    A document longer than the context is split at paragraphs, and the parts'
+    summaries are summarised together.
     Exit code 1: some documents could not be summarised; their lines say why.
     """
-    from ..runtime.chat.summary import PROMPT, SummarySettings
+    from ..runtime.chat import PROMPT, SummarySettings
     from .documents import find_files
     from .model import LoadOptions, load_model, model_path
 
     if prompt is not None and not prompt.strip():
-        raise UserError("--prompt: empty, expected what to ask of each text")
+        raise UserError("--prompt: empty, expected what to ask about each text")
     files = find_files(paths, records=field is not None, leave_out=None if str(output) == "-" else output)
     options = LoadOptions(context=context, kv=kv, schedule=schedule, threads=threads)
     settings = SummarySettings(prompt=(prompt or PROMPT).strip(), max_tokens=max_tokens, temperature=temp, seed=seed)
@@ -72,18 +79,18 @@ def summarize(
         with _stopping(job, results):
             unread = _survey(job, results)
             if unread:
-                from ..runtime.chat.summary import Summarizer
+                from ..runtime.chat import Summarizer
 
                 llm = load_model(source, options)
                 _work(job, unread, results, llm, Summarizer(llm, settings, open_cache(llm, folder)))
-    _say_what_was_done(job, results)
+    _report(job, results)
     if job.n_failed:
         raise typer.Exit(1)
 
 
 @dataclass
 class _Job:
-    """What is asked, and how far it is."""
+    """The task, and how much of it is done."""
 
     files: list[Path]
     field: str | None
@@ -95,16 +102,16 @@ class _Job:
 
 
 def _open_output(output: Path, force: bool) -> Results | StandardOutput:
-    from ..runtime.chat.results import Results, StandardOutput
+    from ..runtime.chat import Results, StandardOutput
 
     return StandardOutput() if str(output) == "-" else Results(output, force=force)
 
 
 def _digest(source: Path, options: Any, settings: Any) -> str:
-    """A name for all that a summary depends on beside its text; threads and the place of the model are not of it."""
+    """Digest of all that a summary depends on besides its text; threads and the model's path are not part of it."""
     from ..container import model_digest
     from ..factors import read_schedule
-    from ..runtime.chat.results import settings_digest
+    from ..runtime.chat import settings_digest
 
     schedule = read_schedule(options.schedule).model_dump(mode="json") if options.schedule else None
     return settings_digest(
@@ -120,7 +127,7 @@ def _digest(source: Path, options: Any, settings: Any) -> str:
 
 
 def _survey(job: _Job, results: Results | StandardOutput) -> dict[str, int]:
-    """Go through all documents once; ids of those still to do, with their bytes."""
+    """Go through all documents once; return the ids of those still to do, with their bytes."""
     from .documents import read_documents
 
     done = Counter(results.done)
@@ -154,14 +161,14 @@ def _work(
 
 
 def _share(advance: Callable[[int, int], None], before: int, n_bytes: int, total: int) -> Callable[[int, int], None]:
-    """What turns a document's progress in tokens into that of all in bytes."""
+    """A callback that turns a document's progress in tokens into the progress of all documents in bytes."""
     return lambda done, tokens: advance(before + n_bytes * done // max(tokens, 1), total)
 
 
 def _record(
     job: _Job, document: Document, llm: Llama, summarizer: Summarizer, advance: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Summarise one document; what goes wrong with it becomes its record."""
+    """Summarise one document and return its record; an error goes into the record."""
     head = {"id": document.id, "source": document.source, "digest": document.digest, "settings": job.settings}
     error = document.error
     if error is None:
@@ -203,7 +210,7 @@ def _line(name: str, summary: Summary) -> str:
 
 
 def _say(line: str, style: str = "dim") -> None:
-    """A passing note, on a terminal only."""
+    """Print a note, on a terminal only."""
     from .terminal import err
 
     if err.is_terminal:
@@ -212,17 +219,17 @@ def _say(line: str, style: str = "dim") -> None:
 
 @contextmanager
 def _stopping(job: _Job, results: Results | StandardOutput) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end with one line: how far it is, and how to go on."""
+    """Make Ctrl-C and SIGTERM end with one line: how many documents are done, and how to resume."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         done = job.n_before + job.n_done
-        on = "" if str(results.path) == "-" else "; the same command goes on from here"
-        print(f"ropewalk: stopped: {done} of {job.n_documents} documents are done{on}", file=sys.stderr)
+        hint = "" if str(results.path) == "-" else "; the same command resumes from here"
+        print(f"ropewalk: stopped: {done} of {job.n_documents} documents are done{hint}", file=sys.stderr)
         raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
 
 
-def _say_what_was_done(job: _Job, results: Results | StandardOutput) -> None:
+def _report(job: _Job, results: Results | StandardOutput) -> None:
     skipped = f", {job.n_before} were done before" if job.n_before else ""
     if job.n_failed:
         failed = f"{job.n_failed} of {job.n_documents} documents could not be summarised{skipped}"

@@ -1,4 +1,4 @@
-"""How the commands draw: one console for results, one for what passes, and a progress bar with an ETA.
+"""Terminal output of the commands: one console for results, one for progress and notes, and a progress bar with an ETA.
 
 Progress and notes go to standard error and only to a terminal; results go to standard output. Rich honours NO_COLOR.
 """
@@ -22,18 +22,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PIPED_WIDTH = 200  # columns for tables where no terminal says how wide it is
+PIPED_WIDTH = 200  # columns for tables when the output is not a terminal
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int], None]
-"""Called with (done, total), in whatever unit the work is counted in."""
+"""Called with (done, total), in any unit."""
 
 
 @contextmanager
 def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
-    """Show one bar on the terminal's standard error while the block runs; silent when piped."""
+    """Show a progress bar on standard error while the block runs; nothing if that is not a terminal."""
     amount: ProgressColumn = DownloadColumn() if is_bytes else TextColumn("{task.completed:,.0f}/{task.total:,.0f}")
     columns = (
         TextColumn("{task.description}"),
@@ -50,15 +50,15 @@ def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
 
 
 def plain(text: object) -> str:
-    """Text from a file, safe to print: without control characters, and nothing in it is taken for markup."""
+    """Make text from a file safe to print: without control characters, and with markup escaped."""
     return escape("".join(char for char in str(text) if char.isprintable()))
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people, in three digits or so: `96.5 MiB`, `593 MiB`."""
+    """Format bytes in human-readable form, with about three digits: `96.5 MiB`, `593 MiB`."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
-    at = 0
-    while abs(n_bytes) >= 1000 and at < len(units) - 1:
+    unit = 0
+    while abs(n_bytes) >= 1000 and unit < len(units) - 1:
         n_bytes /= 1024
-        at += 1
-    return f"{n_bytes:.0f} {units[at]}" if at == 0 or n_bytes >= 100 else f"{n_bytes:.1f} {units[at]}"
+        unit += 1
+    return f"{n_bytes:.0f} {units[unit]}" if unit == 0 or n_bytes >= 100 else f"{n_bytes:.1f} {units[unit]}"

@@ -1,4 +1,4 @@
-"""The GGUF file: its head, read with bounds; what it says of its RoPE; the schedule it carries."""
+"""GGUF files: a bounds-checked reader of the header, what it says about RoPE, and the schedule that a file carries."""
 
 from .architectures import (
     ARCHITECTURES_WITHOUT_ROPE,

@@ -1,4 +1,4 @@
-"""What tells one model from another."""
+"""Digests that tell one model from another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SAMPLE_BYTES, SAMPLE_EVERY = 4096, 1 << 20
 
 
 def model_digest(path: str | os.PathLike[str]) -> str:
-    """What tells one model from another, in one file or several.
+    """Return a SHA-256 digest that tells one model from another, in one file or several.
 
-    All of a file up to 256 MiB; of a larger one its size, its first 16 MiB (the head) and a page in every MiB, which
-    reaches into every large tensor: another fine-tune or quantisation differs in all of them.
+    It covers all of a file up to 256 MiB; of a larger one its size, its first 16 MiB (the header) and 4 KiB in every
+    MiB, which reaches into every large tensor: another fine-tune or quantisation differs in all of them.
 
     Raises:
-        UserError: a file cannot be read, or is no GGUF.
+        UserError: a file cannot be read, or is not a GGUF file.
     """
     digest = hashlib.sha256()
     for part in model_parts(read_header(path)):

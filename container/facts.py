@@ -1,8 +1,8 @@
-"""What a GGUF file says of its RoPE: the model's facts, and what it already does beyond plain RoPE, as a schedule.
+"""A GGUF file's RoPE: the model's facts, and the scaling that the file already has, as a schedule.
 
-The rules are those of llama.cpp's loader (llama-model.cpp, `load_hparams`; llama-context.cpp; the architectures' own
-files) and of its rope operation (ggml-cpu, `rope_yarn`), so that the native schedule turns keys as stock llama.cpp
-would.
+The rules are those of llama.cpp's loader (llama-model.cpp, `load_hparams`; llama-context.cpp; the files of the
+architectures) and of its rope operation (ggml-cpu, `rope_yarn`), so that the native schedule rotates keys as stock
+llama.cpp would.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .header import GGUFError, Header
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
-SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e38  # 1e30 is real: Gemma 4's pairs that do not turn
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
 
 
 def rope_facts(header: Header) -> RopeFacts:
-    """What a schedule must know of the model in this file.
+    """Return what a schedule must know about the model in this file.
 
     Raises:
-        UserError: an architecture without RoPE, or keys that are missing or make no sense.
+        UserError: the architecture has no RoPE, or keys are missing or invalid.
     """
     return native_schedule(header).facts
 
 
 def native_schedule(header: Header) -> Schedule:
-    """What stock llama.cpp does with this file, as a schedule: one band, or two where it carries long factors.
+    """Return what stock llama.cpp does with this file as a schedule: one band, or two if it has long factors.
 
     Raises:
         UserError: as for `rope_facts`.
@@ -78,7 +78,7 @@ def freq_scale(header: Header) -> float:
 
 
 def plain_context(header: Header) -> int:
-    """The context that the model had before it was scaled, as far as the file says: its original one, or its own."""
+    """The context that the model had before it was scaled: the original one if the file gives it, else its own."""
     context = _context(header, f"{header.arch}.context_length")
     return min(context, _original_context(header, context))
 
@@ -119,7 +119,7 @@ def _n_rot(header: Header) -> int:
             raise GGUFError(f"{header.path}: {key}: {heads!r}, expected a number of heads")
         n = header.number(f"{arch}.embedding_length") // heads
     if not 2 <= n <= 1 << 17 or n % 2:
-        raise GGUFError(f"{header.path}: {key}: {n} rotary dimensions, expected an even number from 2")
+        raise GGUFError(f"{header.path}: {key}: {n} rotary dimensions, expected an even number of at least 2")
     return int(n)
 
 
@@ -132,7 +132,7 @@ def _freq_base(header: Header) -> float:
     if arch in ALPHA_ARCHITECTURES and alpha > 0:
         n = header.number(f"{arch}.attention.key_length", _n_rot(header))
         if not 1 <= alpha <= 1e6 or n < 4:
-            raise GGUFError(f"{header.path}: {arch}.rope.scaling.alpha: {alpha:g}, expected a number from 1")
+            raise GGUFError(f"{header.path}: {arch}.rope.scaling.alpha: {alpha:g}, expected a number of at least 1")
         base = float(np.float32(base) * np.float32(alpha) ** np.float32(n / (n - 2)))
     return float(base)
 
@@ -155,17 +155,17 @@ def _scaling_factor(header: Header) -> float:
     return factor
 
 
-# --- what they amount to
+# --- scaling
 
 
 def _scaling(header: Header, n_rot: int, base: float, context: int) -> tuple[Array, float]:
-    """λ of shape ``(n_rot/2,)`` and the attention factor that the scaling keys amount to."""
+    """Return λ of shape ``(n_rot/2,)`` and the attention factor that result from the scaling keys."""
     scaling, factor = f"{header.arch}.rope.scaling.", 1 / freq_scale(header)
     attention = _positive(header, scaling + "attn_factor", 1.0)
     extrapolation = 1.0 if _scaling_type(header) == "yarn" else 0.0
     if header.arch == "grok":
-        asked = header.number(scaling + "yarn_ext_factor", -1.0)
-        extrapolation = asked if asked >= 0 else extrapolation
+        given = header.number(scaling + "yarn_ext_factor", -1.0)
+        extrapolation = given if given >= 0 else extrapolation
         if not extrapolation:
             attention *= _positive(header, scaling + "yarn_attn_factor", 1.0)
     if not extrapolation:
@@ -183,9 +183,9 @@ def _scaling(header: Header, n_rot: int, base: float, context: int) -> tuple[Arr
 
 
 def _yarn_attention(header: Header, factor: float) -> float:
-    """The scale that llama.cpp gives rotated vectors under YaRN, past its own cancelling terms.
+    """The scale that llama.cpp applies to rotated vectors under YaRN, beyond its own cancelling terms.
 
-    With a log multiplier m the models are trained with ``(0.1 ln s + 1) / (0.1 m ln s + 1)`` here, and the rest of the
+    With a log multiplier m, models are trained with ``(0.1 ln s + 1) / (0.1 m ln s + 1)`` here, and the rest of the
     scale is in their attention; deepseek2 has all of it there.
     """
     plain = 0.1 * math.log(factor) + 1
@@ -197,30 +197,30 @@ def _yarn_attention(header: Header, factor: float) -> float:
         return plain
     if header.arch == "deepseek2":
         return 1.0
-    below = 0.1 * multiplier * math.log(factor) + 1
-    if not 1e-3 < below < 1e3:
+    divisor = 0.1 * multiplier * math.log(factor) + 1
+    if not 1e-3 < divisor < 1e3:
         raise GGUFError(
             f"{header.path}: {header.arch}.rope.scaling.yarn_log_multiplier: {multiplier:g}, expected a small number"
         )
-    return plain / below
+    return plain / divisor
 
 
 def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
-    """The numbers of a factor tensor, checked; None where the file has none."""
+    """Read and check the numbers of a factor tensor; None if the file has none."""
     tensor = header.tensor(name)
     if tensor is None:
         return None
-    form = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(GGMLQuantizationType(tensor.type))
+    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(GGMLQuantizationType(tensor.type))
     half = n_rot // 2
-    # step35 keeps the factors of the layers with most rotary dimensions, and the others use their beginning
+    # step35 stores the factors of its layers with most rotary dimensions; the other layers use the first ones of them
     long_enough = tensor.shape[:1] >= (half,) if header.arch == "step35" else tensor.shape[:1] == (half,)
-    if form is None or not long_enough or any(n != 1 for n in tensor.shape[1:]):
+    if dtype is None or not long_enough or any(n != 1 for n in tensor.shape[1:]):
         raise GGUFError(
             f"{header.path}: tensor {name!r}: {GGMLQuantizationType(tensor.type).name} of shape {list(tensor.shape)},"
             f" expected F32 of [{half}]"
         )
-    with np.errstate(invalid="ignore"):  # what is not a number is refused below, not warned of
-        numbers = np.frombuffer(header.tensor_data(tensor), dtype=form)[:half].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaNs are refused below, without a warning
+        numbers = np.frombuffer(header.tensor_data(tensor), dtype=dtype)[:half].astype(np.float64)
     for i, number in enumerate(numbers):
         if not SMALLEST_FACTOR <= number <= LARGEST_FACTOR:
             raise GGUFError(f"{header.path}: tensor {name!r}: element {i} is {number:g}, expected a number above 0")

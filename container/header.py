@@ -1,6 +1,6 @@
-"""What the head of a GGUF file says: metadata, tensor infos, and where each value lies. `reader` reads it.
+"""The header of a GGUF file: metadata, tensor infos, and where each value is stored. `reader` reads it.
 
-Long values stay in the file until they are asked for, and are read with a bound then.
+Long values stay in the file until they are needed, and are then read with a size limit.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ MAX_READ = 64 << 20  # bytes of one array, long string or small tensor
 
 
 class GGUFError(UserError):
-    """A file that is no GGUF, or a broken or hostile one."""
+    """A file that is not a GGUF file, or a broken or hostile one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One metadata value: its type, and the bytes [start, end) of the file that hold it, after the type's tag.
+    """One metadata value: its type, and the bytes [start, end) of the file that hold it, after the type tag.
 
-    For an array, `item_type` and `count` describe its items, and the span begins with them. `value` is None for an
-    array or a very long string: ask the header's `array` or `get`.
+    For an array, `item_type` and `count` describe its items, and the span starts with them. `value` is None for an
+    array or a very long string: use the header's `array` or `get`.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a GGUF file says before its tensors' data."""
+    """Everything in a GGUF file that comes before the tensor data."""
 
     path: Path
     version: int
@@ -69,7 +69,7 @@ class Header:
         return name
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a scalar or string; `default` where there is none (or an array)."""
+        """The value of a scalar or string; `default` if there is none (or it is an array)."""
         entry = self.entries.get(key)
         if entry is None or entry.type == ARRAY:
             return default
@@ -81,7 +81,7 @@ class Header:
         """The value of `key` as a finite number.
 
         Raises:
-            GGUFError: it is missing (and has no default) or is something else.
+            GGUFError: it is missing (without a default) or not a finite number.
         """
         value = self.get(key, default if key not in self.entries else None)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
@@ -90,10 +90,10 @@ class Header:
         return value
 
     def array(self, key: str) -> list[Any]:
-        """The items of an array, decoded now; in strings, what is no UTF-8 is replaced.
+        """The items of an array, decoded on this call; invalid UTF-8 in strings is replaced.
 
         Raises:
-            GGUFError: there is no such key, it is no array, or one of more than 64 MiB.
+            GGUFError: the key is missing, its value is not an array, or it is larger than 64 MiB.
         """
         entry = self.entries.get(key)
         if entry is None or entry.item_type is None:
@@ -124,5 +124,5 @@ class Header:
         except OSError as error:
             raise GGUFError(f"{self.path}: cannot read the model: {error.strerror or error}") from None
         if len(raw) != n:
-            raise GGUFError(f"{self.path}: {what}: the file has become shorter while it was read")
+            raise GGUFError(f"{self.path}: {what}: the file became shorter while it was being read")
         return raw

@@ -1,4 +1,4 @@
-"""A model in several files, as llama.cpp's gguf-split makes them: all metadata in the first, tensors in each."""
+"""A model in several files, as llama.cpp's gguf-split writes them: all metadata in the first, tensors in each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", r
 
 
 def model_parts(header: Header) -> tuple[Header, ...]:
-    """The heads of all files of a model, in order; the one head of a model in one file.
+    """Return the headers of all files of a model, in order; one header for a model in one file.
 
     Raises:
-        GGUFError: it is not the first of several, or the name of another one is not to be told from its own, or that
-            one is missing, broken, or of another model.
+        GGUFError: the file is not the first of several, its name does not give the names of the others, or one of them
+            is missing, broken or of another model.
     """
     count = int(header.number("split.count", 0))
     if count <= 1:

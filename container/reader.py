@@ -1,8 +1,8 @@
-"""Reading the head of a GGUF file with bounds.
+"""A bounds-checked reader for the header of a GGUF file.
 
-No count or length from the file is believed before it is known to fit into the bytes that are left, long values are
-stepped over, not loaded, and what is kept is limited; so a hostile file costs no memory, and a vocabulary of 250,000
-tokens a fraction of a second. Versions 2 and 3, little-endian.
+No count or length from the file is trusted before it is known to fit in the bytes that are left, long values are
+skipped instead of loaded, and the text that is kept is limited; so a hostile file cannot exhaust memory, and a
+vocabulary of 250,000 tokens takes a fraction of a second. Versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ MAX_ALIGNMENT = 1 << 20
 MAX_ENTRIES = 1 << 14
 MAX_TENSORS = 1 << 16
 MAX_DIMS = 4
-MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less its end mark
+MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, without the terminating zero
 MAX_KEY_BYTES = 65_535
 MAX_ELEMENTS = 2**63 - 1
 MIN_ENTRY_BYTES = 8 + 1 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 
-LONG_STRING = 1 << 16  # from here on a string is read when it is asked for
+LONG_STRING = 1 << 16  # bytes from which a string is only read when needed
 MAX_KEPT_TEXT = 8 << 20  # bytes of all keys and short strings together
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the head of the GGUF file at `path`.
+    """Read and check the header of the GGUF file at `path`.
 
     Raises:
-        GGUFError: it cannot be read, is no little-endian GGUF of version 2 or 3, is cut short anywhere (tensor data
-            too), or claims what cannot be; the message names the file, the place and what was expected.
+        GGUFError: it cannot be read, is not a little-endian GGUF file of version 2 or 3, is cut short anywhere (in
+            the tensor data, too), or has impossible values; the message names the file, the place and what was
+            expected.
     """
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise GGUFError(f"{path}: {'a folder' if path.is_dir() else 'no regular file'}, expected a GGUF file")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block forever
+            raise GGUFError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}, expected a GGUF file")
         with path.open("rb") as file:
             return _Reader(path, file, os.fstat(file.fileno()).st_size).header()
     except OSError as error:
@@ -54,7 +55,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 class _Reader:
-    """A cursor over the file that refuses to pass its end, and to keep more text than is sensible."""
+    """A cursor over the file that refuses to read past its end or to keep more text than is sensible."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
@@ -66,7 +67,7 @@ class _Reader:
     def header(self) -> Header:
         magic = self.file.read(4)
         if magic != MAGIC:
-            found = "an empty file" if self.size == 0 else f"begins with {magic!r}"
+            found = "an empty file" if self.size == 0 else f"starts with {magic!r}"
             raise self.fail(f"{found}, expected a GGUF file (b'GGUF')")
         self.at = 4
         version = self.scalar(U32, "version")
@@ -79,7 +80,7 @@ class _Reader:
         for i in range(n_entries):
             entry = self.entry(f"metadata entry {i + 1} of {n_entries}")
             if entry.key in entries:
-                raise self.fail(f"{entry.key}: stands twice in the metadata, again before byte {self.at}")
+                raise self.fail(f"{entry.key}: appears twice in the metadata, again before byte {self.at}")
             entries[entry.key] = entry
         alignment = self.alignment(entries.get("general.alignment"))
         tensors = self.tensors(n_tensors, alignment)
@@ -100,7 +101,7 @@ class _Reader:
             raise self.fail(f"general.alignment: {value!r}, expected a power of two up to {MAX_ALIGNMENT} (uint32)")
         return int(value)
 
-    # --- pieces
+    # --- parts of the header
 
     def fits(self, n: int, what: str) -> None:
         if n > self.size - self.at:
@@ -123,7 +124,7 @@ class _Reader:
         return decode_scalar(kind, self.take(scalar_size(kind), what))
 
     def count(self, what: str, item_bytes: int, limit: int = MAX_ELEMENTS) -> int:
-        """A number of items of at least `item_bytes` each, which must fit into what is left."""
+        """Read a number of items of at least `item_bytes` each, which must fit in the bytes that are left."""
         (n,) = struct.unpack("<Q", self.take(8, what))
         if n > limit:
             raise self.fail(f"{what} at byte {self.at - 8}: {n}, expected at most {limit}")
@@ -178,7 +179,7 @@ class _Reader:
         for i in range(n_tensors):
             name = self.name(f"name of tensor {i + 1} of {n_tensors}", MAX_NAME_BYTES)
             if name in tensors:
-                raise self.fail(f"tensor {name!r}: stands twice")
+                raise self.fail(f"tensor {name!r}: appears twice")
             n_dims = self.scalar(U32, f"dimensions of tensor {name!r}")
             if n_dims > MAX_DIMS:
                 raise self.fail(f"tensor {name!r}: {n_dims} dimensions, expected at most {MAX_DIMS}")
@@ -198,12 +199,14 @@ class _Reader:
         try:
             block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
-            raise self.fail(f"tensor {name!r}: type {kind}, expected one that ggml stores") from None
+            raise self.fail(f"tensor {name!r}: type {kind}, expected a type that ggml stores") from None
         elements = 1
         for n in shape:
             elements *= n
             if n == 0 or elements > MAX_ELEMENTS:
-                raise self.fail(f"tensor {name!r}: shape {list(shape)}, expected sizes of at least 1 that fit a file")
+                raise self.fail(
+                    f"tensor {name!r}: shape {list(shape)}, expected sizes of at least 1 that fit in a file"
+                )
         row = shape[0] if shape else 1
         if row % block:
             raise self.fail(f"tensor {name!r}: rows of {row}, expected a multiple of {block} for its type")

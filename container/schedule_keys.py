@@ -1,4 +1,4 @@
-"""The `ropewalk.` metadata of a GGUF file: the one writer and the one reader of an embedded schedule.
+"""The `ropewalk.` metadata of a GGUF file, in which an embedded schedule is written and read.
 
     ropewalk.format_version                u32
     ropewalk.facts.{n_rot, freq_base, original_context, native_factors, native_attention_factor}
@@ -6,8 +6,8 @@
     ropewalk.band.{i}.{context, rescale_factors, start_tokens, attention_factor, force_start_tokens}
     ropewalk.band.{i}.found.{method, onto, objective, data_digest, seed, losses}
 
-λ and every other fraction are float64, so that what is read is what was written; what is None or an empty array has
-no key.
+λ and all other fractions are float64, so that a schedule is read back exactly as it was written; None and empty arrays
+have no key.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
 MAX_BANDS = 64
-MAX_ITEMS = 1 << 17  # of one array: λ, or the losses of a long search
+MAX_ITEMS = 1 << 17  # per array: λ, or the losses of a long search
 
 
 def schedule_values(schedule: Schedule) -> list[Value]:
-    """The metadata that carries `schedule`, in the order to write it.
+    """Return the metadata that holds `schedule`, in the order in which it is written.
 
     Raises:
-        ScheduleError: a seed of more than 64 bits, which GGUF has no type for.
+        ScheduleError: a seed has more than 64 bits, for which GGUF has no type.
     """
     data = schedule.model_dump()
     values = list(_flatten(PREFIX, {"format_version": data["format_version"], "facts": data["facts"]}))
@@ -47,7 +47,7 @@ def _flatten(prefix: str, data: dict[str, Any]) -> Iterator[Value]:
         elif isinstance(value, bool):
             yield Value(key, BOOL, value)
         elif isinstance(value, int):
-            # A seed may be any 64-bit number; everything else that is whole counts tokens, dimensions or bands.
+            # A seed may be any 64-bit number; all other integers count tokens, dimensions or bands.
             if not -(2**63) <= value < 2**63:
                 raise ScheduleError(f"{key}: {value}, expected a number of at most 64 bits")
             yield Value(key, I64 if name == "seed" else U32, value)
@@ -60,10 +60,10 @@ def _flatten(prefix: str, data: dict[str, Any]) -> Iterator[Value]:
 
 
 def embedded_schedule(header: Header) -> Schedule | None:
-    """The schedule that a file carries under `ropewalk.`, or None.
+    """The schedule that is embedded in a file under `ropewalk.`, or None.
 
     Raises:
-        ScheduleError: there is one, but it is not valid; names the file and the key.
+        ScheduleError: there is one, but it is invalid; the message names the file and the key.
     """
     keys = [key for key in header.entries if key.startswith(PREFIX)]
     if not keys:
@@ -79,16 +79,16 @@ def embedded_schedule(header: Header) -> Schedule | None:
         names = key.removeprefix(PREFIX).split(".")
         if names == ["band_count"]:
             continue
-        place = data
+        group = data
         if names[0] == "band":
             if len(names) < 3 or names[1] not in map(str, range(count)):
                 raise ScheduleError(f"{header.path}: {key}: expected bands 0 to {count - 1}")
-            place, names = bands[int(names[1])], names[2:]
+            group, names = bands[int(names[1])], names[2:]
         for name in names[:-1]:
-            place = place.setdefault(name, {})
-            if not isinstance(place, dict):
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):
                 raise ScheduleError(f"{header.path}: {key}: {name} is a value, expected a group of keys")
-        place[names[-1]] = _value(header, key)
+        group[names[-1]] = _value(header, key)
     return schedule_from_dict(data, f"{header.path}: {PREFIX[:-1]} metadata")
 
 
@@ -102,10 +102,10 @@ def _value(header: Header, key: str) -> Any:
 
 
 def schedule_of(header: Header) -> Schedule:
-    """The schedule that a file runs by: its embedded one, or what it does natively.
+    """The schedule that a file runs with: its embedded one, or else its native one.
 
     Raises:
-        UserError: an architecture without RoPE, or an embedded schedule that is invalid or for another model.
+        UserError: the architecture has no RoPE, or the embedded schedule is invalid or for another model.
     """
     native = native_schedule(header)
     embedded = embedded_schedule(header)
@@ -116,10 +116,10 @@ def schedule_of(header: Header) -> Schedule:
 
 
 def trained_schedule(header: Header) -> Schedule:
-    """What a model was trained with: as `schedule_of`, without what was embedded in the file later.
+    """The schedule that a model was trained with: as `schedule_of`, without what was embedded in the file later.
 
     Raises:
-        UserError: as `schedule_of`.
+        UserError: as for `schedule_of`.
     """
     schedule = schedule_of(header)
     if embedded_schedule(header) is None:

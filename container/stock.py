@@ -1,4 +1,4 @@
-"""What stock llama.cpp will make of a file: which factors it takes, and what of the schedule it cannot follow."""
+"""How stock llama.cpp runs a file: which factors it reads, and which parts of the schedule it cannot follow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .schedule_keys import schedule_of
 
 
 def what_stock_does(header: Header) -> list[str]:
-    """Sentences on how stock llama.cpp, and what is built on it, will run this file."""
+    """Return sentences on how stock llama.cpp, and programs built on it, will run this file."""
     schedule, native = schedule_of(header), native_schedule(header)
     if schedule == native and len(schedule.bands) == 1:
         return [f"runs it as it is, up to {schedule.context:,} tokens."]
@@ -21,7 +21,7 @@ def what_stock_does(header: Header) -> list[str]:
         ]
     first = schedule.bands[0]
     if len(schedule.bands) == 1:
-        return [f"runs it by its one band, up to {last.context:,} tokens."]
+        return [f"runs it with its only band, up to {last.context:,} tokens."]
     lines = [
         f"with a context of at most {native.bands[0].context:,} tokens it uses the first band, with a longer one the"
         f" last (up to {last.context:,}), from the first token on, and never changes."

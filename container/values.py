@@ -1,4 +1,4 @@
-"""GGUF's metadata values as bytes: the one table of their types, decoding and encoding.
+"""GGUF's metadata values as bytes: the table of their types, decoding and encoding.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (little-endian).
 """
@@ -27,7 +27,7 @@ SCALARS: Mapping[int, str] = {
     I64: "q",
     F64: "d",
 }
-"""struct's letters for the value types that have a fixed size."""
+"""`struct` format characters of the value types that have a fixed size."""
 
 ARRAY_HEAD = 4 + 8
 """Bytes of an array before its items: their type and their count."""
@@ -51,7 +51,7 @@ def decode_scalar(kind: int, raw: bytes) -> Any:
 
 
 def decode_array(item_type: int, count: int, raw: bytes) -> list[Any]:
-    """The items of an array, from the bytes after its head; in strings, what is no UTF-8 is replaced."""
+    """The items of an array, from the bytes after its head; invalid UTF-8 in strings is replaced."""
     if item_type != STRING:
         return list(struct.unpack(f"<{count}{SCALARS[item_type]}", raw))
     strings, at = [], 0

@@ -1,6 +1,6 @@
-"""Writing a GGUF file from metadata and tensors that come in pieces, so that no file is too large for the memory.
+"""A writer of GGUF files from metadata and tensors that arrive in chunks, so that a file may be larger than memory.
 
-Where the pieces come from is the caller's: another GGUF file, or a checkpoint in another format.
+The caller provides the chunks: from another GGUF file, or from a checkpoint in another format.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ VERSION = 3
 CHUNK_BYTES = 4 << 20
 
 Advance = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+"""Called with (bytes done, bytes in total)."""
 
 Chunks = Iterable["bytes | memoryview"]
 
 
 @dataclass(frozen=True)
 class MetadataSource:
-    """One metadata value: `n_bytes` in `chunks` are what follows its type tag."""
+    """One metadata value: `chunks` yields the `n_bytes` that follow its type tag."""
 
     key: str
     type: int
@@ -36,7 +36,7 @@ class MetadataSource:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor, `shape` in ggml's order: its data are `n_bytes` in `chunks`."""
+    """One tensor, `shape` in ggml's order: `chunks` yields its data of `n_bytes`."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class TensorSource:
 
 
 def copied(path: Path, file: BinaryIO, start: int, n_bytes: int) -> Iterator[memoryview]:
-    """The bytes [start, start + n_bytes) of an open file, in chunks that share one buffer.
+    """Yield the bytes [start, start + n_bytes) of an open file, in chunks that share one buffer.
 
     Raises:
-        GGUFError: the file cannot be read, or has become shorter.
+        GGUFError: the file cannot be read, or became shorter.
     """
     buffer = memoryview(bytearray(min(n_bytes, CHUNK_BYTES)))
     try:
@@ -57,7 +57,7 @@ def copied(path: Path, file: BinaryIO, start: int, n_bytes: int) -> Iterator[mem
         while n_bytes:
             n = file.readinto(buffer[: min(n_bytes, CHUNK_BYTES)])  # type: ignore[attr-defined]
             if not n:
-                raise GGUFError(f"{path}: has become shorter while it was read")
+                raise GGUFError(f"{path}: became shorter while it was being read")
             yield buffer[:n]
             n_bytes -= n
     except OSError as error:
@@ -65,7 +65,7 @@ def copied(path: Path, file: BinaryIO, start: int, n_bytes: int) -> Iterator[mem
 
 
 def gguf_bytes(metadata: Sequence[MetadataSource], tensors: Sequence[TensorSource], alignment: int) -> int:
-    """Bytes that `write_gguf` will write."""
+    """The number of bytes that `write_gguf` will write."""
     return _padded(_head_bytes(metadata, tensors), alignment) + sum(_padded(t.n_bytes, alignment) for t in tensors)
 
 
@@ -77,7 +77,7 @@ def write_gguf(
     alignment: int = DEFAULT_ALIGNMENT,
     on_progress: Advance | None = None,
 ) -> None:
-    """Write a GGUF file, with the tensors in the order given, each at the first aligned place."""
+    """Write a GGUF file, with the tensors in the given order, each at the next aligned offset."""
     total = gguf_bytes(metadata, tensors, alignment)
     done = write_gguf_head(file, metadata, tensors, alignment=alignment)
     for tensor in tensors:
@@ -87,9 +87,7 @@ def write_gguf(
             if on_progress is not None:
                 on_progress(done, total)
         if done != end:
-            raise RuntimeError(
-                f"{tensor.name}: {done - end + tensor.n_bytes} bytes came, {tensor.n_bytes} were promised"
-            )
+            raise RuntimeError(f"{tensor.name}: {done - end + tensor.n_bytes} bytes, expected {tensor.n_bytes}")
         done += file.write(bytes(-done % alignment))
     if on_progress is not None:
         on_progress(done, total)
@@ -102,13 +100,13 @@ def write_gguf_head(
     *,
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> int:
-    """Write all that comes before the tensors' data, and how many bytes that is."""
+    """Write everything that comes before the tensor data, and return how many bytes that is."""
     done = file.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
     for entry in metadata:
         done += file.write(encode_string(entry.key) + struct.pack("<I", entry.type))
         n_bytes = sum(file.write(chunk) for chunk in entry.chunks)
         if n_bytes != entry.n_bytes:
-            raise RuntimeError(f"{entry.key}: {n_bytes} bytes came, {entry.n_bytes} were promised")
+            raise RuntimeError(f"{entry.key}: {n_bytes} bytes, expected {entry.n_bytes}")
         done += n_bytes
     offset = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Models to GGUF files that carry a schedule: read, plan, embed, requantise; written whole or not at all."""
+"""Convert models to GGUF files with a schedule: plan, embed, requantise, split; written whole or not at all."""
 
 from .checkpoint import checkpoint_folder, is_checkpoint
 from .embed import embed_schedule, write_embedded

@@ -1,8 +1,8 @@
-"""A GGUF file with a schedule put into it: everything else is copied, byte for byte.
+"""A copy of a GGUF file with a schedule embedded in it: everything else is copied byte for byte.
 
-The schedule goes under `ropewalk.` for every architecture. Where stock llama.cpp can take rescale factors it also gets
-them natively: the first band's as the short factors and the last band's as the long ones, absolute, so that what the
-file said of scaling before (its keys, Llama 3's `rope_freqs`) has to leave: its factors live on in the first band.
+The schedule goes under `ropewalk.` for every architecture. Where stock llama.cpp can read rescale factors, it also gets
+them natively: the first band's as the short factors and the last band's as the long ones. They are absolute, so any
+scaling that the file had before (its keys, Llama 3's `rope_freqs`) is removed; the first band includes its factors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FOLDED_KEYS = (
     "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_log_multiplier",
 )
-"""Keys after the architecture's name whose effect is in the first band's factors."""
+"""Keys (after the architecture's name) whose effect is included in the first band's factors."""
 
 
 def embed_schedule(
@@ -55,11 +55,11 @@ def embed_schedule(
     force: bool = False,
     on_progress: Advance | None = None,
 ) -> None:
-    """Write the model in `source` to `target` with `schedule` in it; what `source` carried of one is replaced.
+    """Write the model in `source` to `target` with `schedule` embedded; a schedule in `source` is replaced.
 
     Raises:
-        UserError: `source` is no whole GGUF file or has no RoPE, the schedule is for another model, or the output
-            cannot be written (see `output_file`); `target` is as it was then.
+        UserError: `source` is not a complete GGUF file or has no RoPE, the schedule is for another model, or the
+            output cannot be written (see `output_file`); `target` is then unchanged.
     """
     header = read_header(source)
     check_source(header)
@@ -69,10 +69,10 @@ def embed_schedule(
 
 
 def check_source(header: Header) -> None:
-    """Refuse what is only a part of a model.
+    """Refuse a file that is only a part of a model.
 
     Raises:
-        UserError: it says that it is one of several files.
+        UserError: the file is one of several.
     """
     if header.number("split.count", 0) > 1:
         raise UserError(
@@ -89,12 +89,12 @@ def write_embedded(
     on_progress: Advance | None = None,
     data: Mapping[str, Chunks] | None = None,
 ) -> None:
-    """Write the model that `header` heads, with `schedule` in it, to `place`; `target` is its name in messages.
+    """Write the model of `header`, with `schedule` embedded, to `place`; `target` is its name in messages.
 
-    `data` are tensors' bytes by name, where they are not to be copied from the header's file.
+    `data` gives the tensors' bytes by name, if they are not to be copied from the header's file.
 
     Raises:
-        UserError: the source cannot be read, or the disk cannot hold it.
+        UserError: the source cannot be read, or the disk has too little space.
     """
     try:
         file = header.path.open("rb", buffering=0)
@@ -109,7 +109,7 @@ def write_embedded(
 
 
 def _metadata(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[MetadataSource]:
-    """The source's metadata in its order, with ours in place of what they replace, and the rest of ours after."""
+    """The source's metadata in its order, our values in place of those that they replace, and then the rest of ours."""
     ours = {value.key: value for value in _model_values(header, schedule)}
     folded = {f"{header.arch}.{name}" for name in FOLDED_KEYS} if takes_native_factors(header) else set()
     for key, entry in header.entries.items():
@@ -131,7 +131,7 @@ def _model_values(header: Header, schedule: Schedule) -> Iterator[Value]:
         yield Value(f"{scaling}original_context_length", U32, schedule.bands[0].context)
         yield Value(f"{scaling}attn_factor", F32, schedule.bands[-1].attention_factor)
     elif header.get(f"{scaling}type") == "yarn":
-        # YaRN's own scale counts from this; without the key, from the context length that has just been changed.
+        # YaRN's ramp depends on this key; without it, on the context length, which has just been changed.
         yield Value(f"{scaling}original_context_length", U32, plain_context(header))
 
 
@@ -153,11 +153,11 @@ def _factor_tensor(name: str, band: Band) -> TensorSource:
     with np.errstate(over="ignore"):
         factors = np.array(band.rescale_factors).astype("<f4")
     if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise UserError(f"{name}: the factors of the band of {band.context} tokens do not fit into float32")
+        raise UserError(f"{name}: the factors of the band of {band.context} tokens do not fit in float32")
     return TensorSource(name, factors.shape, int(GGMLQuantizationType.F32), factors.nbytes, [factors.tobytes()])
 
 
 def encoded(value: Value) -> MetadataSource:
-    """A value as it is written."""
+    """Encode a value for writing."""
     raw = encode(value)
     return MetadataSource(value.key, value.type, len(raw), [raw])

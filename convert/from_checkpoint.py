@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint to a GGUF file, a tensor at a time; with a schedule, or requantised, in the same output."""
+"""Convert a Hugging Face checkpoint to GGUF tensor by tensor, with a schedule or requantised in the same output."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ STREAMED = {
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-"""Types that a checkpoint is written in directly; for the rest llama.cpp quantises, from 16 bits."""
+"""Types in which a checkpoint is written directly; for the others llama.cpp quantises, from 16 bits."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, understood: what its file will hold."""
+    """A checkpoint that has been read and checked: what its GGUF file will hold."""
 
     checkpoint: Checkpoint
     config: Config
@@ -52,29 +52,29 @@ class Source:
     notes: tuple[str, ...]
 
 
-def understand(folder: Path, weight_type: str | None = None, name: str | None = None) -> Source:
-    """Read all of a checkpoint but its weights, and check that they are what its config says.
+def read_source(folder: Path, weight_type: str | None = None, name: str | None = None) -> Source:
+    """Read all of a checkpoint except its weights, and check that they are what its config says.
 
     Args:
-        weight_type: of matrices; by default the 16-bit type that loses least.
-        name: the model's name; by default its card's, or the folder's.
+        weight_type: the type of matrices; by default the 16-bit type that loses least.
+        name: the model's name; by default its model card's, or the folder's.
 
     Raises:
-        UserError: something is missing, broken, or of a kind that is not known.
+        UserError: something is missing, broken or of an unsupported kind.
     """
     raw = read_config(folder)
     entry = architecture_of(raw)
     config = raw.with_defaults(entry.defaults)
     if config.get("quantization_config"):
-        raise config.wrong("quantization_config", "none: weights as floats, not packed by another program")
+        raise config.wrong("quantization_config", "none (weights as floats, not quantised by another program)")
     checkpoint = open_checkpoint(folder)
     wanted = STREAMED.get(weight_type or "", first_matrix_type(checkpoint))
     extra = rope_tensors(config, entry)
-    words, word_notes = tokeniser_values(folder, config.values, entry.tokeniser)
+    tokeniser, tokeniser_notes = tokeniser_values(folder, config.values, entry.tokeniser)
     planned = plan_tensors(checkpoint, config, entry, wanted, config.count("vocab_size"))
     shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
-    values = (*model_values(folder, config, entry, shapes, wanted, name), *words)
-    return Source(checkpoint, config, entry, values, planned, extra, (*_notes(config, entry), *word_notes))
+    values = (*model_values(folder, config, entry, shapes, wanted, name), *tokeniser)
+    return Source(checkpoint, config, entry, values, planned, extra, (*_notes(config, entry), *tokeniser_notes))
 
 
 def convert_checkpoint(
@@ -87,20 +87,20 @@ def convert_checkpoint(
     force: bool = False,
     bar: Bar = no_bar,
 ) -> tuple[str, ...]:
-    """Write the checkpoint in `folder` to `target`; what is to be known of it comes back in words.
+    """Write the checkpoint in `folder` to `target`, and return notes for the user.
 
     Args:
-        weight_type: as `convert_model`'s; by default the 16-bit type that loses least.
-        choose: given the head of the file as it would be without, says which schedule it gets, if any.
-        name: the model's name; by default its card's, or the folder's.
+        weight_type: as for `convert_model`; by default the 16-bit type that loses least.
+        choose: given the header of the file as it would be without a schedule, returns the schedule to embed, if any.
+        name: the model's name; by default its model card's, or the folder's.
         bar: shows the progress of each stage, in bytes.
 
     Raises:
-        UserError: the checkpoint is not whole, or not of a kind that is known; or the output cannot be written.
-            `target` is as it was then.
+        UserError: the checkpoint is incomplete or of an unsupported kind, or the output cannot be written; `target` is
+            then unchanged.
     """
     weight_type = check_weight_type(weight_type) if weight_type is not None else None
-    source = understand(Path(folder), weight_type, name)
+    source = read_source(Path(folder), weight_type, name)
     notes = list(source.notes)
     with output_file(target, source=Path(folder), force=force) as output, ThreadPoolExecutor(usable_cores()) as pool:
         metadata = [encoded(value) for value in source.values]
@@ -126,18 +126,18 @@ def convert_checkpoint(
 
 
 def _notes(config: Config, entry: Architecture) -> tuple[str, ...]:
-    """In what llama.cpp will run the model otherwise than the config says."""
+    """Notes on where llama.cpp will run the model differently from what the config says."""
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if activation is None or activation in entry.activations:
         return entry.unread(config)
     return (f"hidden_act {activation}: llama.cpp computes {entry.activations[0]}", *entry.unread(config))
 
 
-def _sources(source: Source, pool: ThreadPoolExecutor, tell: Callable[[str], None]) -> Iterator[TensorSource]:
-    """What is written, in order; numbers are read when they are asked for."""
+def _sources(source: Source, pool: ThreadPoolExecutor, add_note: Callable[[str], None]) -> Iterator[TensorSource]:
+    """Yield the tensors to write, in order; their numbers are only read when needed."""
 
     def warn(name: str) -> None:
-        tell(f"{name}: has NaNs in it, and the model will answer with noise")
+        add_note(f"{name}: contains NaNs; the model will generate noise")
 
     for name, factors in source.extra.items():
         raw = factors.numpy().tobytes()
@@ -152,7 +152,7 @@ def _sources(source: Source, pool: ThreadPoolExecutor, tell: Callable[[str], Non
 def _head(
     folder: Path, metadata: Sequence[MetadataSource], tensors: Sequence[TensorSource], n_factors: int
 ) -> Iterator[Header]:
-    """The head of the file as it would be without a schedule, and the first few tensors; then a hole in the file."""
+    """The header of the file as it would be without a schedule; only its factor tensors have data."""
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as place:
         path = Path(place) / f"{folder.resolve().name}.gguf"
         with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""A model from one GGUF file to another: requantised, given a schedule, or both, in one output."""
+"""Convert a model from one GGUF file to another: requantised, with a schedule, or both, in one output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .output import output_file
 from .requantise import check_weight_type, requantise
 
 Bar = Callable[[str], AbstractContextManager[Advance]]
-"""Shows the progress of a stage, by its name, in bytes."""
+"""Given the name of a stage, shows its progress in bytes."""
 
 
 @contextmanager
@@ -32,13 +32,13 @@ def convert_model(
     force: bool = False,
     bar: Bar = no_bar,
 ) -> None:
-    """Write the model in `source` to `target`, with `schedule` in it and its weights as `weight_type`.
+    """Write the model in `source` to `target`, with `schedule` embedded and its weights as `weight_type`.
 
-    Without a `schedule`, whatever the file carries of factors is kept as it is.
+    Without a `schedule`, all factors that the file has are kept unchanged.
 
     Raises:
-        UserError: `source` is no whole GGUF file or has no RoPE, the schedule is for another model, the type is not
-            known or not for this model, or the output cannot be written; `target` is as it was then.
+        UserError: `source` is not a complete GGUF file or has no RoPE, the schedule is for another model, the type is
+            unknown or impossible for this model, or the output cannot be written; `target` is then unchanged.
     """
     header = read_header(source)
     check_source(header)

@@ -1,4 +1,4 @@
-"""JSON files that others wrote: read with a bound, and what is no object told in one line."""
+"""JSON files from elsewhere: read with a size limit, and anything but an object is a one-line error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_BYTES = 256 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or does not hold an object.
     """
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -1,8 +1,8 @@
-"""An output file that is there whole or not at all, whatever happens meanwhile.
+"""An output file that appears whole or not at all, even if the process is killed.
 
-It is written beside its place, under a name of our own that one run at a time may hold, made durable, and only then
-given its name. The hold is the system's lock on the open file: it ends with the process that has it, however that
-ends, so what a killed run left is known for a leftover and replaced.
+It is written next to its target under a temporary name that one run at a time may claim, synced to disk, and only then
+renamed. The claim is a system lock on the open file, which ends with the process that holds it, however that ends; so
+the leftover of a killed run is recognised as one and replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..files import check_place, is_same, lock, sync_folder
 
 @dataclass(frozen=True)
 class Output:
-    """A claim on `target`: what goes there is written to `part`; `scratch` is for what is needed on the way."""
+    """A claim on `target`: the output is written to `part`; `scratch` is for an intermediate file."""
 
     target: Path
     part: Path
@@ -29,18 +29,18 @@ class Output:
 
 @contextmanager
 def output_file(target: str | os.PathLike[str], *, source: Path, force: bool = False) -> Iterator[Output]:
-    """Claim `target` while the block runs, and put `part` in its place when the block is done.
+    """Claim `target` while the block runs, and rename `part` to it when the block is done.
 
-    On any exception nothing is left of it. An existing `target` is replaced with `force` only, and then in one step.
+    After any exception nothing of it is left. An existing `target` is only replaced with `force`, and then in one step.
 
     Raises:
-        UserError: it exists (without `force`), is a folder or a device, is `source`, its folder is missing or cannot
-            be written to, another run is writing it, or the disk is full.
+        UserError: `target` exists (without `force`), is a folder or a device, or is `source`; its folder is missing or
+            not writable; another run is writing it; or the disk is full.
     """
     path = Path(target)
     _check_output(path, source, force)
     output = Output(path, path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.scratch.part"))
-    hold = _hold(output.part, path)
+    fd = _claim(output.part, path)
     try:
         output.scratch.unlink(missing_ok=True)
         yield output
@@ -49,18 +49,18 @@ def output_file(target: str | os.PathLike[str], *, source: Path, force: bool = F
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:
-        _drop(output, hold)
+        _release(output, fd)
 
 
 def check_space(target: Path, n_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse an output for which the disk has too little space.
 
     Raises:
-        UserError: with the numbers.
+        UserError: the message gives both sizes.
     """
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
-        raise UserError(f"{target}: not enough space on the disk: {mib(n_bytes)} are needed, {mib(free)} are free")
+        raise UserError(f"{target}: not enough disk space: {mib(n_bytes)} needed, {mib(free)} free")
 
 
 def _check_output(target: Path, source: Path, force: bool) -> None:
@@ -71,37 +71,37 @@ def _check_output(target: Path, source: Path, force: bool) -> None:
         raise UserError(f"{target}: cannot write: {error.strerror or error}") from None
     check_place(target)
     if os.path.lexists(target) and not force:
-        raise UserError(f"{target}: exists already (--force replaces it)")
+        raise UserError(f"{target}: already exists (--force replaces it)")
 
 
-def _hold(part: Path, target: Path) -> int:
-    """Make `part` and lock it; the lock lives as long as the descriptor that is returned."""
+def _claim(part: Path, target: Path) -> int:
+    """Create `part` and lock it; the lock lasts as long as the file descriptor that is returned."""
     while True:
         try:
-            hold = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise UserError(f"{target}: cannot write: {error.strerror or error}") from None
         try:
             with suppress(FileNotFoundError):
-                if not lock(hold):
+                if not lock(fd):
                     raise UserError(f"{target}: another run is writing it")
-                if is_same(hold, part):
-                    if os.fstat(hold).st_size == 0:
-                        return hold
-                    part.unlink()  # a killed run's; its child may still hold it open, so begin with a new one
-            os.close(hold)
+                if is_same(fd, part):
+                    if os.fstat(fd).st_size == 0:
+                        return fd
+                    part.unlink()  # left by a killed run, whose child may still have it open: use a new file
+            os.close(fd)
         except BaseException:
-            os.close(hold)
+            os.close(fd)
             raise
 
 
-def _drop(output: Output, hold: int) -> None:
-    """Let go of the claim, and of what is left of it: once `part` has its final name, that name is another run's."""
+def _release(output: Output, fd: int) -> None:
+    """Release the claim and remove its files; once `part` is renamed, its old name may belong to another run."""
     with suppress(OSError):
-        if is_same(hold, output.part):
+        if is_same(fd, output.part):
             output.scratch.unlink(missing_ok=True)
             output.part.unlink()
-    os.close(hold)
+    os.close(fd)
 
 
 def _publish(output: Output, force: bool) -> None:
@@ -115,14 +115,14 @@ def _publish(output: Output, force: bool) -> None:
 
 
 def _link(output: Output) -> None:
-    """Give the finished part its name, unless something has that name by now."""
+    """Give the finished part its final name, unless a file with that name has appeared."""
     try:
         os.link(output.part, output.target)
         return
     except FileExistsError:
         pass
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         if not os.path.lexists(output.target):
             output.part.rename(output.target)
             return
-    raise UserError(f"{output.target}: exists by now (--force replaces it); what was written is dropped")
+    raise UserError(f"{output.target}: exists now (--force replaces it); the new file was discarded")

@@ -1,7 +1,7 @@
-"""Which schedule a model is to get, and what becomes of the factors it carries already.
+"""Plan the schedule that a model gets, and decide what happens to the factors that it already has.
 
 Those may be its own (what it was trained with: Llama 3's `rope_freqs`, YaRN, linear or LongRoPE scaling) or a schedule
-that was embedded before. Whatever is chosen, the plan says it in one line.
+that was embedded before. The plan's note says in one line what was decided.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from ..container import Header, embedded_schedule, native_schedule, plain_context, schedule_of
 from ..errors import UserError
-from ..factors import RopeFacts, Schedule, check_matches, extend, native_band, schedule_from_dict
-from ..factors.schedule import MAX_CONTEXT
+from ..factors import MAX_CONTEXT, RopeFacts, Schedule, check_matches, extend, native_band, schedule_from_dict
 
 COMPOSE, REPLACE = "compose", "replace"
 EXISTING = (COMPOSE, REPLACE)
@@ -20,22 +19,22 @@ EXISTING = (COMPOSE, REPLACE)
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule to embed; `note` says what became of the factors that the file carried."""
+    """The schedule to embed; `note` says what happens to the factors that the file had."""
 
     schedule: Schedule
     note: str
 
 
 def plan_extension(header: Header, context: int, method: str, existing: str | None = None) -> Plan:
-    """Extend the model that `header` heads to `context` tokens by a closed form.
+    """Extend the model of `header` to `context` tokens by a closed form.
 
-    What the new bands multiply onto, by `existing`:
+    `existing` selects what the new bands are multiplied onto:
         None: what the model was trained with; a schedule embedded before is dropped.
-        "compose": all that the file carries; an embedded schedule keeps its bands and gets more.
+        "compose": all factors in the file; an embedded schedule keeps its bands and gets more.
         "replace": plain RoPE; the model's own factors are dropped, too.
 
     Raises:
-        UserError: an unknown method, or a context that is not above what there is to start from.
+        UserError: the method is unknown, or the context is not longer than the one to start from.
     """
     if existing not in (None, *EXISTING):
         raise UserError(f"existing: {existing!r}, expected {' or '.join(EXISTING)}")
@@ -48,17 +47,17 @@ def plan_extension(header: Header, context: int, method: str, existing: str | No
 def plan_given(
     header: Header, schedule: Schedule, where: str, context: int | None = None, existing: str | None = None
 ) -> Plan:
-    """Use a schedule from elsewhere (`where`), up to `context` tokens if that is given.
+    """Use a given schedule, which comes from `where`, up to `context` tokens if that is given.
 
-    Its factors are whole, so there is nothing to multiply; but one made as if the model were plain would lose the
-    factors that it was trained with, and is taken with `existing` "replace" only.
+    Its factors are complete, so there is nothing to multiply. A schedule that treats the model as plain would lose the
+    factors that the model was trained with, so it is only accepted with `existing` "replace".
 
     Raises:
-        UserError: it is for another model, does not reach `context`, or reaches less than the model does as it is.
+        UserError: it is for another model, does not reach `context`, or reaches less than the model does without it.
     """
     if existing not in (None, REPLACE):
         raise UserError(
-            f"existing: {existing!r}, expected {REPLACE} or nothing with a schedule, whose factors are whole"
+            f"existing: {existing!r}, expected {REPLACE} or nothing with a schedule, whose factors are complete"
         )
     carried = schedule_of(header)
     check_matches(schedule, carried.facts, where)
@@ -66,7 +65,8 @@ def plan_given(
     if not _same_start(schedule.facts, carried.facts) and existing != REPLACE:
         raise UserError(
             f"{where}: facts.native_factors are not what {header.path} was trained with"
-            f" ({_range(carried.facts.start_factors)}), which would be lost; expected them in it, or existing: replace"
+            f" ({_range(carried.facts.start_factors)}), which would be lost; expected a schedule with them, or"
+            " existing: replace"
         )
     if context is not None:
         if context < original:
@@ -78,15 +78,15 @@ def plan_given(
         raise UserError(
             f"{where}: reaches {schedule.context} tokens, expected at least the {original} the model was trained for"
         )
-    what = _what(header)
-    if not what:
+    factors = _describe_factors(header)
+    if not factors:
         return Plan(schedule, "the model carried no factors")
     kept = embedded_schedule(header) is None and _same_start(schedule.facts, carried.facts)
-    return Plan(schedule, f"{what} is {'part of' if kept else 'replaced by'} {where}")
+    return Plan(schedule, f"{factors} is {'part of' if kept else 'replaced by'} {where}")
 
 
 def _same_start(one: RopeFacts, other: RopeFacts) -> bool:
-    """Whether two models were trained with the same factors, as far as float32 tells."""
+    """Whether two models were trained with the same factors, to float32 precision."""
     pairs = zip(
         (one.native_attention_factor, *one.start_factors),
         (other.native_attention_factor, *other.start_factors),
@@ -96,49 +96,50 @@ def _same_start(one: RopeFacts, other: RopeFacts) -> bool:
 
 
 def _start(header: Header, existing: str | None) -> tuple[Schedule, str]:
-    """The schedule that new bands go onto, and the note."""
-    embedded, what = embedded_schedule(header), _what(header)
+    """Return the schedule to which new bands are added, and the note."""
+    embedded, factors = embedded_schedule(header), _describe_factors(header)
     carried = schedule_of(header)
-    if not what:
+    if not factors:
         return carried, "the model carried no factors"
     if existing == COMPOSE or (existing is None and embedded is None):
-        return carried, f"{what} is kept, and the new bands are multiplied onto it"
+        return carried, f"{factors} is kept, and the new bands are multiplied onto it"
     facts = carried.facts
     if existing is None:
         trained = _as_trained(carried)
         own = f" ({_range(facts.start_factors)})" if facts.native_factors else ""
-        return trained, f"{what} is dropped; the new bands start again from the model as it was trained{own}"
-    original = _plain_context(header, carried, what)
+        return trained, f"{factors} is dropped; the new bands start again from the model as it was trained{own}"
+    original = _plain_context(header, carried, factors)
     plain = RopeFacts(n_rot=facts.n_rot, freq_base=facts.freq_base, original_context=original)
-    return Schedule(facts=plain, bands=(native_band(plain),)), f"{what} is dropped; the new bands start from plain RoPE"
+    note = f"{factors} is dropped; the new bands start from plain RoPE"
+    return Schedule(facts=plain, bands=(native_band(plain),)), note
 
 
-def _plain_context(header: Header, carried: Schedule, what: str) -> int:
-    """The context that the model holds without any factors.
+def _plain_context(header: Header, carried: Schedule, factors: str) -> int:
+    """The context that the model supports without any factors; `factors` describes those in messages.
 
     Raises:
-        UserError: the model's own factors are more than a schedule embedded before, and the file does not say what it
-            was trained for without them.
+        UserError: the model has factors of its own, and the file does not say for what context it was trained without
+            them.
     """
     facts, key = carried.facts, f"{header.arch}.rope.scaling.original_context_length"
     if not facts.native_factors and facts.native_attention_factor == 1:
         return facts.original_context
     if embedded_schedule(header) is not None or not header.get(key):
         raise UserError(
-            f"{header.path}: existing: {what} cannot be replaced, as the file does not say for what context the model"
-            f" was trained without ({key}); expected compose"
+            f"{header.path}: existing: {factors} cannot be replaced, as the file does not say for what context the"
+            f" model was trained without it ({key}); expected compose"
         )
     return plain_context(header)
 
 
 def _as_trained(embedded: Schedule) -> Schedule:
-    """The bands that are the model's own, from a schedule that was embedded in it."""
+    """The model's own bands, from a schedule that was embedded in it."""
     own = tuple(band for band in embedded.bands if band.found.method == "native")
     return Schedule(facts=embedded.facts, bands=own or (native_band(embedded.facts),))
 
 
-def _what(header: Header) -> str:
-    """What factors a file carries, in words; empty if none."""
+def _describe_factors(header: Header) -> str:
+    """Describe the factors that a file carries; empty if there are none."""
     embedded = embedded_schedule(header)
     if embedded is not None:
         return f"the schedule in the file ({_methods(embedded)}, {embedded.context:,} tokens)"
@@ -157,7 +158,7 @@ def _range(factors: tuple[float, ...]) -> str:
 
 
 def _cut(schedule: Schedule, context: int, where: str) -> Schedule:
-    """The bands that `context` tokens need, the last of them serving no more than that."""
+    """The bands that `context` tokens need, the last of them shortened to `context`."""
     data = schedule.model_dump()
     data["bands"] = data["bands"][: schedule.band_index(context) + 1]
     data["bands"][-1]["context"] = context

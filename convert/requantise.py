@@ -1,7 +1,7 @@
-"""Another quantisation of a model's weights, by llama.cpp's own quantiser, in a process of its own.
+"""Quantise a model's weights to another type with llama.cpp's own quantiser, in a separate process.
 
-A process, since the quantiser cannot be interrupted and aborts on some inputs: a signal to us stops it at once, and
-its end is never ours. It ends with us, too, however we end: it watches the pipe from us.
+The quantiser cannot be interrupted and aborts on some inputs. In a process of its own, a signal to us stops it at once,
+and an abort does not end us. It also ends when we do, in whatever way, as it watches the pipe from us.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ WEIGHT_TYPES = {
     "q3_k_s": "MOSTLY_Q3_K_S",
     "q2_k": "MOSTLY_Q2_K",
 }
-"""Our names, those of llama-quantize in small letters, and llama.cpp's; what needs an importance matrix is left out."""
+"""llama-quantize's names in lower case, and llama.cpp's; types that need an importance matrix are left out."""
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
-NOISE_LINES = 20
-ROWS_BYTES = 64 << 20  # of a tensor's rows in memory at once; llama.cpp's own bound is 8 GiB
+OUTPUT_LINES = 20
+ROWS_BYTES = 64 << 20  # of a tensor's rows in memory at once; llama.cpp's own limit is 8 GiB
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 def check_weight_type(name: str) -> str:
-    """`name` in small letters, if it names a type that weights can be brought to.
+    """Return `name` in lower case if it is a type to which weights can be converted.
 
     Raises:
-        UserError: it does not.
+        UserError: it is not.
     """
     if name.lower() not in WEIGHT_TYPES:
         raise UserError(f"type: {name!r}, expected one of {', '.join(WEIGHT_TYPES)}")
@@ -64,7 +64,7 @@ def check_weight_type(name: str) -> str:
 
 
 def quantised_types(header: Header) -> list[str]:
-    """The quantised types that a model's weights already have: rounding them once more loses a little more."""
+    """The quantised types that a model's weights already have; quantising them again loses a little more."""
     kinds = {GGMLQuantizationType(tensor.type) for tensor in header.tensors} - {*FLOATS}
     return sorted(kind.name.lower() for kind in kinds)
 
@@ -72,10 +72,10 @@ def quantised_types(header: Header) -> list[str]:
 def requantise(
     header: Header, part: Path, weight_type: str, *, target: Path, copies: int = 1, on_progress: Advance | None = None
 ) -> None:
-    """Write the model that `header` heads to `part` with its weights as `weight_type`; everything else stays.
+    """Write the model of `header` to `part` with its weights as `weight_type`; everything else stays the same.
 
-    One-dimensional tensors, rescale factors among them, stay as they are. `target` is the file's name in messages,
-    and the disk must have room for `copies` of what is written.
+    One-dimensional tensors, such as rescale factors, are not changed. `target` is the file's name in messages, and the
+    disk must have room for `copies` of the output.
 
     Raises:
         UserError: llama.cpp cannot read or quantise this model, or the disk is full.
@@ -84,11 +84,11 @@ def requantise(
     files = [str(header.path.absolute()), str(part.absolute())]
     child = subprocess.Popen(
         [sys.executable, "-c", start, *files, WEIGHT_TYPES[weight_type], str(header.alignment)],
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # or an abort of llama.cpp's would start a debugger
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # otherwise an abort in llama.cpp would start a debugger
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # the terminal's Ctrl-C is for us; we end it
+        start_new_session=True,  # Ctrl-C in the terminal reaches only us; we end the child
     )
     assert child.stdin is not None and child.stdout is not None
     try:
@@ -101,39 +101,39 @@ def requantise(
         child.stdout.close()
     if code != 0:
         if "iostream" in reason or "write error" in reason:
-            raise UserError(f"{target}: cannot write: the disk is full, or takes no more")
+            raise UserError(f"{target}: cannot write: the disk is full, or a size limit is reached")
         raise UserError(
-            f"{header.path}: llama.cpp cannot bring it to {weight_type}: {reason or f'ended with code {code}'}"
+            f"{header.path}: llama.cpp cannot convert it to {weight_type}: {reason or f'ended with code {code}'}"
         )
     try:
         read_header(part)
     except GGUFError as error:
-        raise UserError(f"{header.path}: llama.cpp's {weight_type} of it is no whole file: {error}") from None
+        raise UserError(f"{header.path}: llama.cpp's {weight_type} file is not complete: {error}") from None
 
 
 def _follow(lines: IO[bytes], target: Path, copies: int, on_progress: Advance | None) -> str:
-    """Read what the child reports until it ends; return why it failed, if it did, as far as it said."""
-    total, error, noise = 0, "", [""]
+    """Read the child's reports until it ends; return the reason if it failed and gave one."""
+    total, error, output = 0, "", [""]
     for raw in lines:
-        word, _, text = raw.decode("utf-8", errors="replace").strip().partition(" ")
-        if word == "@total":
+        tag, _, text = raw.decode("utf-8", errors="replace").strip().partition(" ")
+        if tag == "@total":
             total = int(text)
             check_space(target, copies * total)
-        elif word == "@done":
+        elif tag == "@done":
             if on_progress is not None and total:
                 on_progress(min(int(text), total), total)
-        elif word == "@error":
+        elif tag == "@error":
             error = text
-        elif word:
-            noise = [*noise[-NOISE_LINES:], f"{word} {text}"]
-    return error or next((line for line in noise if "GGML_ASSERT" in line or "error" in line.lower()), noise[-1])
+        elif tag:
+            output = [*output[-OUTPUT_LINES:], f"{tag} {text}"]
+    return error or next((line for line in output if "GGML_ASSERT" in line or "error" in line.lower()), output[-1])
 
 
 # --- the child's side
 
 
 def work() -> NoReturn:
-    """Quantise as the command line says; report in lines that `_follow` reads."""
+    """Quantise as given on the command line, and report in lines that `_follow` reads."""
     end_with_parent(lambda: os.read(0, 1))  # nothing is ever sent: this returns when the other end is closed
     import llama_cpp
 
@@ -158,7 +158,7 @@ def work() -> NoReturn:
     params.max_buf_size = ROWS_BYTES
     if int(alignment) != DEFAULT_ALIGNMENT:
         params.kv_overrides = _default_alignment()
-    for dry_run in (True, False):  # the first to learn how large it will be
+    for dry_run in (True, False):  # the dry run reports the size of the output
         params.dry_run = dry_run
         code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
         if code != 0:
@@ -170,7 +170,7 @@ def work() -> NoReturn:
 
 
 def _default_alignment() -> Any:
-    """An override for `general.alignment`: the quantiser lays out for 32, whatever it says in the file's copy."""
+    """An override for `general.alignment`: the quantiser always aligns to 32, but copies the file's key."""
     import llama_cpp
 
     overrides = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty one ends the list
@@ -180,5 +180,5 @@ def _default_alignment() -> Any:
     return overrides
 
 
-def _report(word: str, text: str) -> None:
-    print(word, " ".join(text.split()), flush=True)
+def _report(tag: str, text: str) -> None:
+    print(tag, " ".join(text.split()), flush=True)

@@ -1,4 +1,4 @@
-"""A GGUF file as several smaller ones, in the form of llama.cpp's gguf-split: loading the first loads them all."""
+"""Split a GGUF file into several smaller ones, in the format of llama.cpp's gguf-split: loading the first loads all."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MAX_PARTS = 65535  # counted in 16 bits, and named in five digits
 
 
 def parse_size(text: str) -> int:
-    """Bytes from a number like 500M or 2G, thousands as gguf-split counts them.
+    """Return the bytes in a size like 500M or 2G; units are powers of 1000, as in gguf-split.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is not such a size.
     """
     match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
     if not match or not int(match[1]):
@@ -42,13 +42,13 @@ def split_model(
     force: bool = False,
     on_progress: Advance | None = None,
 ) -> tuple[Path, ...]:
-    """Write the model in `source` as files of at most `max_bytes` of tensors each, and say which.
+    """Write the model in `source` as files with at most `max_bytes` of tensors each, and return their paths.
 
-    They are `target`-00001-of-00003.gguf and so on, or `target` itself where one is enough; the first, which the others
-    hang on, appears last.
+    They are `target`-00001-of-00003.gguf and so on, or `target` itself if one is enough; the first, which loads the
+    others, appears last.
 
     Raises:
-        UserError: a tensor is larger than that, or the output cannot be written; nothing is left of it then.
+        UserError: a tensor is larger than that, or the output cannot be written; nothing of it is left then.
     """
     header = read_header(source)
     check_source(header)
@@ -57,7 +57,7 @@ def split_model(
     names = [place] if len(parts) == 1 else [_name(place, i, len(parts)) for i in range(len(parts))]
     total = sum(tensor.n_bytes for tensor in header.tensors)
     before = 0
-    with ExitStack() as stack, _opened(header) as file:
+    with ExitStack() as stack, _open(header) as file:
         outputs = [stack.enter_context(output_file(name, source=header.path, force=force)) for name in names]
         check_space(place, header.file_size)
         for i, (tensors, output) in enumerate(zip(parts, outputs, strict=True)):
@@ -78,10 +78,10 @@ def split_model(
 def in_parts(
     convert: Callable[[Path], None], target: Path, max_bytes: int, *, force: bool = False, bar: Bar = no_bar
 ) -> tuple[Path, ...]:
-    """Have `convert` write a whole file beside `target`, and split that; it is gone when this returns.
+    """Let `convert` write a whole file next to `target`, split it, and remove it again.
 
     Raises:
-        UserError: as `split_model`, and what `convert` raises.
+        UserError: as for `split_model`, and as raised by `convert`.
     """
     whole = target.with_name(f".{target.name}.whole.part")
     try:
@@ -106,7 +106,9 @@ def _parts(header: Header, max_bytes: int) -> list[list[Tensor]]:
         parts[-1].append(tensor)
         size += tensor.n_bytes
     if len(parts) > MAX_PARTS:
-        raise UserError(f"split size: {max_bytes:,} bytes makes {len(parts):,} files, expected at most {MAX_PARTS:,}")
+        raise UserError(
+            f"split size: {max_bytes:,} bytes would make {len(parts):,} files, expected at most {MAX_PARTS:,}"
+        )
     return parts
 
 
@@ -114,7 +116,7 @@ def _name(target: Path, i: int, n: int) -> Path:
     return target.with_name(f"{target.stem}-{i + 1:05d}-of-{n:05d}.gguf")
 
 
-def _opened(header: Header) -> BinaryIO:
+def _open(header: Header) -> BinaryIO:
     try:
         return header.path.open("rb", buffering=0)
     except OSError as error:
@@ -122,7 +124,7 @@ def _opened(header: Header) -> BinaryIO:
 
 
 def _metadata(header: Header, file: BinaryIO, i: int, n: int) -> Iterator[MetadataSource]:
-    """All of the model's in the first file; in each, which of how many it is."""
+    """All of the model's metadata in the first file; in every file, its number and how many there are."""
     for key, entry in header.entries.items() if i == 0 else ():
         if not key.startswith("split."):
             n_bytes = entry.end - entry.start

@@ -1,4 +1,4 @@
-"""λ as data and mathematics: the rescale schedule and the methods that compute one. No llama.cpp here."""
+"""Rescale factors λ: the schedule as data, and the methods that compute one. Independent of llama.cpp."""
 
 from .methods import (
     METHODS,
@@ -14,6 +14,7 @@ from .methods import (
 )
 from .schedule import (
     FORMAT_VERSION,
+    MAX_CONTEXT,
     START_TOKENS,
     Band,
     Provenance,
@@ -30,6 +31,7 @@ from .shipped import shipped_file, shipped_schedule
 
 __all__ = [
     "FORMAT_VERSION",
+    "MAX_CONTEXT",
     "METHODS",
     "START_TOKENS",
     "Array",

@@ -1,7 +1,7 @@
-"""The closed forms that came before the search: PI, NTK-aware, dynamic NTK and YaRN, as rescale factors.
+"""Rescale factors by closed forms: PI, NTK-aware, dynamic NTK and YaRN.
 
 Each returns λ as float64 of shape ``(n_rot/2,)``, for a scale ``s`` = new context / original context, relative to
-plain RoPE; `extend` turns one into a whole schedule on top of what the model was trained with.
+plain RoPE; `extend` makes a whole schedule of one, on top of the factors that the model was trained with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _check(n_rot: int, scale: float) -> None:
 
 
 def pi(n_rot: int, scale: float) -> Array:
-    """Position interpolation: every dimension by s (Chen et al., arXiv 2306.15595, equation 4)."""
+    """Position interpolation: every pair by s (Chen et al., arXiv 2306.15595, equation 4)."""
     _check(n_rot, scale)
     return np.full(n_rot // 2, float(scale))
 
@@ -61,17 +61,17 @@ def yarn(
 ) -> Array:
     """YaRN's "NTK-by-parts" (Peng et al., arXiv 2309.00071, equations 17 to 21).
 
-    Pairs that turn more than `beta_fast` times within the original context stay, those that turn less than
-    `beta_slow` times are interpolated by s, and the frequencies between are blended on a straight ramp.
+    Pairs that rotate more than `beta_fast` times within the original context stay unchanged, those that rotate less
+    than `beta_slow` times are interpolated by s, and the frequencies between are blended on a linear ramp.
     The ramp's ends are rounded outwards to whole dimensions, as in the authors' code, transformers and llama.cpp.
     """
     _check(n_rot, scale)
 
-    def dimension_that_turns(times: float) -> float:
-        return n_rot * math.log(original_context / (times * 2 * math.pi)) / (2 * math.log(freq_base))
+    def correction_dim(n_rotations: float) -> float:
+        return n_rot * math.log(original_context / (n_rotations * 2 * math.pi)) / (2 * math.log(freq_base))
 
-    low = max(math.floor(dimension_that_turns(beta_fast)), 0)
-    high = min(math.ceil(dimension_that_turns(beta_slow)), n_rot - 1)
+    low = max(math.floor(correction_dim(beta_fast)), 0)
+    high = min(math.ceil(correction_dim(beta_slow)), n_rot - 1)
     ramp = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
     return 1 / (ramp / scale + (1 - ramp))
 
@@ -104,14 +104,14 @@ def doubling_contexts(original_context: int, context: int) -> list[int]:
 
 
 def extend(base: Schedule, context: int, method: str = "yarn", contexts: Sequence[int] | None = None) -> Schedule:
-    """Add bands by a closed form on top of what the model has, up to `context` tokens.
+    """Add bands by a closed form on top of those that the model has, up to `context` tokens.
 
-    The bands that `base` brings stay; each new band multiplies the last one's factors by the method's, for a scale
-    counted from the last one's context. `contexts` names the new bands' contexts; the default doubles up to `context`,
-    since a band for more than the text needs costs accuracy.
+    The bands of `base` stay. Each new band multiplies the factors of the last of them by the method's, for a scale
+    relative to that band's context. `contexts` are the contexts of the new bands; by default they double up to
+    `context`, because a band longer than the text needs costs accuracy.
 
     Raises:
-        ScheduleError: an unknown method, or a context that is not above what the model already holds.
+        ScheduleError: an unknown method, or a context that is not longer than what the model already holds.
     """
     if method not in METHODS:
         raise ScheduleError(f"method: {method!r}, expected one of {', '.join(METHODS)}")

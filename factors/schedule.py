@@ -1,8 +1,8 @@
-"""The rescale schedule: the ordered bands of one model, as immutable, checked data, and its JSON file.
+"""The rescale schedule: the ordered bands of one model, as immutable, validated data, and its JSON file.
 
-Pair *i* of the rotary dimensions turns by ``pos * freq_base**(-2i/n_rot) / rescale_factors[i]`` (LongRoPE,
+Pair *i* of the rotary dimensions is rotated by ``pos * freq_base**(-2i/n_rot) / rescale_factors[i]`` (LongRoPE,
 arXiv 2402.13753, equation 2); positions below ``start_tokens`` keep the factors the model was trained with.
-A value of these types that exists is valid: every check happens on the way in.
+Every instance of these types is valid: all checks happen when it is created.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..files import write_file
 FORMAT_VERSION = 1
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
-"""The numbers of start tokens that LongRoPE searches (its table 1, extended to 32)."""
+"""The numbers of start tokens that LongRoPE searches over (its table 1, extended to 32)."""
 
 MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "longrope", "cma", "gradient", "evolution"})
 """Methods whose factors never decrease with the dimension (for longrope and the searches: section 3.2's constraint)."""
@@ -35,7 +35,7 @@ Factors = Annotated[tuple[Positive, ...], Field(max_length=1 << 16)]
 
 
 class ScheduleError(UserError):
-    """A schedule that is malformed, or made for another model."""
+    """A schedule that is malformed, or for another model."""
 
 
 class _Frozen(BaseModel):
@@ -43,10 +43,10 @@ class _Frozen(BaseModel):
 
 
 class RopeFacts(_Frozen):
-    """What a schedule must know of the model it was made for.
+    """The facts about a model that its schedule depends on.
 
-    ``native_factors`` are the λ the model was trained with (Llama 3's ``rope_freqs``, say), with its own attention
-    factor; an empty tuple stands for all ones.
+    ``native_factors`` are the λ the model was trained with (for example Llama 3's ``rope_freqs``), with its own
+    attention factor; an empty tuple stands for all ones.
     """
 
     n_rot: Annotated[int, Field(gt=0, le=1 << 17, multiple_of=2)]
@@ -56,7 +56,7 @@ class RopeFacts(_Frozen):
     native_attention_factor: Positive = 1.0
 
     @model_validator(mode="after")
-    def _right_length(self) -> RopeFacts:
+    def _check_length(self) -> RopeFacts:
         if self.native_factors and len(self.native_factors) != self.n_rot // 2:
             raise ValueError(
                 f"native_factors: {len(self.native_factors)} numbers, expected n_rot/2 = {self.n_rot // 2}"
@@ -65,14 +65,14 @@ class RopeFacts(_Frozen):
 
     @property
     def start_factors(self) -> tuple[float, ...]:
-        """The λ of start tokens: what the model was trained with, shape ``(n_rot/2,)``."""
+        """The λ of start tokens: those the model was trained with, shape ``(n_rot/2,)``."""
         return self.native_factors or (1.0,) * (self.n_rot // 2)
 
 
 class Provenance(_Frozen):
     """How a band was found.
 
-    ``onto`` names the method whose factors these were multiplied onto, if the model already carried some.
+    ``onto`` names the method whose factors these were multiplied onto, if the model already had some.
     """
 
     method: str = "unknown"
@@ -94,7 +94,7 @@ class Band(_Frozen):
     found: Provenance = Provenance()
 
     @model_validator(mode="after")
-    def _keeps_its_promises(self) -> Band:
+    def _check_values(self) -> Band:
         if self.start_tokens not in START_TOKENS and not self.force_start_tokens:
             raise ValueError(
                 f"start_tokens: {self.start_tokens}, expected one of {', '.join(map(str, START_TOKENS))}"
@@ -121,7 +121,7 @@ class Schedule(_Frozen):
     bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
 
     @model_validator(mode="after")
-    def _bands_in_order(self) -> Schedule:
+    def _check_bands(self) -> Schedule:
         half = self.facts.n_rot // 2
         for i, band in enumerate(self.bands):
             if len(band.rescale_factors) != half:
@@ -131,13 +131,13 @@ class Schedule(_Frozen):
             if i and band.context <= self.bands[i - 1].context:
                 raise ValueError(
                     f"bands.{i}.context: {band.context}, expected more than {self.bands[i - 1].context},"
-                    " the band's before it"
+                    " that of the band before it"
                 )
         return self
 
     @property
     def context(self) -> int:
-        """The longest context, in tokens, that the last band serves."""
+        """The context of the last band, in tokens: the longest."""
         return self.bands[-1].context
 
     def band_index(self, n_tokens: int) -> int:
@@ -152,12 +152,12 @@ class Schedule(_Frozen):
         raise ScheduleError(f"{n_tokens} tokens are more than the {self.context} that the model's last band holds")
 
     def only(self, index: int) -> Schedule:
-        """This schedule with just band `index`, which then serves from the first token."""
+        """This schedule with only band `index`, which then applies from the first token."""
         return self.model_copy(update={"bands": (self.bands[index],)})
 
 
 def native_band(facts: RopeFacts) -> Band:
-    """The band in which a model runs as it was trained."""
+    """The band with the context and factors that the model was trained with."""
     return Band(
         context=facts.original_context,
         rescale_factors=facts.start_factors,
@@ -167,10 +167,10 @@ def native_band(facts: RopeFacts) -> Band:
 
 
 def check_matches(schedule: Schedule, facts: RopeFacts, where: str) -> None:
-    """Refuse a schedule that was made for a model with other rotary dimensions or another base.
+    """Refuse a schedule for a model with other rotary dimensions or another base.
 
     Raises:
-        ScheduleError: names `where`, the fact that differs, and both values.
+        ScheduleError: a fact differs; names `where`, the fact and both values.
     """
     for name in ("n_rot", "freq_base"):
         theirs, ours = getattr(schedule.facts, name), getattr(facts, name)
@@ -179,15 +179,15 @@ def check_matches(schedule: Schedule, facts: RopeFacts, where: str) -> None:
 
 
 def schedule_from_dict(data: Any, where: str) -> Schedule:
-    """Validate decoded JSON (or GGUF metadata) into a schedule; errors name `where` and the key.
+    """Validate decoded JSON (or GGUF metadata) as a schedule; errors name `where` and the key.
 
     Raises:
-        ScheduleError: on the first thing that is wrong.
+        ScheduleError: for the first error found.
     """
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ScheduleError(
-            f"{where}: format_version {version} is newer than this ropewalk reads (expected {FORMAT_VERSION})"
+            f"{where}: format_version {version} is newer than this version of ropewalk reads ({FORMAT_VERSION})"
         )
     try:
         return Schedule.model_validate(data)
@@ -208,13 +208,13 @@ def read_schedule(path: str | os.PathLike[str]) -> Schedule:
     """Read a schedule's JSON file.
 
     Raises:
-        ScheduleError: the file is missing, unreadable, no JSON, or no valid schedule.
+        ScheduleError: the file is missing, unreadable, not JSON, or not a valid schedule.
     """
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
         if len(raw) > MAX_FILE_BYTES:
-            raise ScheduleError(f"{path}: more than {MAX_FILE_BYTES >> 20} MB, expected a schedule's JSON")
+            raise ScheduleError(f"{path}: more than {MAX_FILE_BYTES >> 20} MB, expected a schedule in JSON")
         data = json.loads(raw)
     except OSError as error:
         raise ScheduleError(f"{path}: cannot read the schedule: {error.strerror or error}") from None
@@ -229,7 +229,7 @@ def write_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write a schedule's JSON file, whole or not at all.
 
     Raises:
-        ScheduleError: the place cannot be written to.
+        ScheduleError: `path` cannot be written.
     """
     try:
         write_file(path, (schedule.model_dump_json(indent=1) + "\n").encode())

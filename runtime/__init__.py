@@ -1,6 +1,6 @@
-"""llama-cpp-python made long: rope callback, band switching, KV cache, memory, evaluation."""
+"""llama-cpp-python with long contexts: rope callback, band switching, KV cache, memory, evaluation."""
 
-from . import threads as threads  # first: it says how the engines are loaded
+from . import threads as threads  # first: it sets how the engines' threads wait, before they are loaded
 from .graph.rope import BandChange
 from .llama import Llama
 from .memory import KV_TYPES, MemoryPlan, choose_kv, plan_memory

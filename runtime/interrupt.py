@@ -1,9 +1,9 @@
 """Calls into llama.cpp that a signal can interrupt.
 
-Python runs signal handlers on the main thread, between any two steps of Python code: were it inside a callback from C,
-what the handler raises (Ctrl-C, SIGTERM) would be lost there. So every call that calls back runs in a thread of its
-own, and the main thread waits for it. It waits at a bare lock: a handler that raises inside the Python code of a
-`Condition`, which futures and events wait at, leaves it half released, and another exception comes out.
+Python runs signal handlers on the main thread, between any two bytecodes. Inside a callback from C, an exception that
+the handler raises (Ctrl-C, SIGTERM) would be lost. So every call that calls back runs in a thread of its own, and the
+main thread waits for it. It waits on a bare lock: a handler that raises inside the Python code of a `Condition`, which
+futures and events wait on, leaves it half released, and a different exception comes out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 class _Call:
-    """Something to do in the thread; `done` is locked until it has been, and `found` holds what came of it."""
+    """Work for the thread; `done` is locked until it has run, and `results` then holds its result."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.work, self.done = work, threading.Lock()
-        self.found: list[Any] = []
+        self.results: list[Any] = []
         self.failure: BaseException | None = None
         self.done.acquire()
 
-    def make(self) -> None:
+    def run(self) -> None:
         try:
-            self.found.append(self.work())
+            self.results.append(self.work())
         except BaseException as failure:
             self.failure = failure
         finally:
@@ -40,7 +40,7 @@ class _Call:
 class Interruptible:
     """Runs llama.cpp's calls for one context; keep it alive as long as the context.
 
-    `failed` is asked between the nodes of a long call: once it says yes, the call is given up.
+    `failed` is polled between the nodes of a long call; once it returns True, the call is aborted.
     """
 
     def __init__(self, failed: Callable[[], bool]) -> None:
@@ -50,10 +50,10 @@ class Interruptible:
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         worker = threading.Thread(target=_work, args=(self._calls,), name="ropewalk-llama", daemon=True)
         worker.start()
-        self._end = weakref.finalize(self, _end, self._calls, worker)  # at the interpreter's end, too
+        self._end = weakref.finalize(self, _end, self._calls, worker)  # also runs when the interpreter exits
 
     def run(self, work: Callable[[], T]) -> T:
-        """The result of a short call; an exception in the main thread waits for its end."""
+        """Return the result of a short call; an exception in the main thread waits until it has ended."""
         if threading.current_thread() is not threading.main_thread():
             return work()
         call = _Call(work)
@@ -65,11 +65,11 @@ class Interruptible:
             raise
         if call.failure is not None:
             raise call.failure
-        result: T = call.found[0]
+        result: T = call.results[0]
         return result
 
     def run_long(self, work: Callable[[], T], context: Any) -> T:
-        """The result of a call that decodes on `context`, which an exception in the main thread aborts."""
+        """Return the result of a call that decodes on `context`; an exception in the main thread aborts it."""
         self._stop = False
         llama_cpp.llama_set_abort_callback(context, self._must_stop, None)
         try:
@@ -82,7 +82,7 @@ class Interruptible:
         call.done.acquire()
 
     def _wait_for_all(self) -> None:
-        """What was handed to the thread still uses the context; it does one thing after the other."""
+        """Wait for the calls handed to the thread, which still use the context; it runs them in order."""
         while not self._closed:
             try:
                 self._hand_over(_Call(int))
@@ -97,8 +97,8 @@ class Interruptible:
 
 def _work(calls: SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
-        call.make()
-        del call  # what it holds is not kept until the next
+        call.run()
+        del call  # or what it holds would live until the next call
 
 
 def _end(calls: SimpleQueue[_Call | None], worker: threading.Thread) -> None:

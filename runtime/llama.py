@@ -1,8 +1,8 @@
-"""`ropewalk.Llama`: `llama_cpp.Llama` that runs by a rescale schedule.
+"""`ropewalk.Llama`: a `llama_cpp.Llama` that runs with a rescale schedule.
 
-Same constructor and methods. On top of them: every sequence runs in the smallest band that holds it and moves up, or
-back down, by turning the cached keys; the first n̂ tokens keep the model's own factors; memory is planned before it is
-taken; reading a long prompt reports its progress and can be interrupted at any time.
+Same constructor and methods. In addition, every sequence runs in the smallest band that holds it and moves up, or back
+down, by rotating the cached keys; the first n̂ tokens keep the model's own factors; memory is planned before it is
+allocated; reading a long prompt reports its progress and can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..container import freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
+from .graph.admission import check_engine
 from .graph.fast import FastNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
@@ -31,37 +32,37 @@ from .loading import check_context, key_rotation_layout, resolve_schedule
 from .losses import Logits, Scored
 from .threads import default_threads
 
-PROMPT_ROWS = 32  # from so many tokens on, a decode takes so long that Ctrl-C should abort it
+PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
 
 
 class LlamaState(StockState):
-    """llama_cpp's saved state, and the band that its keys are in."""
+    """llama_cpp's saved state, with the band that its keys are in."""
 
     band: Band
 
 
 class Llama(llama_cpp.Llama):
-    """A model, its context, and the schedule it runs by.
+    """A model, its context, and the schedule it runs with.
 
     Args beyond llama_cpp's:
-        schedule: the bands to run by, or the path of their JSON; default: what the file carries (its `ropewalk.`
-            schedule, or what its own scaling amounts to).
+        schedule: the bands to run with, or the path of their JSON; default: the file's own (its `ropewalk.` schedule,
+            or the equivalent of its scaling).
         kv: cache type: "f16", "q8_0", "q4_0", …, "K:V" for one each, or "auto" for the most exact that fits.
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
-        flash_attn: None = where the cache is quantised (without fast_prefill, where its V is).
-        fast_prefill: with flash attention, compute long prompts' attention and products ourselves (see `fast`); the
-            environment's ROPEWALK_FAST_PREFILL=0 turns it off, too.
-        threads default to the physical cores that this process may use.
+        flash_attn: None = on if the cache is quantised (without fast_prefill, if its V is).
+        fast_prefill: with flash attention, compute the attention and matrix products of long prompts in torch (see
+            `graph.fast`); the environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
+        n_threads, n_threads_batch: default: the physical cores that this process may use.
 
     Attributes:
-        plan: the `MemoryPlan` it was loaded by.
+        plan: the `MemoryPlan` it was loaded with.
         band: the band that the cached keys are in.
         on_progress: called with (tokens read, tokens to read) while a prompt is read.
-        on_band_change: called with a `BandChange` after each.
+        on_band_change: called with a `BandChange` after each change.
 
     Raises:
-        UserError: a file that is no GGUF, an architecture without RoPE, a schedule for another model, a context that
+        UserError: not a GGUF file, an architecture without RoPE, a schedule for another model, a context that
             the last band does not hold, or too little memory; nothing has been loaded then.
     """
 
@@ -92,14 +93,14 @@ class Llama(llama_cpp.Llama):
         fast_prefill = fast_prefill and not switched_off()
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
-        self._asked_ctx = check_context(n_ctx, self._schedule)
+        self._requested_ctx = check_context(n_ctx, self._schedule)
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
         if options.get("n_gpu_layers"):
             raise UserError("n_gpu_layers: ropewalk rescales rope on the CPU, expected 0")
         self.plan = memory.choose_kv(
             header,
-            self._asked_ctx,
+            self._requested_ctx,
             kv or ":".join(memory.type_name(1 if t is None else t) for t in (type_k, type_v)),
             flash_attn=flash_attn,
             fast_prefill=fast_prefill,
@@ -110,16 +111,17 @@ class Llama(llama_cpp.Llama):
         )
         self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
         self._graph = self._make_graph_hook()
+        self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers
         self.band = self._schedule.bands[0]
-        self._proved = not hooked
+        self._verified = not hooked
         self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)
-        options.setdefault("swa_full", True)  # a cache without gaps is what lets keys be turned, and tokens taken back
+        options.setdefault("swa_full", True)  # keys can be rotated, and tokens removed, only in a cache without gaps
         log.listen()
         try:
             with key_rotation_layout(header, self._schedule, self.plan):
                 super().__init__(
                     str(model_path),
-                    n_ctx=self._asked_ctx,
+                    n_ctx=self._requested_ctx,
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
                     n_threads=n_threads or default_threads(),
@@ -133,9 +135,21 @@ class Llama(llama_cpp.Llama):
         except ValueError as error:
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
         if hooked and llama_cpp.llama_get_memory(self._ctx.ctx) and not options.get("vocab_only"):
-            self._run_stopped(None)  # llama.cpp hands the callback to its scheduler with the first token, not before
+            self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
 
-    # llama_cpp.Llama assigns `context_params` once, before it makes the context: the callback goes in there.
+    # llama_cpp.Llama assigns `model_params` once, before it loads the model.
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if not self._extra_buffers:
+            params.use_extra_bufts = False
+        self._model_params = params
+
+    # llama_cpp.Llama assigns `context_params` once, before it creates the context: the callback is set there.
 
     @property
     def context_params(self) -> Any:
@@ -155,7 +169,7 @@ class Llama(llama_cpp.Llama):
             handlers |= self._fast.handlers
         return GraphHook(handlers) if handlers else None
 
-    # --- what it runs by
+    # --- what it runs with
 
     @property
     def schedule(self) -> Schedule:
@@ -167,13 +181,13 @@ class Llama(llama_cpp.Llama):
         return self._schedule.bands.index(self.band)
 
     def set_schedule(self, schedule: Schedule) -> None:
-        """Run by another schedule from now on; cached keys are turned to it.
+        """Run with another schedule from now on; cached keys are rotated to it.
 
         Raises:
-            UserError: made for another model, or too short for the cached tokens.
+            UserError: it is for another model, or too short for the cached tokens.
         """
         if self._rope is None:
-            raise UserError("schedule: this model runs by llama.cpp's own rope options")
+            raise UserError("schedule: this model runs with llama.cpp's own rope options")
         check_matches(schedule, self._schedule.facts, "schedule")
         index = schedule.band_index(self.n_tokens)
         if self.n_tokens:  # an encoder has no cache
@@ -188,18 +202,23 @@ class Llama(llama_cpp.Llama):
             raise
 
     def n_ctx(self) -> int:
-        """Tokens that a sequence may have: what was asked for, and no more than the last band holds."""
-        return min(int(super().n_ctx()), self._asked_ctx, self._schedule.context)
+        """Return the most tokens that a sequence may have: those requested, and no more than the last band holds."""
+        return min(int(super().n_ctx()), self._requested_ctx, self._schedule.context)
 
     @property
     def runs_by_schedule(self) -> bool:
-        """Whether rope is set by the schedule; otherwise llama.cpp rotates by its own options."""
+        """Whether the schedule sets rope; otherwise llama.cpp rotates by its own options."""
         return self._rope is not None
 
     @property
     def fast_prefill(self) -> bool:
-        """Whether long prompts are computed by us."""
+        """Whether long prompts are computed by `graph.fast`."""
         return self._fast is not None
+
+    @property
+    def nodes_taken(self) -> int:
+        """How many nodes of llama.cpp's graphs have been computed by us so far."""
+        return 0 if self._fast is None else self._fast.taken
 
     @property
     def kv_type(self) -> str:
@@ -223,7 +242,7 @@ class Llama(llama_cpp.Llama):
 
     @property
     def can_rewind(self) -> bool:
-        """Whether tokens can be taken back one by one; a recurrent state can only be reset."""
+        """Whether single tokens can be removed from the cache; a recurrent state can only be reset."""
         return not (self._is_recurrent or self._is_hybrid)
 
     def rewind(self, n_tokens: int) -> None:
@@ -233,11 +252,11 @@ class Llama(llama_cpp.Llama):
             UserError: there are fewer, or this model's state cannot be rewound.
         """
         if not 0 <= n_tokens <= self.n_tokens:
-            raise UserError(f"rewind: {n_tokens:,} tokens, expected 0 to the {self.n_tokens:,} that are cached")
+            raise UserError(f"rewind: {n_tokens:,} tokens, expected 0 to the {self.n_tokens:,} cached")
         if n_tokens == self.n_tokens:
             return
         if not self.can_rewind:
-            raise UserError("rewind: a recurrent model's state cannot be taken back, use reset()")
+            raise UserError("rewind: a recurrent model's state cannot be rewound, use reset()")
         self.n_tokens = n_tokens
         self._requires_eval = True
         self.drop_rolled_back()
@@ -255,18 +274,18 @@ class Llama(llama_cpp.Llama):
     def token_losses(
         self, tokens: Sequence[int], start: int = 1, targets: Sequence[int] | None = None
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Negative log-likelihood (nats) of each of ``tokens[start:]`` given all before it, shape ``(n - start,)``.
+        """Return the negative log-likelihood of each of ``tokens[start:]``, in nats, shape ``(n - start,)``.
 
-        With `targets`, rising positions in `tokens`, of those tokens alone, shape ``(len(targets),)``. The cache is
-        used as far as it holds the same tokens, and holds all before the last one asked for afterwards.
+        With `targets`, ascending positions in `tokens`, only of those tokens, shape ``(len(targets),)``. The cache is
+        reused as far as it holds the same tokens, and afterwards holds all tokens before the last one scored.
         """
         tokens, wanted = list(tokens), np.arange(start, len(tokens)) if targets is None else np.asarray(targets)
         if not len(wanted) or wanted[0] < 1 or wanted[-1] >= len(tokens) or (np.diff(wanted) < 1).any():
-            raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}, and rising targets in that range")
+            raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}, and ascending targets in that range")
         first, last = int(wanted[0]) - 1, int(wanted[-1])
         same = self.longest_token_prefix(self._input_ids[:first].tolist(), tokens)
         self.n_tokens = same
-        # One settled band for the whole text: loss is asked of the band that holds it.
+        # One band for the whole text, settled here: the loss is that of the band that holds it all.
         self._make_room(last - same)
         self._read(tokens[same:first], settled=True)
         scored = Scored(np.asarray(tokens), wanted, first)
@@ -291,7 +310,7 @@ class Llama(llama_cpp.Llama):
                 self.on_progress(done, len(tokens))
 
     def _make_room(self, n_new: int) -> None:
-        """Drop what is past `n_tokens`, refuse what will not fit, and move to the band that holds it."""
+        """Drop cached cells past `n_tokens`, check that `n_new` tokens fit, and move to the band that holds all."""
         total = self.n_tokens + n_new
         if total > self.n_ctx():
             raise UserError(
@@ -305,24 +324,24 @@ class Llama(llama_cpp.Llama):
         self._move_to(self._schedule.bands[index], _index_of(self._schedule, self.band), index)
 
     def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
-        """One llama_decode; on any failure the cache is as it was before."""
+        """Run one llama_decode; after any failure the cache is as it was before."""
         n_past, n_new = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
         if scored is not None and not self._logits_all:
-            asked = np.ctypeslib.as_array(self._batch.batch.logits, shape=(n_new,))
-            asked[:] = 0
-            asked[scored.rows(n_new)] = 1
+            wanted = np.ctypeslib.as_array(self._batch.batch.logits, shape=(n_new,))
+            wanted[:] = 0
+            wanted[scored.rows(n_new)] = 1
         try:
             if n_new < PROMPT_ROWS:
                 self._calls.run(self._decode_batch)
             else:
                 self._calls.run_long(self._decode_batch, self._ctx.ctx)
             self._raise_kept()
-            self._prove()
+            self._verify()
         except BaseException:
             self.drop_rolled_back()
             if not self.can_rewind:
-                self.reset()  # such a state cannot be taken back
+                self.reset()  # a recurrent state cannot be rewound
             self._raise_kept()  # the reason behind llama_decode's return code
             raise
         self.input_ids[n_past : n_past + n_new] = tokens
@@ -336,7 +355,7 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = False
 
     def _logits(self, n_rows: int) -> Logits:
-        """The last decode's, shape ``(n_rows, vocabulary)``; llama.cpp's own memory."""
+        """Return the last decode's logits, shape ``(n_rows, vocabulary)``, in llama.cpp's own memory."""
         if not n_rows:
             return np.empty((0, self._n_vocab), dtype=np.float32)
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_rows, self._n_vocab))
@@ -349,25 +368,25 @@ class Llama(llama_cpp.Llama):
             self._ctx.decode(self._batch)
 
     def _raise_kept(self) -> None:
-        """Raise what went wrong inside llama.cpp's callbacks, where nothing can be raised."""
+        """Raise the exception that llama.cpp's callbacks kept, if any, as they cannot raise it themselves."""
         for kept in (self._graph, self._fast):
             if kept is not None:
                 kept.raise_kept()
 
-    def _prove(self) -> None:
-        """After the first decode: λ must have reached at least one node, or the model runs without it."""
-        if not self._proved:
+    def _verify(self) -> None:
+        """Check after the first decode that λ has reached at least one node; otherwise the model runs without it."""
+        if not self._verified:
             assert self._rope is not None
             if not self._rope.touched:
                 facts = self._schedule.facts
                 raise UserError(
-                    f"{self.model_path}: no rope of this model has base {facts.freq_base:g} and {facts.n_rot}"
+                    f"{self.model_path}: no ROPE node of this model has base {facts.freq_base:g} and {facts.n_rot}"
                     " dimensions: the schedule cannot be applied"
                 )
-            self._proved = True
+            self._verified = True
 
     def drop_rolled_back(self) -> None:
-        """Let the cache follow `n_tokens`: llama_cpp.Llama rolls back by its own count alone."""
+        """Cut the cache to `n_tokens`: on a rollback, llama_cpp.Llama only changes that count."""
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
 
     def _forget(self) -> None:
@@ -383,13 +402,13 @@ class Llama(llama_cpp.Llama):
             return
         n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
         try:
-            turns = plan_rotations(self._schedule.facts, old, band, n_tokens)
-            reread = bool(turns) and not (self._can_rotate() and all(map(self._rotate_keys, turns)))
+            rotations = plan_rotations(self._schedule.facts, old, band, n_tokens)
+            reread = bool(rotations) and not (self._can_rotate() and all(map(self._rotate_keys, rotations)))
             self.band = band
             if reread:
                 self._read_again()
         except BaseException:
-            self._forget()  # half-turned keys must never be read
+            self._forget()  # partly rotated keys must never be read
             raise
         if n_tokens and self.on_band_change is not None:
             seconds = time.perf_counter() - started
@@ -398,12 +417,12 @@ class Llama(llama_cpp.Llama):
     def _can_rotate(self) -> bool:
         """Whether llama.cpp can shift this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
+        cut_blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        return self.can_rewind and not blocks and bool(in_order and llama_cpp.llama_memory_can_shift(cache))
+        return self.can_rewind and not cut_blocks and bool(in_order and llama_cpp.llama_memory_can_shift(cache))
 
     def _window_is_lost(self) -> bool:
-        """Whether a rollback needs tokens of a sliding window that the cache has let go."""
+        """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
         window = llama_cpp.llama_model_n_swa(self._model.model)
         if not window or not self.n_tokens or not self.can_rewind:
             return False
@@ -415,37 +434,38 @@ class Llama(llama_cpp.Llama):
         self._forget()
         self._read(tokens, settled=True)
 
-    def _rotate_keys(self, turn: Rotation) -> bool:
-        """Run llama.cpp's K-shift graph for one turn; False if that did not reach the keys.
+    def _rotate_keys(self, rotation: Rotation) -> bool:
+        """Run llama.cpp's K-shift graph for one rotation; False if it did not reach the keys.
 
-        Halving position 0 leaves it as it is and still marks the cache as shifted, so that the graph runs at the start
+        Halving position 0 leaves it unchanged and still marks the cache as shifted, so that the graph runs at the start
         of the next decode. (Adding to positions would also move the search for free cells to the first one, where a
-        sliding window's old cells would be taken.)
+        sliding window's old cells would be reused.)
         """
         assert self._rope is not None
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         llama_cpp.llama_memory_seq_div(cache, 0, 0, 1, 2)
         self._rope.touched = 0
-        code = self._run_stopped(turn)
-        if code not in (0, 1):  # 1: no cell is free for the token, which a turn does not mind
-            raise RuntimeError(f"the cached keys could not be turned to another band (llama_decode: {code})")
+        code = self._run_stopped(rotation)
+        if code not in (0, 1):  # 1: no cell is free for the token, which does not matter here
+            raise RuntimeError(f"the cached keys could not be rotated to another band (llama_decode: {code})")
         self._requires_eval = True
         return self._rope.touched > 0
 
-    def _run_stopped(self, turn: Rotation | None) -> int:
-        """Start to decode one token, stop before it is computed, and take it back; llama_decode's return code."""
+    def _run_stopped(self, rotation: Rotation | None) -> int:
+        """Start to decode one token, stop before it is computed, and remove it; return llama_decode's return code."""
         assert self._graph is not None and self._rope is not None
         self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-        with self._graph.stopping_tokens({} if turn is None else {"ROPE": partial(self._rope.set_rotation, turn=turn)}):
+        handlers = {} if rotation is None else {"ROPE": partial(self._rope.set_rotation, rotation=rotation)}
+        with self._graph.stopping_tokens(handlers):
             code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
         self._graph.raise_kept()
         self.drop_rolled_back()
         return code
 
-    # --- the rest of llama_cpp.Llama that must know of bands
+    # --- other methods of llama_cpp.Llama that depend on the band
 
     def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = True, **options: Any) -> Any:
-        """As in llama_cpp, in the smallest band that holds the longest input.
+        """Return embeddings as in llama_cpp, in the smallest band that holds the longest input.
 
         Raises:
             UserError: that band has start tokens, which a batch of several sequences cannot honour.
@@ -465,12 +485,12 @@ class Llama(llama_cpp.Llama):
             with self._working():
                 return stock()
 
-        found = self._calls.run(call)
+        embeddings = self._calls.run(call)
         self._raise_kept()
-        return found
+        return embeddings
 
     def save_state(self) -> LlamaState:
-        """The tokens, their keys and values, and the band they are in."""
+        """Return the tokens, their keys and values, and the band they are in."""
         state: LlamaState = super().save_state()
         if not self._logits_all:
             state.scores = state.scores[:0]  # never written to without logits_all
@@ -479,10 +499,10 @@ class Llama(llama_cpp.Llama):
         return state
 
     def load_state(self, state: StockState) -> None:
-        """Take up a saved state, turned to the band that holds it here.
+        """Load a saved state, rotated to the band that holds it here.
 
         Raises:
-            UserError: a state without a band (another class's), or more tokens than fit here.
+            UserError: a state without a band (saved by another class), or more tokens than fit here.
         """
         if not isinstance(state, LlamaState):
             raise UserError("load_state: the state was not saved by ropewalk.Llama, its band is unknown")
@@ -492,7 +512,7 @@ class Llama(llama_cpp.Llama):
         self._forget()
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
             self._forget()
-            raise RuntimeError("llama.cpp did not take the saved state")
+            raise RuntimeError("llama.cpp did not accept the saved state")
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
         if self._logits_all and len(state.scores) == state.n_tokens:
             self.scores[: state.n_tokens] = state.scores
@@ -502,12 +522,12 @@ class Llama(llama_cpp.Llama):
 
     @property
     def sequence_bytes(self) -> int:
-        """Bytes of what `sequence_state` returns."""
+        """Bytes that `sequence_state` returns."""
         self.drop_rolled_back()
         return int(llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0))
 
     def sequence_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The cached keys and values as llama.cpp serialises them, shape ``(sequence_bytes,)``; for `restore`."""
+        """Return the keys and values as llama.cpp serialises them, for `restore`; shape ``(sequence_bytes,)``."""
         state = np.empty(self.sequence_bytes, dtype=np.uint8)
         buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         written = llama_cpp.llama_state_seq_get_data(self._ctx.ctx, buffer, state.nbytes, 0)
@@ -516,16 +536,16 @@ class Llama(llama_cpp.Llama):
         return state
 
     def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
-        """Replace the cached sequence by `tokens`, whose keys and values `state` holds, rotated as in `band`.
+        """Replace the cached sequence with `tokens`, whose keys and values are in `state`, rotated as in `band`.
 
         Raises:
-            RuntimeError: llama.cpp refuses the state, or it has other positions than its tokens; the cache is empty.
+            RuntimeError: llama.cpp refuses the state, or its positions do not match the tokens; the cache is empty.
         """
         self._forget()
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         try:
             if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
-                raise RuntimeError("llama.cpp did not take the saved sequence")
+                raise RuntimeError("llama.cpp did not accept the saved sequence")
             last = llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self._ctx.ctx), 0)
             if last != len(tokens) - 1:
                 raise RuntimeError(f"the state ends at position {last}, expected {len(tokens) - 1}")
@@ -545,7 +565,11 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state |= {"n_ctx": self._asked_ctx, "fast_prefill": self._fast is not None, "flash_attn": self.plan.flash_attn}
+        state |= {
+            "n_ctx": self._requested_ctx,
+            "fast_prefill": self._fast is not None,
+            "flash_attn": self.plan.flash_attn,
+        }
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)

@@ -1,4 +1,4 @@
-"""What a model is loaded with, settled before it is: the schedule it runs by, and how long its context may be."""
+"""What is decided before a model is loaded: the schedule it runs with, and how long its context may be."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ ROPE_OPTIONS = (
     "yarn_beta_slow",
     "yarn_orig_ctx",
 )
-"""llama_cpp's own ways to scale RoPE; given one of them, the schedule stands aside."""
+"""llama_cpp's own options for scaling RoPE; where one of them is given, no schedule is applied."""
 
 
 def resolve_schedule(
     header: Header, given: Schedule | str | os.PathLike[str] | None, n_ctx: int, options: dict[str, Any]
 ) -> tuple[Schedule, bool]:
-    """The schedule to run by, and whether the rope callback is needed for it.
+    """Return the schedule to run with, and whether it needs the rope callback.
 
     Raises:
-        UserError: a schedule for another model, or together with llama_cpp's own rope options.
+        UserError: a schedule for another model, or one together with llama_cpp's own rope options.
     """
     defaults = inspect.signature(llama_cpp.Llama.__init__).parameters
     own = [name for name in ROPE_OPTIONS if name in options and options[name] != defaults[name].default]
     native = native_schedule(header)
     if own and (given is not None or schedule_of(header) != native):
-        raise UserError(f"{own[0]}: the model runs by a rescale schedule; give one or the other")
+        raise UserError(f"{own[0]}: the model has a rescale schedule; give one or the other")
     if own:
         last = native.bands[-1]
-        asked = Band(
+        band = Band(
             context=max(n_ctx, 1) if n_ctx else last.context,
             rescale_factors=last.rescale_factors,
             found=Provenance(method="llama.cpp options"),
         )
-        return Schedule(facts=native.facts, bands=(asked,)), False
+        return Schedule(facts=native.facts, bands=(band,)), False
     if given is None:
         schedule = schedule_of(header)
         return schedule, schedule != native or len(native.bands) > 1
@@ -61,10 +61,10 @@ def resolve_schedule(
 
 
 def check_context(n_ctx: int, schedule: Schedule) -> int:
-    """The context to run with: `n_ctx`, or for 0 all that the last band holds.
+    """Return the context to run with: `n_ctx`, or for 0 all that the last band holds.
 
     Raises:
-        UserError: it is no number of tokens, or more than the last band holds.
+        UserError: it is not a number of tokens, or more than the last band holds.
     """
     if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or n_ctx < 0:
         raise UserError(f"n_ctx: {n_ctx!r}, expected a number of tokens (0 for the model's longest)")
@@ -80,10 +80,10 @@ def key_rotation_layout(header: Header, schedule: Schedule, plan: MemoryPlan) ->
     """Keep llama.cpp from mixing rotated and unrotated dimensions of a quantised key.
 
     Its Hadamard transform of quantised keys spans whole heads, but its K-shift undoes it on the rotated dimensions
-    only: where those are fewer, keys could not be turned, so the transform is switched off for this context.
+    only: where those are fewer, keys could not be rotated, so the transform is switched off for this context.
     """
-    shape = head_size(header)
-    partial = is_quantised(plan.type_k) and schedule.facts.n_rot != shape and len(schedule.bands) > 1
+    size = head_size(header)
+    partial = is_quantised(plan.type_k) and schedule.facts.n_rot != size and len(schedule.bands) > 1
     name, before = "LLAMA_ATTN_ROT_DISABLE", os.environ.get("LLAMA_ATTN_ROT_DISABLE")
     if partial:
         os.environ[name] = "1"

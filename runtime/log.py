@@ -1,4 +1,4 @@
-"""llama.cpp's log: all of it when verbose; otherwise its errors are kept, for the one line that says what went wrong.
+"""llama.cpp's log: printed when verbose; otherwise only its errors are kept, for the one-line error message.
 
 llama-cpp-python's own handler mistakes ggml's levels for older ones: it prints warnings as errors and drops errors.
 """
@@ -28,12 +28,12 @@ def _listen(level: int, text: bytes, _: Any) -> None:
 
 
 def listen() -> None:
-    """Take llama.cpp's log over, and forget the errors so far."""
+    """Take over llama.cpp's log, and forget earlier errors."""
     llama_cpp.llama_log_set(_listen, None)
     _errors.clear()
 
 
 def first_error(otherwise: str) -> str:
-    """The first error since `listen`, which is the one nearest to the cause."""
+    """Return the first error since `listen`, which is the one nearest to the cause, or `otherwise`."""
     line = next(iter(_errors), otherwise)
     return line.split(": ", 1)[-1] if line.split(": ", 1)[0].isidentifier() else line

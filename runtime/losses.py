@@ -9,18 +9,19 @@ import numpy as np
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 Losses = np.ndarray[Any, np.dtype[np.float64]]
 
-CHUNK_ROWS = 256  # of logits at a time: their exponentials stay in the cache
+CHUNK_ROWS = 256  # logits per step, so that their exponentials stay in the processor's cache
 
 
 def negative_log_likelihood(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
-    """``-log softmax(logits)[token]`` of each row, shape ``(rows,)``, in nats."""
+    """Return ``-log softmax(logits)[token]`` of each row, shape ``(rows,)``, in nats."""
     parts = [
-        _of_rows(logits[at : at + CHUNK_ROWS], tokens[at : at + CHUNK_ROWS]) for at in range(0, len(logits), CHUNK_ROWS)
+        _row_losses(logits[at : at + CHUNK_ROWS], tokens[at : at + CHUNK_ROWS])
+        for at in range(0, len(logits), CHUNK_ROWS)
     ]
     return np.concatenate(parts)
 
 
-def _of_rows(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
+def _row_losses(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
     peak = logits.max(axis=1, keepdims=True)
     total = np.exp(logits - peak, dtype=np.float32).sum(axis=1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
@@ -28,12 +29,12 @@ def _of_rows(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
 
 
 class Scored:
-    """Which tokens of a text are to be predicted, and their losses as they come in, batch after batch.
+    """The tokens of a text to score, and their losses, collected batch by batch.
 
     Args:
         tokens: the whole text.
-        targets: rising positions in it, at least 1.
-        start: the position from which on it is going to be read.
+        targets: ascending positions in it, at least 1.
+        start: the position at which reading starts.
     """
 
     def __init__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], start: int) -> None:
@@ -41,16 +42,16 @@ class Scored:
         self._parts: list[Losses] = []
 
     def rows(self, n: int) -> np.ndarray[Any, Any]:
-        """Rows of the next `n` tokens whose logits are wanted."""
+        """Return those rows of the next `n` tokens whose logits are needed."""
         low, high = np.searchsorted(self._before, (self._at, self._at + n))
         return np.asarray(self._before[low:high] - self._at)
 
     def take(self, n: int, rows: np.ndarray[Any, Any], logits: Logits) -> None:
-        """The next `n` tokens have been read; `logits` are those of `rows`, shape ``(len(rows), vocabulary)``."""
+        """Score the next `n` tokens, just read; `logits` are those of `rows`, shape ``(len(rows), vocabulary)``."""
         if len(rows):
             self._parts.append(negative_log_likelihood(logits, self._tokens[self._at + rows + 1]))
         self._at += n
 
     def losses(self) -> Losses:
-        """Of all targets, in nats, shape ``(len(targets),)``."""
+        """Return the losses of all targets, in nats, shape ``(len(targets),)``."""
         return np.concatenate(self._parts)

@@ -1,7 +1,7 @@
-"""What a model will need before a byte of it is loaded: weights, KV cache and compute, against what the machine has.
+"""The memory that a model needs, before it is loaded: weights, KV cache and compute buffers, against what is free.
 
 `plan_memory` computes; `choose_kv` takes the most exact cache type that fits and refuses, with the numbers, what does
-not fit at all. The sizes follow llama.cpp's allocations on a CPU; compute buffers are an estimate from above.
+not fit at all. The sizes follow llama.cpp's allocations on a CPU; compute buffers are estimated from above.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ..container import Header, model_parts
 from ..errors import UserError, mib
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""Types of a KV cache; `K:V` names one for each, a single name serves both."""
+"""Cache types; `K:V` names one each for K and V, a single name is for both."""
 
 AUTO_ORDER = ("f16", "q8_0:f16", "q8_0", "q4_0")
-"""What `auto` tries: from the most exact down."""
+"""The cache types that `auto` tries, most exact first."""
 
 FAST_BYTES = 40 << 20
-"""What attention and products of our own need: cells and weights made floats, and torch's buffers."""
+"""Memory for `graph.fast`: dequantised cells and weights, and torch's buffers."""
 
 CELL_PADDING = 256  # llama.cpp rounds the cache's cells up to this
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a model will take with `n_ctx` tokens of context and a cache of `kv_type`."""
+    """Bytes that a model takes with `n_ctx` tokens of context and a cache of `kv_type`."""
 
     n_ctx: int
     kv_type: str
@@ -58,12 +58,12 @@ class MemoryPlan:
 
 
 def ggml_type(name: str) -> int:
-    """ggml's number for the cache type `name`."""
+    """Return ggml's number for the cache type `name`."""
     return int(gguf.GGMLQuantizationType[name.upper()])
 
 
 def type_name(number: int) -> str:
-    """The name of ggml's type `number`, as cache types are named here."""
+    """Return the name of ggml's type `number`, as in `KV_TYPES`."""
     return str(gguf.GGMLQuantizationType(number).name).lower()
 
 
@@ -77,7 +77,7 @@ def _row_bytes(name: str, n: int) -> int:
 
 
 def check_kv_type(kv: str) -> str:
-    """Return `kv` if it names a cache type.
+    """Return `kv` if it names a cache type, shortened where K and V have the same.
 
     Raises:
         UserError: it does not.
@@ -90,7 +90,7 @@ def check_kv_type(kv: str) -> str:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The sizes that memory depends on; per layer where models differ."""
+    """The sizes that memory depends on; `k_heads` has one number per layer, as layers may differ."""
 
     n_head: int
     k_heads: tuple[int, ...]
@@ -134,7 +134,7 @@ def _shape(header: Header) -> _Sizes:
 
 
 def head_size(header: Header) -> int:
-    """Dimensions of one attention head's key."""
+    """Return the dimensions of one attention head's key."""
     return _shape(header).key_length
 
 
@@ -151,11 +151,11 @@ def plan_memory(
     bands: int = 1,
     available: int | None = None,
 ) -> MemoryPlan:
-    """Bytes for `n_ctx` tokens with cache type `kv` (not "auto").
+    """Return the plan for `n_ctx` tokens with cache type `kv` (not "auto").
 
-    `flash_attn` None means: on where V is quantised, which llama.cpp demands, and with `fast_prefill`, which works on
-    its nodes alone and counts room of its own, where K is. `bands` above one counts the buffer in which quantised keys
-    are turned. `available` replaces the machine's own figure.
+    `flash_attn` None means: on where V is quantised, which llama.cpp requires, and with `fast_prefill`, which only
+    takes over flash-attention nodes and adds memory of its own, where K is. More than one of `bands` adds the buffer in
+    which quantised keys are rotated. `available` replaces the machine's own figure.
     """
     kv = check_kv_type(kv)
     type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
@@ -168,42 +168,42 @@ def plan_memory(
     )
     if flash_attn is None:
         flash_attn = is_quantised(type_v) or (fast_prefill and is_quantised(type_k))
-    rows = 4 * n_ubatch  # bytes of one float for each row of a micro-batch
+    rows = 4 * n_ubatch  # bytes of one float per row of a micro-batch
     scores = rows * cells * (1.5 if flash_attn else shape.n_head + 1)
     states = rows * (3 * shape.n_ff + 4 * shape.n_embd + 3 * shape.n_head * max(shape.key_length, shape.value_length))
     outputs = rows * (shape.n_vocab + 8 * shape.n_embd)
-    turned = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
+    rotated = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
     logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
-    own = FAST_BYTES if flash_attn and fast_prefill else 0
+    fast = FAST_BYTES if flash_attn and fast_prefill else 0
     return MemoryPlan(
         n_ctx=n_ctx,
         kv_type=kv,
         flash_attn=flash_attn,
         weights_bytes=shape.weights_bytes,
         cache_bytes=cache,
-        compute_bytes=int(1.05 * max(scores + states, outputs, turned)) + logits + own,
+        compute_bytes=int(1.05 * max(scores + states, outputs, rotated)) + logits + fast,
         available_bytes=available_memory() if available is None else available,
     )
 
 
 def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan:
-    """The plan for cache type `kv`; for "auto", for the most exact type that fits. Options as for `plan_memory`.
+    """Return the plan for cache type `kv`; for "auto", for the most exact type that fits. Options as for `plan_memory`.
 
     Raises:
-        UserError: it does not fit, with the numbers; or the model's heads do not divide into the type's blocks.
+        UserError: it does not fit (the message has the numbers), or the heads do not divide into the type's blocks.
     """
     kv = check_kv_type(kv)
     shape = _shape(header)
     names = AUTO_ORDER if kv == "auto" else (kv,)
     plans = []
     for name in names:
-        unfit = _blocks_that_do_not_fit(shape, name)
-        if unfit is None:
+        mismatch = _block_mismatch(shape, name)
+        if mismatch is None:
             plans.append(plan_memory(header, n_ctx, name, **options))
             if plans[-1].fits:
                 return plans[-1]
         elif kv != "auto":
-            raise UserError(f"kv: {kv!r} does not suit {header.path}: {unfit}")
+            raise UserError(f"kv: {kv!r} does not suit {header.path}: {mismatch}")
     smallest = min(plans, key=lambda plan: plan.total_bytes)
     raise UserError(
         f"not enough memory for {n_ctx} tokens with a {smallest.kv_type} cache:"
@@ -214,29 +214,29 @@ def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan
     )
 
 
-def _blocks_that_do_not_fit(shape: _Sizes, kv: str) -> str | None:
+def _block_mismatch(shape: _Sizes, kv: str) -> str | None:
     for name, length in ((kv.split(":")[0], shape.key_length), (kv.split(":")[-1], shape.value_length)):
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0]
         if length % block:
-            return f"its head size {length} is no multiple of {name}'s block, {block}"
+            return f"its head size {length} is not a multiple of {name}'s block, {block}"
     return None
 
 
 def check_room(n_bytes: int, count: int, free: int) -> None:
-    """Refuse to keep what a search reads before its windows, of `count` documents, in `free` bytes that are too few.
+    """Check that a search can keep what `count` passages hold before their windows, `n_bytes` each, in `free` bytes.
 
     Raises:
-        UserError: with the numbers.
+        UserError: it cannot; the message has the numbers.
     """
     if n_bytes * count > free:
         raise UserError(
-            f"not enough memory to screen {count} documents: {mib(n_bytes)} for each, and {mib(free)} are"
-            " free; use fewer documents, fewer workers or a shorter context"
+            f"not enough memory to screen {count} passages: {mib(n_bytes)} each, and {mib(free)} are free;"
+            " use fewer passages, fewer workers or a shorter context"
         )
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: what the machine has free, or less where a control group says so."""
+    """Bytes that this process may still take: those free on the machine, or fewer under a control group."""
     free = int(psutil.virtual_memory().available)
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -1,8 +1,8 @@
 """A sequence on disk: its tokens, keys and values, and the band they are in.
 
-One safetensors file, written beside and renamed. Nothing in it is trusted: what it says of itself, its lengths and its
-tokens must suit the model before memory is spent on it, and a digest of the contents is checked before llama.cpp sees a
-byte.
+One safetensors file, written under a temporary name and renamed. Nothing in it is trusted: its metadata, lengths and
+tokens must match the model before memory is spent on it, and a digest of the contents is checked before llama.cpp sees
+a byte.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 FORMAT = "ropewalk-session-1"
 
-PIECE_BYTES = 16 << 20  # written and hashed at a time, so that Ctrl-C is heard in between
-SPARE_BYTES = 1 << 20  # of a state, beside the cells
-RECURRENT_BYTES = 1 << 30  # of a state, where layers keep something of another kind than cells
+PIECE_BYTES = 16 << 20  # written and hashed at a time, so that Ctrl-C takes effect in between
+SPARE_BYTES = 1 << 20  # allowed for what a state holds besides the cells
+RECURRENT_BYTES = 1 << 30  # the same, where some layers keep something other than cells
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 State = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class DamagedSession(UserError):
-    """A file that no model can take up: torn, spoilt, or never a session."""
+    """A file that no model can load: truncated, damaged, or not a session at all."""
 
 
 def save(llm: Llama, path: str | os.PathLike[str], *, sync: bool = True) -> None:
-    """Write the sequence that `llm` has in its cache.
+    """Write the sequence in the cache of `llm`.
 
     Args:
-        sync: wait until it is on the disk, so that it survives a power cut.
+        sync: wait until it is on disk, so that it survives a power cut.
 
     Raises:
-        UserError: the place cannot be written to; what was there before stays.
+        UserError: the path cannot be written to; what was there before stays.
     """
     tokens, state = llm.tokens, llm.sequence_state()
     try:
@@ -67,12 +67,11 @@ def size(llm: Llama) -> int:
 
 
 def load(llm: Llama, path: str | os.PathLike[str]) -> None:
-    """Put a saved sequence into the cache of `llm`, turned to the band that holds it there.
+    """Load a saved sequence into the cache of `llm`, rotated to the band that holds it there.
 
     Raises:
-        UserError: no such file, or one of another model, cache type or longer context; the sequence in the cache stays
-            as it was then.
-        DamagedSession: a torn or foreign file; the same, but that the cache is empty where llama.cpp itself refused it.
+        UserError: no such file, or one of another model, cache type or longer context; the cache is unchanged.
+        DamagedSession: a damaged or foreign file; the cache is unchanged, or empty if llama.cpp itself refused it.
     """
     with _opened(path) as file:
         facts = file.metadata() or {}
@@ -80,36 +79,36 @@ def load(llm: Llama, path: str | os.PathLike[str]) -> None:
         n_tokens, n_bytes = _length(file, "tokens", "I32"), _length(file, "state", "U8")
         if n_tokens > llm.n_ctx():
             raise UserError(f"{path}: {n_tokens:,} tokens are more than the context of {llm.n_ctx():,}")
-        if n_bytes > _most_bytes(llm, n_tokens):
-            raise DamagedSession(f"{path}: {n_bytes:,} bytes of state are more than {n_tokens:,} tokens have")
+        if n_bytes > _max_state_bytes(llm, n_tokens):
+            raise DamagedSession(f"{path}: {n_bytes:,} bytes of state are too many for {n_tokens:,} tokens")
         tokens, state = file.get_tensor("tokens"), file.get_tensor("state")
     if _digest(tokens, state) != facts.get("digest"):
         raise DamagedSession(f"{path}: the session is damaged (its digest does not match)")
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < llm.n_vocab():
-        raise DamagedSession(f"{path}: tokens outside of the model's vocabulary of {llm.n_vocab():,}")
+        raise DamagedSession(f"{path}: tokens outside the model's vocabulary of {llm.n_vocab():,}")
     try:
         llm.restore(tokens, state, band)
     except RuntimeError as error:
         raise DamagedSession(f"{path}: {error}") from None
 
 
-def load_tokens(path: str | os.PathLike[str], most: int) -> Tokens:
-    """The tokens of a saved sequence, shape ``(n,)``, without reading its state; unchecked but for their number.
+def load_tokens(path: str | os.PathLike[str], max_tokens: int) -> Tokens:
+    """Return the tokens of a saved sequence, shape ``(n,)``, without its state; only their number is checked.
 
     Raises:
-        UserError: no such file, or more than `most` tokens.
-        DamagedSession: a torn or foreign file.
+        UserError: no such file, or more than `max_tokens` tokens.
+        DamagedSession: a damaged or foreign file.
     """
     with _opened(path) as file:
         n_tokens = _length(file, "tokens", "I32")
-        if n_tokens > most:
-            raise UserError(f"{path}: {n_tokens:,} tokens, expected at most {most:,}")
+        if n_tokens > max_tokens:
+            raise UserError(f"{path}: {n_tokens:,} tokens, expected at most {max_tokens:,}")
         tokens: Tokens = file.get_tensor("tokens")
         return tokens
 
 
 def model_key(llm: Llama) -> str:
-    """What tells one model's sessions from another's: its description, vocabulary, layers and file size."""
+    """Return a digest that tells models apart: of description, vocabulary, layers and file size."""
     parts = [Path(llm.model_path).stat().st_size, llm.n_vocab(), llm.n_embd(), llama_cpp.llama_model_n_layer(llm.model)]
     names = [llm.metadata.get(key, "") for key in ("general.architecture", "general.name", "general.file_type")]
     return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
@@ -119,7 +118,7 @@ def model_key(llm: Llama) -> str:
 
 
 def _head(llm: Llama, n_tokens: int, n_bytes: int, digest: str) -> bytes:
-    """A safetensors file up to its first tensor."""
+    """Return the bytes of a safetensors file up to its first tensor."""
     facts = {
         "format": FORMAT,
         "model": model_key(llm),
@@ -146,7 +145,7 @@ def _digest(tokens: Tokens, state: State) -> str:
 
 
 def _pieces(tokens: Tokens, state: State) -> Iterator[memoryview]:
-    """The bytes of both, one after the other."""
+    """Yield the bytes of both, one after the other."""
     for array in (np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8), state):
         for start in range(0, len(array), PIECE_BYTES):
             yield array[start : start + PIECE_BYTES].data
@@ -154,18 +153,18 @@ def _pieces(tokens: Tokens, state: State) -> Iterator[memoryview]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """The file, open; what is wrong with it becomes a line."""
+    """Open the file; anything wrong with it becomes a one-line error."""
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
     except OSError as error:
         raise UserError(f"{path}: cannot read the session: {error.strerror or error}") from None
     except (SafetensorError, ValidationError) as error:
-        raise DamagedSession(f"{path}: not a whole ropewalk session: {str(error).splitlines()[0]}") from None
+        raise DamagedSession(f"{path}: not a complete ropewalk session: {str(error).splitlines()[0]}") from None
 
 
 def _length(file: Any, name: str, dtype: str) -> int:
-    """Of a tensor in the file, which must be a row of `dtype`."""
+    """Return the length of a tensor in the file, which must be a row of `dtype`."""
     tensor = file.get_slice(name)
     shape = tensor.get_shape()
     if tensor.get_dtype() != dtype or len(shape) != 1:
@@ -173,11 +172,11 @@ def _length(file: Any, name: str, dtype: str) -> int:
     return int(shape[0])
 
 
-# --- what it must suit
+# --- checks against the model
 
 
 def _band(llm: Llama, path: str | os.PathLike[str], facts: dict[str, str]) -> Band:
-    """The band that the saved keys are in, once everything that the file says of itself suits `llm`."""
+    """Return the band that the saved keys are in, after checking that the file's metadata matches `llm`."""
     if facts.get("format") != FORMAT:
         raise DamagedSession(f"{path}: not a ropewalk session (format {facts.get('format')!r}, expected {FORMAT!r})")
     for key, ours in (("model", model_key(llm)), ("kv_type", llm.kv_type)):
@@ -185,13 +184,13 @@ def _band(llm: Llama, path: str | os.PathLike[str], facts: dict[str, str]) -> Ba
             raise UserError(f"{path}: saved with {key} {facts.get(key)!r}, expected {ours!r}")
     check_matches(llm.schedule, RopeFacts.model_validate_json(facts.get("facts", "")), str(path))
     band = Band.model_validate_json(facts.get("band", ""))
-    Schedule(facts=llm.schedule.facts, bands=(band,))  # has as many factors as the model
+    Schedule(facts=llm.schedule.facts, bands=(band,))  # checks that it has as many factors as the model
     if band not in llm.schedule.bands and not llm.runs_by_schedule:
-        raise UserError(f"{path}: saved in a band that this model has not, and cannot be turned to")
+        raise UserError(f"{path}: saved in a band that this model does not have, and cannot be rotated to")
     return band
 
 
-def _most_bytes(llm: Llama, n_tokens: int) -> int:
-    """More than the state of so many tokens can have, by a factor of two, as architectures differ."""
+def _max_state_bytes(llm: Llama, n_tokens: int) -> int:
+    """Return twice what the state of so many tokens should take, as architectures differ."""
     spare = SPARE_BYTES if llm.can_rewind else RECURRENT_BYTES
     return 2 * llm.cache_bytes * n_tokens // llm.plan.n_ctx + 64 * n_tokens + spare

@@ -1,4 +1,4 @@
-"""What tests of every folder share."""
+"""Settings and fixtures that the tests of all folders share."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-# Two processes of two threads share two cores here: a thread that waits should not keep a core busy with waiting.
+# Two processes of two threads share two cores here: a waiting thread should not keep a core busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell starts what it puts into the background with Ctrl-C ignored, and that is handed down to all that tests start.
+# A shell starts background jobs with Ctrl-C ignored, and all processes that the tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Path]:
-    """Make a tiny model: ``tiny_llama(path, **options)``, see tiny_models.py."""
+    """Create a tiny model: ``tiny_llama(path, **options)``, see tiny_models.py."""
     return tiny_models.tiny_llama
 
 
@@ -36,7 +36,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def gguf_contents() -> Callable[[Path], tuple[dict[str, bytes], dict[str, tuple[int, tuple[int, ...], bytes]]]]:
-    """What gguf's own reader finds in a file: metadata (raw bytes with types) and tensors (type, shape, bytes)."""
+    """Read a file with gguf's own reader: metadata (raw bytes with types) and tensors (type, shape, bytes)."""
     import gguf
 
     def contents(path: Path) -> tuple[dict[str, bytes], dict[str, tuple[int, tuple[int, ...], bytes]]]:

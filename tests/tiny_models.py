@@ -1,6 +1,6 @@
-"""Small models made on the spot: real GGUF files that stock llama.cpp loads, with weights from a fixed seed.
+"""Tiny models for tests: real GGUF files that stock llama.cpp loads, with weights from a fixed seed.
 
-`tiny_llama` is what the fixture of that name (in conftest.py) hands out.
+The fixture `tiny_llama` (in conftest.py) returns the function of that name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 PIECES = ["▁", *"etaoinshrdlucmfwypvbgkjqxz", "▁t", "he", "▁the", "in", "er", "an", "▁a", ".", ","]
-"""What the tiny tokenizer knows beyond single bytes."""
+"""The tiny tokeniser's tokens besides single bytes."""
 
 
 def tiny_llama(
@@ -36,7 +36,7 @@ def tiny_llama(
 ) -> Path:
     """Write a tiny model to `path` and return it.
 
-    `arch` llama and qwen2 have all the tensors their loader asks for; under any other name the file has llama's, for
+    With `arch` llama or qwen2 the file has all the tensors that the loader needs; with any other it has llama's, for
     tests that do not load it. `scaling` holds values for keys after `{arch}.rope.scaling.` (str, bool, int, or float),
     `extend` may add more keys and tensors. The rotary dimensions are a whole head: ``n_embd / n_head``.
     """
@@ -99,12 +99,12 @@ def _add_weights(
     dtype: type[np.generic],
     seed: int,
 ) -> None:
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def add(name: str, n_out: int, n_in: int) -> None:
-        # Queries and keys are made larger than a trained model's start, so that attention, and so position, matters.
+        # Queries and keys are larger than in a usual initialisation, so that attention, and hence position, matters.
         scale = (4.0 if "attn_q" in name or "attn_k" in name else 1.0) / n_in**0.5
-        writer.add_tensor(name, (random.standard_normal((n_out, n_in)) * scale).astype(dtype))
+        writer.add_tensor(name, (rng.standard_normal((n_out, n_in)) * scale).astype(dtype))
 
     def ones(name: str) -> None:
         writer.add_tensor(name, np.ones(n_embd, dtype=np.float32))
@@ -116,7 +116,7 @@ def _add_weights(
         for name, n_out in (("attn_q", n_embd), ("attn_k", n_kv), ("attn_v", n_kv)):
             add(f"blk.{i}.{name}.weight", n_out, n_embd)
             if arch == "qwen2":
-                writer.add_tensor(f"blk.{i}.{name}.bias", random.standard_normal(n_out).astype(np.float32) * 0.1)
+                writer.add_tensor(f"blk.{i}.{name}.bias", rng.standard_normal(n_out).astype(np.float32) * 0.1)
         add(f"blk.{i}.attn_output.weight", n_embd, n_embd)
         ones(f"blk.{i}.ffn_norm.weight")
         add(f"blk.{i}.ffn_gate.weight", 2 * n_embd, n_embd)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: what lies in their folders, and what their weights and words become in GGUF."""
+"""Hugging Face checkpoints: what is in their folders, and what their config and weights become in GGUF."""
 
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .config import Config, read_config

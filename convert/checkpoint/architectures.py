@@ -1,8 +1,8 @@
-"""What can be converted: one entry an architecture, of what its config and weights are called and become in GGUF.
+"""The architectures that can be converted: one entry each, with its names in transformers and what they become in GGUF.
 
 Values are written through the methods of gguf's own writer (`add_<name>`), which know each key's name and type; weights
-get their names from gguf's tensor-name map. What an entry adds is facts: which of transformers' names holds what, what
-transformers assumes where config.json is silent (its config classes, version 4.57), and how weights are laid out.
+get their names from gguf's tensor-name map. An entry only adds facts: which of transformers' names holds what,
+transformers' defaults for what config.json omits (its config classes, version 4.57), and how weights are laid out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Key:
-    """One metadata value: gguf's writer method for it is ``add_<name>``; a value of None is not written."""
+    """One metadata value, written by gguf's method ``add_<name>``; a value of None is not written."""
 
     name: str
     value: Callable[[Config], Any]
@@ -28,9 +28,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Permute:
-    """Rows of each head are interleaved: transformers turns halves of a head, llama.cpp's `llama` pairs of neighbours.
+    """Interleave the rows of each head: transformers rotates halves of a head, llama.cpp's `llama` pairs of neighbours.
 
-    `heads` is the name of their number in the config.
+    `heads` is the config's name for the number of heads.
     """
 
     heads: str
@@ -38,16 +38,16 @@ class Permute:
 
 @dataclass(frozen=True)
 class Shift:
-    """A number is added: Gemma's norms multiply by 1 + weight."""
+    """Add a number: Gemma's norms multiply by 1 + weight."""
 
     by: float
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Experts' matrices become one tensor; `experts` is the name of their number in the config, `into` the new name.
+    """Stack experts' matrices into one tensor, `into`; `experts` is the config's name for their number.
 
-    In `into`, {0}, {1}, … are the pattern's groups: the second is the expert's number.
+    In `into`, {0}, {1}, … are the pattern's groups; the second group is the expert's number.
     """
 
     experts: str
@@ -56,7 +56,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Halves:
-    """The two halves of the last but one dimension become tensors of their own; {0}, … are the pattern's groups."""
+    """Split the second-to-last dimension into two tensors; {0}, … in their names are the pattern's groups."""
 
     first: str
     second: str
@@ -64,19 +64,19 @@ class Halves:
 
 @dataclass(frozen=True)
 class Rename:
-    """Only the name is another one."""
+    """Change only the name."""
 
     into: str
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Not written."""
+    """Do not write the tensor."""
 
 
 @dataclass(frozen=True)
 class TrimRows:
-    """Rows beyond the vocabulary are left out."""
+    """Leave out rows beyond the vocabulary."""
 
 
 Change = Permute | Shift | Stack | Halves | Rename | Drop | TrimRows
@@ -84,7 +84,7 @@ Change = Permute | Shift | Stack | Halves | Rename | Drop | TrimRows
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the tensors whose whole name matches a regular expression."""
+    """The change to tensors whose whole name matches a regular expression."""
 
     pattern: str
     change: Change
@@ -92,18 +92,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One entry.
+    """An architecture that can be converted.
 
     Attributes:
-        classes: transformers' class names, as config.json's `architectures` has them.
-        arch: llama.cpp's.
-        keys: metadata, beside what every model has (`general`) and RoPE (`rope`).
-        rules: of tensors, the first that matches; others keep their numbers.
-        tokeniser: which kinds it comes with.
-        defaults: for what config.json leaves out.
+        classes: transformers' class names, as in config.json's `architectures`.
+        arch: llama.cpp's architecture.
+        keys: metadata, in addition to what every model has (`general`) and RoPE (`rope`).
+        rules: for tensors; the first that matches applies, and tensors that match none are not changed.
+        tokeniser: how its tokeniser is read.
+        defaults: values for what config.json leaves out.
         activations: what llama.cpp computes in the feed-forward part, by transformers' names.
         rope: which of RoPE's keys llama.cpp's converter writes for it: "common", "phi3", or "none".
-        unread: says, of settings that llama.cpp does not read from the file, those that it assumes otherwise.
+        unread: returns notes on settings that llama.cpp does not read from the file and assumes to be different.
     """
 
     classes: tuple[str, ...]
@@ -130,12 +130,12 @@ def optional(name: str) -> Callable[[Config], int | None]:
 
 
 def heads_kv(config: Config) -> int:
-    """Key and value heads; as many as query heads where they are not grouped."""
+    """The number of key and value heads; as many as query heads if they are not grouped."""
     return config.optional("num_key_value_heads") or config.count("num_attention_heads")
 
 
 def head_dim(config: Config) -> int:
-    """Numbers of one head, derived where the config does not say."""
+    """The size of one head, derived if the config does not give it."""
     given = config.optional("head_dim")
     if given is not None:
         return given
@@ -191,32 +191,32 @@ GEMMA_DEFAULTS: dict[str, Any] = {
 GELU = ("gelu_pytorch_tanh", "gelu")
 
 
-def _all_seen(config: Config) -> tuple[str, ...]:
+def _ignored_window(config: Config) -> tuple[str, ...]:
     window, context = config.get("sliding_window"), config.count("max_position_embeddings")
     if isinstance(window, int) and window < context:
-        return (f"sliding_window {window:,}: llama.cpp lets every token see all before it",)
+        return (f"sliding_window {window:,}: llama.cpp lets every token attend to all before it",)
     return ()
 
 
 def _every_fourth_without_rope(config: Config) -> tuple[str, ...]:
     layers, n = config.get("no_rope_layers"), config.count("num_hidden_layers")
     if layers and layers != [int((i + 1) % 4 != 0) for i in range(n)]:
-        return ("no_rope_layers: llama.cpp leaves RoPE out in every fourth layer, and in no other",)
+        return ("no_rope_layers: llama.cpp omits RoPE in every fourth layer and in no other",)
     return ()
 
 
 def _gemma(period: int, largest: int) -> Callable[[Config], tuple[str, ...]]:
-    """llama.cpp's Gemma: every `period`-th layer sees all; the one of `largest` layers scales its scores otherwise."""
+    """llama.cpp's Gemma: full attention in one layer of `period`; another scale in the model of `largest` layers."""
 
     def check(config: Config) -> tuple[str, ...]:
         notes, n = [], config.count("num_hidden_layers")
         kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
         if config.get("layer_types") not in (None, kinds):
-            notes.append(f"layer_types: llama.cpp gives full attention to every {period}th layer alone")
+            notes.append(f"layer_types: llama.cpp gives full attention to one layer in {period}")
         width = config.count("hidden_size") // config.count("num_attention_heads") if n == largest else head_dim(config)
         if config.get("query_pre_attn_scalar") not in (None, width):
             given = config.get("query_pre_attn_scalar")
-            notes.append(f"query_pre_attn_scalar {given}: llama.cpp assumes {width}, and the answers will be others")
+            notes.append(f"query_pre_attn_scalar {given}: llama.cpp assumes {width}, so the answers will differ")
         return tuple(notes)
 
     return check
@@ -238,7 +238,7 @@ ARCHITECTURES = (
         rules=INTERLEAVED,
         tokeniser=LLAMA,
         defaults=MISTRAL_DEFAULTS,
-        unread=_all_seen,
+        unread=_ignored_window,
     ),
     Architecture(
         classes=("MixtralForCausalLM",),
@@ -265,7 +265,7 @@ ARCHITECTURES = (
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        unread=_all_seen,
+        unread=_ignored_window,
     ),
     Architecture(
         classes=("SmolLM3ForCausalLM",),
@@ -393,14 +393,14 @@ ARCHITECTURES = (
         tokeniser=SENTENCEPIECE_ONLY,
     ),
 )
-"""Adding one: an entry here, and a tiny checkpoint in the tests."""
+"""To add one: an entry here, and a tiny checkpoint in the tests."""
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The entry for a checkpoint.
+    """Return the entry for a checkpoint.
 
     Raises:
-        UserError: there is none; lists those that there are.
+        UserError: there is none; the message lists those that exist.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -411,5 +411,5 @@ def architecture_of(config: Config) -> Architecture:
     known = ", ".join(entry.classes[0] for entry in ARCHITECTURES)
     raise UserError(
         f"{config.path}: architectures: {names[0]!r}, expected one of {known};"
-        " a GGUF file of any architecture with RoPE can be extended as it is"
+        " a GGUF file of any architecture with RoPE can be extended directly"
     )

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, with its numbers checked as they are asked for."""
+"""A checkpoint's config.json, with its numbers checked when they are used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_COUNT = 1 << 31  # GGUF holds these as 32 bits
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says, and what transformers assumes where it says nothing."""
+    """The values of config.json, and transformers' defaults for those that it omits."""
 
     path: Path
     values: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Config:
         """A positive whole number.
 
         Raises:
-            UserError: it is missing or something else.
+            UserError: it is missing or not such a number.
         """
         value = self._given(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_COUNT:
@@ -39,12 +39,12 @@ class Config:
         """A finite number.
 
         Raises:
-            UserError: it is missing or something else.
+            UserError: it is missing or not such a number.
         """
         return self.finite(name, self._given(name))
 
     def optional(self, name: str) -> int | None:
-        """A positive whole number, or None where there is none."""
+        """A positive whole number, or None if there is none."""
         return None if self.get(name) is None else self.count(name)
 
     def finite(self, name: str, value: Any) -> float:
@@ -66,10 +66,10 @@ class Config:
 
 
 def read_config(folder: Path) -> Config:
-    """A checkpoint's config; that of the language model, where a larger one has several.
+    """Read a checkpoint's config; in a multimodal one, that of the language model.
 
     Raises:
-        UserError: there is none, or it is no JSON object.
+        UserError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():

@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint as it lies on the disk: which tensors there are, and each of them when it is asked for.
+"""A Hugging Face checkpoint on disk: which tensors there are, and each of them when it is needed.
 
-Shards are opened anew for every tensor and mapped, so that no more of a model is in memory than is looked at. Headers
-are checked before anything is read: by safetensors itself, and by torch with `weights_only`, which runs no code.
+Shards are opened again for every tensor and memory-mapped, so that only the parts of a model that are in use are in
+memory. Headers are checked before anything is read: by safetensors itself, and by torch with `weights_only`, which runs
+no code.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""safetensors' names of number types."""
+"""Tensor types by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder and its tensors by name, in the order of shards, then of names."""
+    """A checkpoint's folder and its tensors by name, ordered by shard, then by name."""
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     _kept: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor's numbers, mapped from its shard.
+        """Return a tensor, memory-mapped from its shard.
 
         Raises:
-            UserError: the shard cannot be read, or has changed since.
+            UserError: the shard cannot be read, or has changed since it was opened.
         """
         stored = self.tensors[name]
         if stored.shard.suffix == ".safetensors":
@@ -71,11 +72,11 @@ class Checkpoint:
         else:
             tensor = self._pickled(stored.shard)[name]
         if tuple(tensor.shape) != stored.shape or tensor.dtype != stored.dtype:
-            raise UserError(f"{stored.shard}: {name}: has changed while it was read")
+            raise UserError(f"{stored.shard}: {name}: changed while it was being read")
         return tensor
 
     def _pickled(self, shard: Path) -> dict[str, torch.Tensor]:
-        """A .bin file's tensors; one that cannot be mapped is in memory whole, and kept until another is asked for."""
+        """A .bin file's tensors; a file that cannot be mapped is loaded whole, and kept until another is needed."""
         if shard not in self._kept:
             self._kept.clear()
             tensors, mapped = _load_pickled(shard)
@@ -89,7 +90,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Find a checkpoint's tensors without reading them: safetensors, or else pytorch_model*.bin.
 
     Raises:
-        UserError: there are none, a shard is missing or broken, or the index names other tensors than there are.
+        UserError: there are none, a shard is missing or broken, or the index does not match the tensors.
     """
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
@@ -100,7 +101,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             for shard in shards:
                 for stored in _tensors_of(shard):
                     if stored.name in found:
-                        raise UserError(f"{shard}: {stored.name}: is in {found[stored.name].shard.name}, too")
+                        raise UserError(f"{shard}: {stored.name}: is also in {found[stored.name].shard.name}")
                     found[stored.name] = stored
             if isinstance(indexed, dict):
                 _check_index(index, indexed, found)
@@ -116,8 +117,8 @@ def _indexed_shards(index: Path, weight_map: Any) -> list[Path]:
         if Path(name).name != name:
             raise UserError(f"{index}: weight_map: {name!r}, expected the name of a file beside it")
         if not (index.parent / name).is_file():
-            lost = sum(shard == name for shard in weight_map.values())
-            raise UserError(f"{index.parent / name}: missing; {index.name} has {lost} tensors in it")
+            n = sum(shard == name for shard in weight_map.values())
+            raise UserError(f"{index.parent / name}: missing, although {index.name} names it for {n} of the tensors")
     return [index.parent / name for name in names]
 
 
@@ -141,7 +142,7 @@ def _tensors_of(shard: Path) -> list[StoredTensor]:
     size = shard.stat().st_size
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.dtype.itemsize > size:
-            raise UserError(f"{shard}: {name}: shape {list(tensor.shape)} is more than the file holds")
+            raise UserError(f"{shard}: {name}: shape {list(tensor.shape)} is larger than the file")
     return [StoredTensor(name, shard, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
@@ -170,14 +171,14 @@ def _read_safetensor(stored: StoredTensor) -> torch.Tensor:
 
 
 def _load_pickled(shard: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """A .bin file's tensors, and whether they are mapped (files from before torch 1.6 cannot be)."""
+    """Load a .bin file's tensors, and say whether they are mapped (files from before torch 1.6 cannot be)."""
     try:
         mapped = _is_zip(shard)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is refused
             data = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{shard}: not tensors alone, and nothing else is loaded: {_line(error)}") from None
+        raise UserError(f"{shard}: not only tensors, and nothing else is loaded: {_line(error)}") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{shard}: not a whole PyTorch file: {_line(error)}") from None
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
@@ -185,7 +186,7 @@ def _load_pickled(shard: Path) -> tuple[dict[str, torch.Tensor], bool]:
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
         raise UserError(f"{shard}: {type(data).__name__}, expected a map of names to tensors")
     if not all(isinstance(name, str) for name in data):
-        raise UserError(f"{shard}: a tensor's name is no text")
+        raise UserError(f"{shard}: a tensor's name is not text")
     return data, mapped
 
 
@@ -195,6 +196,6 @@ def _is_zip(path: Path) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """An error's message on one line, cut short."""
+    """An error's message on one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."

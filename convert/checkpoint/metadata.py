@@ -1,6 +1,6 @@
-"""What the file says of the model beside its numbers: who made it, how large it is, how it is run.
+"""A model's metadata except its tokeniser's: its origin, its sizes, and how it is run.
 
-Collected by gguf's own writer, which knows each key's name and type; nothing is written by it.
+The values are collected by gguf's own writer, which knows each key's name and type; it writes nothing.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def model_values(
     wanted: gguf.GGMLQuantizationType,
     name: str | None = None,
 ) -> tuple[Value, ...]:
-    """All metadata but the tokeniser's.
+    """Return all metadata except the tokeniser's.
 
     Args:
-        shapes: of all tensors of the file, as torch has them.
+        shapes: of all tensors in the file, in torch's order.
         wanted: the type of matrices.
-        name: the model's; by default from its card, or the folder's.
+        name: the model's name; by default its model card's, or the folder's.
 
     Raises:
-        UserError: the config lacks something, or has nonsense in its place.
+        UserError: the config lacks a value, or has an invalid one.
     """
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[entry.arch])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -62,14 +62,14 @@ def model_values(
 
 
 def _general(folder: Path, config: Config, name: str | None, parameters: tuple[int, int, int, int]) -> gguf.Metadata:
-    """gguf's reading of the model card, the names and generation_config.json."""
+    """Let gguf read the model card, the names and generation_config.json."""
     total, shared, expert, n_experts = parameters
     try:
         found = gguf.Metadata.load(None, folder, name, total)
-    except Exception as error:  # a card is free text: what it may do to its reader cannot be listed
+    except Exception as error:  # a model card is free text, on which gguf may raise anything
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: README.md or config.json: cannot be understood: {first}") from None
-    # gguf on PyPI does not know this name yet, llama.cpp's own copy of it does.
+        raise UserError(f"{folder}: README.md or config.json: cannot be parsed: {first}") from None
+    # gguf on PyPI does not know this setting yet; llama.cpp's own copy does.
     generation = gguf.Metadata.load_generation_config(folder)
     if found.sampling_penalty_repeat is None and "repetition_penalty" in generation:
         found.sampling_penalty_repeat = config.finite("repetition_penalty", generation["repetition_penalty"])
@@ -90,7 +90,7 @@ def _values(writer: gguf.GGUFWriter) -> Iterator[Value]:
 
 
 def _checked(value: Value, config: Config) -> Value:
-    """Refuse what is not of the type that its key has, such as a temperature in words."""
+    """Refuse a value that is not of its key's type, such as text for a temperature."""
     try:
         encode(value)
     except (struct.error, AttributeError, TypeError) as error:

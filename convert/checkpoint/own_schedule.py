@@ -1,6 +1,6 @@
-"""Scaling that llama.cpp cannot be told of in its own keys, as a schedule in ours.
+"""RoPE scaling that llama.cpp's own keys cannot express, as a schedule in ours.
 
-Dynamic NTK has no native form at all; YaRN has one, but llama.cpp does not read its ends and its attention factor for
+Dynamic NTK has no native form at all. YaRN has one, but llama.cpp does not read its betas and its attention factor for
 most architectures (see `container.facts`).
 """
 
@@ -29,10 +29,10 @@ YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def own_schedule(config: Config, header: Header) -> Schedule | None:
-    """What a checkpoint's scaling is, where the native keys in `header` say otherwise.
+    """The schedule for a checkpoint's scaling; None if the native keys in `header` express it.
 
     Raises:
-        UserError: a factor that is none.
+        UserError: a factor is invalid.
     """
     parameters = rope_parameters(config)
     if parameters["rope_type"] == "dynamic":
@@ -43,7 +43,7 @@ def own_schedule(config: Config, header: Header) -> Schedule | None:
 
 
 def _dynamic(config: Config, parameters: Mapping[str, Any], native: Schedule) -> Schedule:
-    """A band for each doubling of the context, with the factors that transformers would have come to at its end."""
+    """One band for each doubling of the context, with the factors that transformers would use at its end."""
     facts, factor = native.facts, _factor(config, parameters)
     if factor == 1:
         return native
@@ -59,14 +59,14 @@ def _dynamic(config: Config, parameters: Mapping[str, Any], native: Schedule) ->
 
 
 def _yarn(config: Config, parameters: Mapping[str, Any], native: Schedule) -> Schedule | None:
-    """YaRN with ends or an attention factor of its own; None where llama.cpp's are the same."""
+    """YaRN with its own betas or attention factor; None if they are those of llama.cpp."""
     facts, factor = native.facts, _factor(config, parameters)
-    ends = {name: _given(config, parameters, name, default) for name, default in YARN_DEFAULTS.items()}
+    betas = {name: _given(config, parameters, name, default) for name, default in YARN_DEFAULTS.items()}
     usual = yarn_attention_factor(factor)
     attention = _given(config, parameters, "attention_factor", usual)
     original = parameters.get("original_max_position_embeddings") or config.count("max_position_embeddings")
     length = int(config.finite("rope_scaling.original_max_position_embeddings", original))
-    factors = tuple(yarn(facts.n_rot, factor, facts.freq_base, length, **ends).tolist())
+    factors = tuple(yarn(facts.n_rot, factor, facts.freq_base, length, **betas).tolist())
     own = RopeFacts(
         n_rot=facts.n_rot,
         freq_base=facts.freq_base,
@@ -74,7 +74,7 @@ def _yarn(config: Config, parameters: Mapping[str, Any], native: Schedule) -> Sc
         native_factors=factors,
         native_attention_factor=attention,
     )
-    if ends == YARN_DEFAULTS and attention == usual:
+    if betas == YARN_DEFAULTS and attention == usual:
         return None
     return Schedule(facts=own, bands=(native_band(own),))
 

@@ -1,7 +1,8 @@
-"""A tensor's bytes in the file, a few rows at a time, by gguf's own quantisers, on all cores.
+"""Quantise a tensor for the file, a few rows at a time, with gguf's own quantisers, on all cores.
 
-What is made is what quantising the whole tensor at once would give, since gguf's types have blocks within rows; rows go
-to threads (numpy lets others run while it computes), and come back in order, no more than a few ahead of the writer.
+The result is that of quantising the whole tensor at once, since the blocks of gguf's types are within rows. Rows are
+quantised in threads (numpy releases the GIL while it computes) and come back in order, only a few chunks ahead of the
+writer.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from gguf.quants import quantize
 from .tensors import Planned, TensorPart
 
 CHUNK_NUMBERS = 1 << 20
-AHEAD = 16  # chunks under way: enough for any number of cores that a disk keeps busy
+AHEAD = 16  # chunks in flight: enough for any number of cores that a disk can keep busy
 
 Read = Callable[[str], torch.Tensor]
 
 
 def tensor_bytes(planned: Planned) -> int:
-    """Bytes that the tensor takes in the file."""
+    """The number of bytes that the tensor takes in the file."""
     return math.prod(quant_shape_to_byte_shape(planned.shape, planned.type)) if planned.shape else 4
 
 
 def quantised(planned: Planned, read: Read, pool: ThreadPoolExecutor, on_nan: Callable[[str], None]) -> Iterator[bytes]:
-    """The tensor's bytes in order; `on_nan` is called with a stored tensor's name if there are NaNs in it."""
+    """Yield the tensor's bytes in order; `on_nan` is called with the name of a stored tensor that contains NaNs."""
     ahead: deque[Future[tuple[bytes, bool]]] = deque()
     for part in planned.parts:
         tensor = part.view(read(part.stored.name))
@@ -50,7 +51,7 @@ def quantised(planned: Planned, read: Read, pool: ThreadPoolExecutor, on_nan: Ca
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows each, as views."""
+    """Yield views of some rows each."""
     if tensor.dim() > 2:
         for slice_ in tensor:
             yield from _chunks(slice_)
@@ -69,5 +70,5 @@ def _quantise(rows: torch.Tensor, part: TensorPart, kind: GGMLQuantizationType) 
     floats = rows if rows.dtype in (torch.float16, torch.float32) else rows.to(torch.float32)
     numbers = (floats + part.shift if part.shift else floats).contiguous().numpy()
     nan = bool(np.isnan(np.min(numbers))) if numbers.size else False
-    with np.errstate(invalid="ignore"):  # NaNs are told of, once
+    with np.errstate(invalid="ignore"):  # NaNs are reported once
         return quantize(numbers, kind).tobytes(), nan

@@ -1,7 +1,7 @@
-"""RoPE as a checkpoint's config has it, and what llama.cpp reads of it: keys, and tensors of factors.
+"""RoPE in a checkpoint's config, and the form in which llama.cpp reads it: keys, and tensors of factors.
 
-The config's words are transformers' (`rope_scaling`, or `rope_parameters` since version 5). Linear, YaRN, Llama 3's and
-LongRoPE's scaling have a native form in GGUF, which our own schedule is then read from; dynamic NTK has none.
+The config uses transformers' names (`rope_scaling`, or `rope_parameters` since version 5). Linear, YaRN, Llama 3 and
+LongRoPE scaling have a native form in GGUF, from which our own schedule is then read; dynamic NTK has none.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ KNOWN = ("linear", "yarn", "llama3", "dynamic", "default", *LONGROPE)
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """What the config says of RoPE, of layers with full attention, in one form.
+    """Return the config's RoPE parameters for layers with full attention, in one form for all versions.
 
     Raises:
-        UserError: it is no map, or of a type that is not known.
+        UserError: they are not a map, or of an unknown type.
     """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -51,7 +51,7 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
 
 def rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
-    """Numbers of a head that are rotated."""
+    """The number of dimensions of a head that are rotated."""
     share = config.finite("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0))
     return int(share * head_dim(config))
 
@@ -60,7 +60,7 @@ def write_rope(writer: GGUFWriter, config: Config, entry: Architecture) -> None:
     """Write RoPE's keys.
 
     Raises:
-        UserError: something that scaling needs is missing or no number.
+        UserError: a value that the scaling needs is missing or not a number.
     """
     parameters = rope_parameters(config)
     if entry.rope == "phi3":
@@ -75,10 +75,10 @@ def write_rope(writer: GGUFWriter, config: Config, entry: Architecture) -> None:
 
 
 def rope_tensors(config: Config, entry: Architecture) -> dict[str, torch.Tensor]:
-    """Factors that llama.cpp reads as tensors, float32 of shape (rotary dimensions / 2,).
+    """Return the factors that llama.cpp reads as tensors, float32 of shape (n_rot/2,).
 
     Raises:
-        UserError: factors that are none, or too many or too few.
+        UserError: factors are invalid, too many or too few.
     """
     if entry.rope == "none":
         return {}
@@ -95,9 +95,9 @@ def rope_tensors(config: Config, entry: Architecture) -> dict[str, torch.Tensor]
 
 
 def llama3_factors(config: Config, parameters: Mapping[str, Any]) -> torch.Tensor:
-    """Llama 3's λ: slow pairs are divided by `factor`, fast ones kept, those between blended.
+    """Llama 3's λ: `factor` for pairs that rotate slowly, 1 for fast ones, and a blend for those in between.
 
-    The model card's formula (meta-llama/llama-models, apply_scaling), in float32 as llama.cpp's converter has it.
+    The formula is Meta's (meta-llama/llama-models, apply_scaling), in float32 as in llama.cpp's converter.
     """
     dimensions = head_dim(config)
     base = _positive(config, parameters, "rope_theta", 10000.0)
@@ -129,10 +129,10 @@ def _write_scaling(writer: GGUFWriter, config: Config, parameters: Mapping[str, 
             if original is None
             else int(_positive(config, parameters, "original_max_position_embeddings"))
         )
-        for name, words in YARN_KEYS:
-            value = next((parameters[word] for word in words if parameters.get(word) is not None), None)
+        for key, names in YARN_KEYS:
+            value = next((parameters[name] for name in names if parameters.get(name) is not None), None)
             if value is not None:
-                getattr(writer, f"add_rope_scaling_{name}")(config.finite(f"rope_scaling.{words[0]}", value))
+                getattr(writer, f"add_rope_scaling_{key}")(config.finite(f"rope_scaling.{names[0]}", value))
 
 
 def _write_phi3(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any]) -> None:
@@ -148,7 +148,7 @@ def _write_phi3(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any
 
 
 def _local_theta(config: Config) -> float | None:
-    """The base of layers with a sliding window, where it is another one (Gemma 3)."""
+    """The base of layers with a sliding window, if they have their own (Gemma 3)."""
     given = config.get("rope_parameters")
     if isinstance(given, Mapping) and isinstance(given.get("sliding_attention"), Mapping):
         return config.finite("rope_parameters.sliding_attention", given["sliding_attention"].get("rope_theta"))

@@ -1,8 +1,8 @@
-"""From a checkpoint's tensors to the file's: names, order, what is done to their numbers, and the type of each.
+"""Plan the file's tensors from a checkpoint's: names, order, changes to their numbers, and types.
 
-Nothing is read here. A planned tensor is a list of parts that follow each other in the file, each one stored tensor
-with what is done to it; all of that is views and permutations of the numbers as they are stored, so that planning can
-try it on shapes alone, and writing needs no more than one stored tensor and a few rows of it as floats.
+Nothing is read here. A planned tensor is a list of parts that follow each other in the file, each one a stored tensor
+and its change. Changes are views and permutations of the stored numbers (and a shift when they are written), so that
+planning can try them on shapes alone, and writing needs no more than one stored tensor and a few of its rows as floats.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .folder import Checkpoint, StoredTensor
 View = Callable[[torch.Tensor], torch.Tensor]
 
 BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-"""Ends of names of what is computed, not learned."""
+"""Name endings of tensors that are computed, not learned."""
 
 OTHER_MODALITIES = re.compile(r"(^|\.)(vision_|audio_|visual\.)|projector\.|vision_tower|audio_tower")
-"""In names of weights that are not the language model's."""
+"""Matches in names of weights that do not belong to the language model."""
 
 FLOAT32_NAMES = ("ffn_gate_inp.weight",)
-"""Ends of names of matrices that are float32 in every file, as llama.cpp wants them; vectors and norms are, too."""
+"""Name endings of matrices that are float32 in every file, as llama.cpp expects; so are vectors and norms."""
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """One stored tensor and what is done to it: a view or permutation, then a number added."""
+    """One stored tensor and its change: a view or permutation, then the addition of a number."""
 
     stored: StoredTensor
     view: View = lambda tensor: tensor
@@ -42,7 +42,7 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: `shape` as torch has it, the parts one after the other along the first dimension."""
+    """One tensor of the file: `shape` in torch's order, and the parts, in order along the first dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Named:
-    """What a rule makes of one stored tensor: its name as gguf's map knows it, and its part."""
+    """The result of a rule for one stored tensor: its name as gguf's map knows it, and its part."""
 
     name: str
     part: TensorPart
@@ -60,31 +60,31 @@ class _Named:
 
 @dataclass
 class _Stacks:
-    """Experts seen so far, by the name of the tensor that they become."""
+    """Experts seen so far, by the name of the tensor into which they are stacked."""
 
     seen: dict[str, dict[int, TensorPart]] = field(default_factory=dict)
 
-    def add(self, name: str, expert: int, part: TensorPart, of: int) -> tuple[TensorPart, ...] | None:
-        """All of the stack's parts once the last has come."""
+    def add(self, name: str, expert: int, part: TensorPart, n_experts: int) -> tuple[TensorPart, ...] | None:
+        """Add an expert; return all of the stack's parts once it is complete."""
         stack = self.seen.setdefault(name, {})
         stack[expert] = part
-        if len(stack) < of:
+        if len(stack) < n_experts:
             return None
         del self.seen[name]
-        return tuple(stack[i] for i in range(of))
+        return tuple(stack[i] for i in range(n_experts))
 
 
 def plan_tensors(
     checkpoint: Checkpoint, config: Config, entry: Architecture, wanted: GGMLQuantizationType, rows: int
 ) -> tuple[Planned, ...]:
-    """What the file will hold, in the order of the checkpoint.
+    """Plan the tensors that the file will hold, in the order of the checkpoint.
 
     Args:
-        wanted: the type of matrices, where nothing speaks against it.
-        rows: tokens of the vocabulary.
+        wanted: the type of matrices, where it is possible.
+        rows: the number of tokens in the vocabulary.
 
     Raises:
-        UserError: a tensor that the architecture does not have, one that is missing, or one of another shape.
+        UserError: the architecture does not have a tensor, or one is missing or of the wrong shape.
     """
     names = get_tensor_name_map(entry.arch, _layers(checkpoint, config))
     planned: dict[str, Planned] = {}
@@ -94,14 +94,14 @@ def plan_tensors(
             where = parts[0].stored
             raise UserError(f"{where.shard}: {where.name}: not a tensor of {entry.classes[0]}")
         if new in planned:
-            raise UserError(f"{parts[0].stored.shard}: {parts[0].stored.name}: there is another {new}")
+            raise UserError(f"{parts[0].stored.shard}: {parts[0].stored.name}: is a second {new}")
         planned[new] = Planned(new, shape, _type_of(new, shape, wanted), parts)
     _check_complete(checkpoint, config, planned)
     return tuple(planned.values())
 
 
 def first_matrix_type(checkpoint: Checkpoint) -> GGMLQuantizationType:
-    """The 16-bit type that loses least: bfloat16 where the first matrix is, else float16."""
+    """The 16-bit type that loses least: bfloat16 if the first 16-bit matrix has that type, else float16."""
     for stored in checkpoint.tensors.values():
         if len(stored.shape) >= 2 and stored.dtype in (torch.bfloat16, torch.float16):
             return GGMLQuantizationType.BF16 if stored.dtype == torch.bfloat16 else GGMLQuantizationType.F16
@@ -109,7 +109,7 @@ def first_matrix_type(checkpoint: Checkpoint) -> GGMLQuantizationType:
 
 
 def _layers(checkpoint: Checkpoint, config: Config) -> int:
-    """The number of layers, which the name map is made for; never more than there are tensors."""
+    """The number of layers, which sets the size of the name map; never more than there are tensors."""
     n = config.count("num_hidden_layers")
     if n > len(checkpoint.tensors):
         raise config.wrong("num_hidden_layers", f"at most the {len(checkpoint.tensors)} tensors in {checkpoint.folder}")
@@ -119,7 +119,7 @@ def _layers(checkpoint: Checkpoint, config: Config) -> int:
 def _changed(
     checkpoint: Checkpoint, config: Config, entry: Architecture, rows: int
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[TensorPart, ...]]]:
-    """Each tensor after its rule: its name, its shape, its parts."""
+    """Yield the name, shape and parts of each tensor after its rule."""
     stacks = _Stacks()
     for stored in checkpoint.tensors.values():
         name = stored.name.replace("language_model.", "")
@@ -140,7 +140,7 @@ def _changed(
             yield named.name, _shape(named.part), (named.part,)
     for into, stack in stacks.seen.items():
         first = next(iter(stack.values())).stored
-        raise UserError(f"{first.shard}: {into}: {len(stack)} experts, and the others are missing")
+        raise UserError(f"{first.shard}: {into}: only {len(stack)} experts, the others are missing")
 
 
 def _rule(entry: Architecture, name: str) -> tuple[Rule | None, re.Match[str] | None]:
@@ -166,11 +166,11 @@ def _apply(
         case Permute(heads):
             n = config.optional(heads) or config.count("num_attention_heads")
             if not stored.shape or stored.shape[0] % (2 * n):
-                raise _bad_shape(stored, f"a first dimension that {n} heads ({heads}) divide into pairs")
+                raise _bad_shape(stored, f"a first dimension that is a multiple of 2 × {n} heads ({heads})")
             return [_Named(name, TensorPart(stored, lambda tensor: interleaved(tensor, n)))]
         case Halves(first, second):
             if len(stored.shape) < 2 or stored.shape[-2] % 2:
-                raise _bad_shape(stored, "an even last but one dimension")
+                raise _bad_shape(stored, "an even second-to-last dimension")
             half = stored.shape[-2] // 2
             return [
                 _Named(first.format(*match.groups()), TensorPart(stored, lambda tensor: tensor[..., :half, :])),
@@ -197,12 +197,12 @@ def _same_shape(parts: tuple[TensorPart, ...]) -> tuple[int, ...]:
     shape = parts[0].stored.shape
     for part in parts:
         if part.stored.shape != shape:
-            raise _bad_shape(part.stored, f"{list(shape)}, as its first expert's")
+            raise _bad_shape(part.stored, f"{list(shape)}, as for the first expert")
     return shape
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """llama.cpp's converter's choice: vectors, norms, routers and whatever is no weight are float32."""
+    """The choice of llama.cpp's converter: vectors, norms, routers and everything but weights are float32."""
     if len(shape) <= 1 or name.endswith(("_norm.weight", *FLOAT32_NAMES)) or not name.endswith(".weight"):
         return GGMLQuantizationType.F32
     if wanted == GGMLQuantizationType.Q8_0 and shape[-1] % 32:
@@ -211,7 +211,7 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
 
 
 def _check_complete(checkpoint: Checkpoint, config: Config, planned: Mapping[str, Planned]) -> None:
-    """Every layer has what the others have, and the sizes are those of the config."""
+    """Check that every layer has the same tensors, and that the sizes are those of the config."""
     names = ["token_embd.weight", "output_norm.weight"]
     if config.get("tie_word_embeddings") is False:
         names.append("output.weight")
@@ -226,13 +226,13 @@ def _check_complete(checkpoint: Checkpoint, config: Config, planned: Mapping[str
     every = set().union(*layers.values())
     for i, found in layers.items():
         for missing in sorted(every - found):
-            raise UserError(f"{checkpoint.folder}: layer {i} has no tensor for {missing}, others have")
+            raise UserError(f"{checkpoint.folder}: layer {i} has no tensor for {missing}, which other layers have")
     for tensor in planned.values():
         _check_shape(config, tensor)
 
 
 def _check_shape(config: Config, tensor: Planned) -> None:
-    """Widths that the config gives; the rest follows, or llama.cpp tells."""
+    """Check the widths that the config gives; the rest follows from them, or is checked by llama.cpp."""
     embedding = config.count("hidden_size")
     heads, dimensions = config.count("num_attention_heads"), head_dim(config)
     expected: dict[str, tuple[int | None, ...]] = {
@@ -257,7 +257,7 @@ def _check_shape(config: Config, tensor: Planned) -> None:
         size is not None and size != found for size, found in zip(wanted, tensor.shape, strict=True)
     ):
         sizes = ", ".join("*" if size is None else str(size) for size in wanted)
-        raise _bad_shape(tensor.parts[0].stored, f"[{sizes}] by {config.path.name}")
+        raise _bad_shape(tensor.parts[0].stored, f"[{sizes}] from {config.path.name}")
 
 
 def _bad_shape(stored: StoredTensor, expected: str) -> UserError:

@@ -1,4 +1,4 @@
-"""A checkpoint's tokeniser as GGUF metadata: SentencePiece, and BPE with or without a byte alphabet."""
+"""A checkpoint's tokeniser as GGUF metadata: SentencePiece, byte-level BPE, and BPE with byte fallback."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ __all__ = [
     "tokeniser_values",
 ]
 
-CODE_LLAMA_SIZE, CODE_LLAMA_TURN = 32016, 32010
-"""Code Llama's vocabulary and its end of a turn, which no file of it names."""
+CODE_LLAMA_SIZE, CODE_LLAMA_EOT = 32016, 32010
+"""Code Llama's vocabulary size, and its end-of-turn token, which none of its files names."""
 
 STARCODER_SIZE = 49152
-"""Of the tokenisers of StarCoder, Granite and SmolLM, which put no token before a text."""
+"""Vocabulary size of StarCoder, Granite and SmolLM, whose tokenisers add no token before a text."""
 
 
 def tokeniser_values(
     folder: Path, config: Mapping[str, Any], rules: TokeniserRules
 ) -> tuple[tuple[Value, ...], tuple[str, ...]]:
-    """All `tokenizer.` keys, as llama.cpp's own converter has them; and what is to be known, in words.
+    """Return all `tokenizer.` keys, as llama.cpp's own converter writes them, and notes for the user.
 
     Args:
-        config: config.json's values, with what transformers assumes where it is silent.
+        config: config.json's values, with transformers' defaults for those that it omits.
         rules: what differs by architecture.
 
     Raises:
-        UserError: there is no tokeniser, it is broken, or of a kind that llama.cpp does not have.
+        UserError: the tokeniser is missing, broken, or of a kind that llama.cpp does not have.
     """
     files = open_tokeniser(folder, config)
     writer = GGUFWriter(path=None, arch="")
@@ -70,7 +70,7 @@ def tokeniser_values(
 
 
 def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:
-    """Which of the kinds that the architecture may have is there: the first in the order of the rules."""
+    """The kind of tokeniser that is there: the first that the architecture may have, in the order of the rules."""
     if rules.byte_level_class and files.config.get("tokenizer_class") == rules.byte_level_class:
         return "byte-level"
     there = {
@@ -85,7 +85,7 @@ def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:
     wanted = " or ".join(dict.fromkeys(names[kind] for kind in rules.kinds))
     if (files.folder / "tekken.json").is_file():
         raise UserError(
-            f"{files.folder}: has tekken.json alone, expected {wanted} (Mistral's models come with one, too)"
+            f"{files.folder}: has only tekken.json, expected {wanted} (Mistral's models also come with one)"
         )
     raise UserError(f"{files.folder}: no tokeniser, expected {wanted}")
 
@@ -96,7 +96,7 @@ def _write_extras(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRul
     if not rules.llama_sizes:
         return
     if files.vocab_size == CODE_LLAMA_SIZE:
-        writer.add_eot_token_id(CODE_LLAMA_TURN)
+        writer.add_eot_token_id(CODE_LLAMA_EOT)
     if files.vocab_size == STARCODER_SIZE:
         writer.add_add_bos_token(False)
 

@@ -1,4 +1,4 @@
-"""BPE vocabularies from tokenizer.json: over an alphabet of bytes (GPT-2's), or over characters, with bytes beside."""
+"""BPE vocabularies from tokenizer.json: byte-level (GPT-2's alphabet), or over characters with byte fallback."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from ...errors import UserError
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .pre_tokeniser import encoded, find_pre_tokeniser
-from .trial import SAMPLE, Vocabulary, note, unlike
+from .trial import SAMPLE, Vocabulary, differing_texts, note
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Write the vocabulary; the merges, which `write_special` writes, and what is to be known, in words.
+    """Write the vocabulary; return the merges, which `write_special` writes, and notes for the user.
 
     Raises:
-        UserError: tokens beyond the model's vocabulary, merges that are none, or a pre-tokeniser that llama.cpp lacks.
+        UserError: there are tokens beyond the model's vocabulary or invalid merges, or llama.cpp lacks the
+            pre-tokeniser.
     """
     path = files.folder / "tokenizer.json"
     tokeniser = load(path)
@@ -41,35 +42,36 @@ def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Seq
         types.append(int(kind))
     merges = _merges(path, files)
     vocabulary = Vocabulary(path, "gpt2", tokens, types, merges=merges)
-    vocabulary.check_different()
+    vocabulary.check_distinct()
     pre = find_pre_tokeniser(files, tokeniser, vocabulary)
     vocabulary.write(writer, pre.name)
-    return merges, note(f"llama.cpp's pre-tokeniser {pre.name}", pre.unlike)
+    return merges, note(f"llama.cpp's pre-tokeniser {pre.name}", pre.differing)
 
 
 def write_byte_fallback_bpe(
     writer: GGUFWriter, files: TokeniserFiles, space_prefix: bool | None
 ) -> tuple[int, tuple[str, ...]]:
-    """Write the vocabulary as SentencePiece's; the number of tokens, and what is to be known, in words.
+    """Write the vocabulary as a SentencePiece one; return the number of tokens, and notes for the user.
 
-    llama.cpp joins what has the highest score first, so that a token's score is the place of its merge. (llama.cpp's
-    own converter gives all the same score, and half of all lines other tokens than the original.)
+    llama.cpp first merges the pair with the highest score, so a token's score is the negative rank of its merge.
+    (llama.cpp's own converter gives all tokens the same score, so that half of all lines get other tokens than with the
+    original tokeniser.)
 
     Args:
-        space_prefix: whether a space goes before a text, where that is written already.
+        space_prefix: whether a space is added before a text, if that has been written already.
 
     Raises:
-        UserError: tokens beyond the model's vocabulary, or merges that are none.
+        UserError: there are tokens beyond the model's vocabulary, or invalid merges.
     """
     path = files.folder / "tokenizer.json"
     tokeniser = load(path)
     n_base = len(tokeniser.get_vocab(with_added_tokens=False))
     texts = {token: text for text, token in tokeniser.get_vocab(with_added_tokens=True).items()}
     _check_size(path, texts, files.vocab_size)
-    special = _special_words(files)
-    places: dict[str, int] = {}
-    for place, (left, right) in enumerate(_pairs(path, files)):
-        places.setdefault(left + right, place)
+    special = _special_tokens(files)
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(_pairs(path, files)):
+        ranks.setdefault(left + right, rank)
     tokens, scores, types = [], [], []
     for i in range(files.vocab_size):
         text = texts.get(i, f"[PAD{i}]")
@@ -82,15 +84,15 @@ def write_byte_fallback_bpe(
         else:
             kind = TokenType.NORMAL if i < n_base else TokenType.USER_DEFINED
         tokens.append(text)
-        scores.append(float(-places.get(text, len(places))))
+        scores.append(float(-ranks.get(text, len(ranks))))
         types.append(int(kind))
     vocabulary = Vocabulary(path, "llama", tokens, types, scores)
-    vocabulary.check_different()
+    vocabulary.check_distinct()
     vocabulary.write(writer, "default")
     sample = encoded(tokeniser, SAMPLE)
-    differing = unlike(vocabulary, "default", *sample, space_prefix)
+    differing = differing_texts(vocabulary, "default", *sample, space_prefix)
     if differing and space_prefix is None:
-        without = unlike(vocabulary, "default", *sample, False)
+        without = differing_texts(vocabulary, "default", *sample, False)
         if len(without) < len(differing):
             writer.add_add_space_prefix(False)
             differing = without
@@ -98,10 +100,10 @@ def write_byte_fallback_bpe(
 
 
 def load(path: Path) -> Any:
-    """The tokeniser itself, by the library that tokenizer.json is of.
+    """Load the tokeniser with the `tokenizers` library, whose format tokenizer.json is.
 
     Raises:
-        UserError: it cannot read it.
+        UserError: the library cannot read it.
     """
     from tokenizers import Tokenizer
 
@@ -116,13 +118,11 @@ def _check_size(path: Path, texts: dict[int, str], rows: int) -> None:
         raise UserError(f"{path}: model.vocab: no tokens")
     last = max(texts)
     if last >= rows:
-        raise UserError(
-            f"{path}: token {texts[last]!r:.40} has number {last:,}, expected less than vocab_size, {rows:,}"
-        )
+        raise UserError(f"{path}: token {texts[last]!r:.40} has id {last:,}, expected less than vocab_size, {rows:,}")
 
 
 def _added(entry: AddedToken, tokeniser: Any) -> tuple[str, TokenType]:
-    """llama.cpp looks for added tokens in the text as it is: what normalising would change is changed here."""
+    """An added token's text and type; the text is normalised here, as llama.cpp looks for it in unnormalised text."""
     text = entry.text
     if not entry.normalized:
         text = tokeniser.decode(tokeniser.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
@@ -131,18 +131,18 @@ def _added(entry: AddedToken, tokeniser: Any) -> tuple[str, TokenType]:
     return text.replace("▁", " "), TokenType.USER_DEFINED
 
 
-def _special_words(files: TokeniserFiles) -> set[str]:
-    """Tokens that the configuration names: the first, the last, the unknown one and so on."""
+def _special_tokens(files: TokeniserFiles) -> set[str]:
+    """Texts of the tokens that the configuration names: BOS, EOS, UNK and so on."""
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     entries = [files.config.get(f"{name}_token") for name in names]
     more = files.config.get("additional_special_tokens") or files.config.get("extra_special_tokens")
     entries += more if isinstance(more, list) else []
-    words = {entry.get("content") if isinstance(entry, dict) else entry for entry in entries}
-    return {word for word in words if isinstance(word, str)}
+    texts = {entry.get("content") if isinstance(entry, dict) else entry for entry in entries}
+    return {text for text in texts if isinstance(text, str)}
 
 
 def _merges(path: Path, files: TokeniserFiles) -> list[str]:
-    """Pairs as "left right"; a space within one of them as GPT-2's alphabet has it, Ġ."""
+    """Pairs as "left right"; a space within a token is written as Ġ, as in GPT-2's alphabet."""
     return [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _pairs(path, files)]
 
 

@@ -1,4 +1,4 @@
-"""A tokeniser's files, read once and checked for what everything else relies on."""
+"""A tokeniser's files, read once and checked for everything that the other modules rely on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that was added to a vocabulary; `normalized` ones are looked for in normalised text."""
+    """A token that was added to a vocabulary; `normalized` ones are matched in normalised text."""
 
     id: int
     text: str
@@ -25,15 +25,15 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokeniserFiles:
-    """What there is in a checkpoint's folder.
+    """The tokeniser's files in a checkpoint's folder.
 
     Attributes:
-        bpe: tokenizer.json, or None where there is none.
-        config: tokenizer_config.json, or nothing.
+        bpe: tokenizer.json, or None if there is none.
+        config: tokenizer_config.json, or empty.
         model_config: config.json's values.
-        vocab_size: the model's, which the vocabulary is padded to.
-        added: of tokenizer.json.
-        configured: of tokenizer_config.json's `added_tokens_decoder`.
+        vocab_size: the model's, to which the vocabulary is padded.
+        added: tokens that tokenizer.json adds.
+        configured: tokens in tokenizer_config.json's `added_tokens_decoder`.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class TokeniserFiles:
 
     @property
     def is_byte_fallback(self) -> bool:
-        """A SentencePiece vocabulary as BPE: bytes are tokens of their own, for what no other token covers."""
+        """Whether this is a SentencePiece vocabulary as BPE, with byte tokens for text that no other token covers."""
         if self.bpe is None:
             return False
         model, decoder = self.bpe["model"], self.bpe.get("decoder")
@@ -59,10 +59,10 @@ class TokeniserFiles:
 
 
 def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFiles:
-    """Read them.
+    """Read and check the tokeniser's files.
 
     Raises:
-        UserError: one is broken, or a token's number is outside the vocabulary.
+        UserError: a file is broken, or a token's id is out of range.
     """
     size = model_config.get("vocab_size")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= MAX_TOKENS:
@@ -83,7 +83,7 @@ def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFi
         model_config=model_config,
         vocab_size=size,
         added=tuple(_token(json_file, entry, None) for entry in added),
-        configured=tuple(_token(config_file, entry, number) for number, entry in decoder.items()),
+        configured=tuple(_token(config_file, entry, key) for key, entry in decoder.items()),
     )
 
 
@@ -94,22 +94,20 @@ def _tokenizer_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
     kind = model.get("type", "BPE")
     if kind != "BPE":
-        raise UserError(
-            f"{path}: model.type: {kind!r}, expected 'BPE', the only kind of tokenizer.json that is converted"
-        )
+        raise UserError(f"{path}: model.type: {kind!r}, expected 'BPE', the only supported kind of tokenizer.json")
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
-        raise UserError(f"{path}: model.vocab: expected a map of tokens to numbers from 0")
+        raise UserError(f"{path}: model.vocab: expected a map of tokens to ids from 0")
     return data
 
 
-def _token(path: Path, entry: Any, number: str | None) -> AddedToken:
-    """One entry; its number is the key where it has none of its own."""
-    where = f"{path}: added token {number or ''}".rstrip()
+def _token(path: Path, entry: Any, key: str | None) -> AddedToken:
+    """Check one entry; its id is its `key` in the file or, without a key, in the entry."""
+    where = f"{path}: added token {key or ''}".rstrip()
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         raise UserError(f"{where}: {entry!r:.60}, expected a map with the token as `content`")
-    token = entry.get("id") if number is None else int(number) if number.isdecimal() and len(number) < 10 else None
+    token = entry.get("id") if key is None else int(key) if key.isdecimal() and len(key) < 10 else None
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < MAX_TOKENS:
-        found = entry.get("id") if number is None else number
+        found = entry.get("id") if key is None else key
         raise UserError(f"{path}: added token {entry['content']!r:.40}: id {found!r:.30}, expected a number from 0")
     return AddedToken(token, entry["content"], bool(entry.get("special")), bool(entry.get("normalized", True)))

@@ -1,8 +1,9 @@
-"""Which of llama.cpp's pre-tokenisers cuts text as a tokenizer.json's does: by what it says, checked by trying.
+"""Find llama.cpp's pre-tokeniser that splits text as a tokenizer.json does: by its definition, checked on a sample.
 
-llama.cpp knows pre-tokenisers by name (llama-vocab.cpp), and most names are models' that cut alike. The definition in
-tokenizer.json is brought to a plain form and looked up; of its names the one that gives the same tokens on a sample is
-taken. A definition that is not in the table may still cut as one of the names does: all are tried, on a longer sample.
+llama.cpp knows pre-tokenisers by name (llama-vocab.cpp), and many names stand for models that split alike. The
+definition in tokenizer.json is brought to a plain form and looked up; of its names, the one that gives the same tokens
+on a sample is used. A definition that is not in the table may still split as one of the names does: all are tried, on
+a longer sample.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 
 from ...errors import UserError
 from .files import TokeniserFiles
-from .trial import SAMPLE, Vocabulary, unlike
+from .trial import SAMPLE, Vocabulary, differing_texts
 
 GPT2 = "GPT-2"
-"""The regular expression that ByteLevel applies of itself."""
+"""Stands for the regular expression that is built into ByteLevel."""
 
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +54,7 @@ NAMES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (r" ?[^(\s|[.,!?…。，、।۔،])]+",): ("bloom", "poro-chat"),
     (r" ?[^(\s|[.,!?…。，、।۔،])]+", "digits"): ("viking",),
 }
-"""llama.cpp's names by the definition: regular expressions in their order, ``digits`` for one digit a piece."""
+"""llama.cpp's names by definition: regular expressions in order, ``digits`` for one digit per piece."""
 
 OTHERS = (
     *("gpt-2", "smollm", "llama-bpe", "llama3", "qwen2", "qwen35", "gpt-4o", "tekken", "seed-coder", "deepseek-llm"),
@@ -61,62 +62,62 @@ OTHERS = (
     *("kimi-k2", "afmoe", "minicpm5", "tiny_aya", "chameleon", "jais-2", "granite-embed-multi-97m", "spark2_5"),
     *("ufakzeka", "laguna", "default"),
 )
-"""One name for each way of cutting that llama.cpp has."""
-
+"""One name for each way of splitting text that llama.cpp has."""
 
 IGNORING_MERGES = frozenset({"llama-bpe", "llama3", "glm4", "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"})
-"""With these a piece that is a token is that token, whatever the merges say."""
+"""With these, a piece that is itself a token becomes that token, whatever the merges say."""
 
 
 @dataclass(frozen=True)
 class PreTokeniser:
-    """A name for ``tokenizer.ggml.pre``, and the texts of the sample that llama.cpp takes apart otherwise with it."""
+    """A name for ``tokenizer.ggml.pre``, and the sample texts that llama.cpp tokenises differently with it."""
 
     name: str
-    unlike: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
 
 
 def find_pre_tokeniser(files: TokeniserFiles, tokeniser: Any, vocabulary: Vocabulary) -> PreTokeniser:
-    """The name that llama.cpp has for a definition.
+    """Return llama.cpp's name for a definition.
 
-    What it knows it may still cut otherwise here and there, as its regular expressions are simpler (for GPT-4o's and
-    Tekken's in other scripts than ASCII's): those names are taken as they are, others only if they agree everywhere.
+    Even for a definition that it knows, llama.cpp may split text differently here and there, as its regular expressions
+    are simpler (GPT-4o's and Tekken's outside ASCII). Such a name is accepted if it agrees on ASCII text; others only
+    if they agree everywhere.
 
     Raises:
-        UserError: llama.cpp has none that cuts alike.
+        UserError: llama.cpp has no pre-tokeniser that splits alike.
     """
     assert files.bpe is not None
     definition = tuple(plain_form(files.bpe.get("pre_tokenizer")))
     ignores = bool(files.bpe["model"].get("ignore_merges"))
 
-    def likely(names: Sequence[str]) -> list[str]:
+    def likeliest_first(names: Sequence[str]) -> list[str]:
         return sorted(names, key=lambda name: (name in IGNORING_MERGES) != ignores)
 
     best: PreTokeniser | None = None
-    for name in likely(NAMES.get(definition, ())):
-        tried = PreTokeniser(name, unlike(vocabulary, name, *encoded(tokeniser, SAMPLE)))
-        if best is None or len(tried.unlike) < len(best.unlike):
+    for name in likeliest_first(NAMES.get(definition, ())):
+        tried = PreTokeniser(name, differing_texts(vocabulary, name, *encoded(tokeniser, SAMPLE)))
+        if best is None or len(tried.differing) < len(best.differing):
             best = tried
-        if not best.unlike:
+        if not best.differing:
             break
-    if best and not any(text.isascii() for text in best.unlike):
+    if best and not any(text.isascii() for text in best.differing):
         return best
-    longer = encoded(tokeniser, (*SAMPLE, *_more()))
-    for name in likely(OTHERS):
-        if not unlike(vocabulary, name, *longer):
+    longer = encoded(tokeniser, (*SAMPLE, *_variations()))
+    for name in likeliest_first(OTHERS):
+        if not differing_texts(vocabulary, name, *longer):
             return PreTokeniser(name)
     raise UserError(
-        f"{vocabulary.path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that cuts text like it"
+        f"{vocabulary.path}: pre_tokenizer: {list(definition)!r:.120}: llama.cpp has none that splits text alike"
     )
 
 
 def encoded(tokeniser: Any, texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
-    """Texts in NFC or the like, if the tokeniser brings them to that first (llama.cpp does not), and their tokens."""
-    normal = [_normal(tokeniser, text) for text in texts]
-    return normal, [tokeniser.encode(text, add_special_tokens=False).ids for text in normal]
+    """Return the texts, normalised if the tokeniser would do that first (llama.cpp would not), and their tokens."""
+    normalised = [_normalised(tokeniser, text) for text in texts]
+    return normalised, [tokeniser.encode(text, add_special_tokens=False).ids for text in normalised]
 
 
-def _normal(tokeniser: Any, text: str) -> str:
+def _normalised(tokeniser: Any, text: str) -> str:
     if tokeniser.normalizer is None:
         return text
     once = str(tokeniser.normalizer.normalize_str(text))
@@ -124,7 +125,7 @@ def _normal(tokeniser: Any, text: str) -> str:
 
 
 def plain_form(step: Any) -> Iterator[str]:
-    """A definition as the regular expressions that it applies, one after the other."""
+    """Yield the regular expressions that a definition applies, one after the other."""
     if not isinstance(step, Mapping):
         return
     kind, pattern = step.get("type"), step.get("pattern")
@@ -143,8 +144,8 @@ def plain_form(step: Any) -> Iterator[str]:
         yield str(kind)
 
 
-def _more() -> Iterator[str]:
-    """A longer sample: the short one in other cases, with words and numbers run together."""
+def _variations() -> Iterator[str]:
+    """The sample texts in upper case, with other spacing, and with words and numbers run together."""
     for text in SAMPLE:
         yield text.upper()
         yield text.replace(" ", "")

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies: pieces, their scores and kinds, and what was added to them since."""
+"""SentencePiece vocabularies: pieces with their scores and types, and the tokens that were added to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..json_file import read_json
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .rules import TokeniserRules
-from .trial import SAMPLE, Vocabulary, note, unlike
+from .trial import SAMPLE, Vocabulary, differing_texts, note
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 MAX_MODEL_BYTES = 256 << 20
@@ -21,30 +21,30 @@ MAX_MODEL_BYTES = 256 << 20
 def write_sentencepiece(
     writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules, space_prefix: bool | None
 ) -> tuple[int, tuple[str, ...]]:
-    """Write the vocabulary of tokenizer.model; the number of tokens, and what is to be known, in words.
+    """Write the vocabulary of tokenizer.model; return the number of tokens, and notes for the user.
 
     Args:
-        space_prefix: whether a space will go before a text, where that is written.
+        space_prefix: whether a space will be added before a text, if that is written.
 
     Raises:
-        UserError: sentencepiece cannot read it, or an added token makes no sense.
+        UserError: sentencepiece cannot read it, or an added token is invalid.
     """
     model = _model(files.folder / "tokenizer.model")
     tokens, scores, types = _pieces(model, files.vocab_size)
 
     def put(token: int, text: str, kind: TokenType) -> None:
-        if token < len(tokens):  # what is beyond the model's rows is left out
+        if token < len(tokens):  # tokens beyond the model's rows are left out
             tokens[token], scores[token], types[token] = text, ADDED_SCORE, kind
 
     for token, text in _added_json(files):
         put(token, text, TokenType.USER_DEFINED)
-    entries = (*files.configured, *(files.added if rules.plain_words else ()))
+    entries = (*files.configured, *(files.added if rules.literal_added else ()))
     for entry in entries:
         put(entry.id, *_added(entry, rules))
     vocabulary = Vocabulary(files.folder / "tokenizer.model", "llama", tokens, types, scores)
-    vocabulary.check_different()
+    vocabulary.check_distinct()
     vocabulary.write(writer, "default")
-    differing = unlike(vocabulary, "default", SAMPLE, model.encode(list(SAMPLE)), space_prefix)
+    differing = differing_texts(vocabulary, "default", SAMPLE, model.encode(list(SAMPLE)), space_prefix)
     return len(tokens), note("llama.cpp", differing)
 
 
@@ -95,7 +95,7 @@ def _added_json(files: TokeniserFiles) -> list[tuple[int, str]]:
 
 
 def _added(entry: AddedToken, rules: TokeniserRules) -> tuple[str, TokenType]:
-    if entry.special or (not rules.plain_words and looks_special(entry.text)):
+    if entry.special or (not rules.literal_added and looks_special(entry.text)):
         return entry.text, TokenType.CONTROL
-    # llama.cpp looks for these in the text as it is, not in what SentencePiece makes of its spaces.
-    return entry.text if rules.plain_words else entry.text.replace("▁", " "), TokenType.USER_DEFINED
+    # llama.cpp looks for these in the original text, before spaces become "▁".
+    return entry.text if rules.literal_added else entry.text.replace("▁", " "), TokenType.USER_DEFINED

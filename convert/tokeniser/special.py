@@ -1,7 +1,7 @@
-"""Which tokens begin and end a text, and whether a tokeniser puts them there itself.
+"""Special tokens (BOS, EOS and so on), and whether a tokeniser adds them to a text itself.
 
 The rules are those of llama.cpp's converter: tokenizer.json's post-processor first, then tokenizer_config.json, then
-the numbers in config.json.
+the ids in config.json.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 @dataclass
 class _Found:
-    """What has been found out so far: whether to add a token, by name; the tokens' texts, by name."""
+    """What has been found so far: whether to add a token, by name, and the tokens' texts, by name."""
 
     adds: dict[str, bool] = field(default_factory=dict)
-    words: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = NAMES
 
 
 def write_special(writer: GGUFWriter, files: TokeniserFiles, n_tokens: int | None, merges: Sequence[str]) -> None:
-    """Write merges, numbers of special tokens and whether they are added.
+    """Write the merges, the ids of special tokens, and whether they are added.
 
     Args:
-        n_tokens: numbers from here on are left out; None leaves out none.
+        n_tokens: ids from here on are left out; None leaves out none.
 
     Raises:
-        UserError: a negative number.
+        UserError: an id is negative.
     """
-    found = _Found(words={name: word for name in NAMES if (word := _word(files.config.get(f"{name}_token")))})
+    found = _Found(texts={name: text for name in NAMES if (text := _text(files.config.get(f"{name}_token")))})
     if files.bpe is not None:
         _post_process(files.bpe.get("post_processor"), found, has_config=bool(files.config))
     if merges:
         writer.add_token_merges(list(merges))
-    for name, token in _numbers(files, found, n_tokens).items():
+    for name, token in _ids(files, found, n_tokens).items():
         getattr(writer, f"add_{name}_token_id")(token)
     for name, add in _flags(files, found).items():
         if hasattr(writer, f"add_add_{name}_token"):
@@ -51,30 +51,30 @@ def write_special(writer: GGUFWriter, files: TokeniserFiles, n_tokens: int | Non
             writer.add_bool(f"tokenizer.ggml.normalizer.{key}", value)
 
 
-def _word(entry: Any) -> str | None:
-    """A token's text, from either of the forms that tokenizer_config.json has for it."""
-    word = entry.get("content") if isinstance(entry, Mapping) else entry
-    return word if isinstance(word, str) else None
+def _text(entry: Any) -> str | None:
+    """A token's text, from either of the forms that it has in tokenizer_config.json."""
+    text = entry.get("content") if isinstance(entry, Mapping) else entry
+    return text if isinstance(text, str) else None
 
 
-def _numbers(files: TokeniserFiles, found: _Found, n_tokens: int | None) -> dict[str, int]:
-    numbers: dict[str, int] = {}
+def _ids(files: TokeniserFiles, found: _Found, n_tokens: int | None) -> dict[str, int]:
+    ids: dict[str, int] = {}
 
     def put(name: str, token: Any) -> None:
-        if isinstance(token, bool) or not isinstance(token, int) or name in numbers:
+        if isinstance(token, bool) or not isinstance(token, int) or name in ids:
             return
         if token < 0:
             raise UserError(f"{files.folder / 'config.json'}: {name}_token_id: {token}, expected a number from 0")
         if n_tokens is None or token < n_tokens:
-            numbers[name] = token
+            ids[name] = token
 
     if files.config:
         for name in found.names:
-            if name in found.words:
-                put(name, next((entry.id for entry in files.added if entry.text == found.words[name]), None))
+            if name in found.texts:
+                put(name, next((entry.id for entry in files.added if entry.text == found.texts[name]), None))
     for name in found.names:
         put(name, files.model_config.get(f"{name}_token_id"))
-    return numbers
+    return ids
 
 
 def _flags(files: TokeniserFiles, found: _Found) -> dict[str, bool]:
@@ -89,9 +89,9 @@ def _flags(files: TokeniserFiles, found: _Found) -> dict[str, bool]:
 def _post_process(processor: Any, found: _Found, has_config: bool) -> None:
     if not isinstance(processor, Mapping):
         return
-    words = found.words
-    words.update(
-        {name: words[other] for name, other in (("bos", "cls"), ("eos", "sep")) if name not in words and other in words}
+    texts = found.texts
+    texts.update(
+        {name: texts[other] for name, other in (("bos", "cls"), ("eos", "sep")) if name not in texts and other in texts}
     )
     listed = processor.get("processors")
     for step in listed if isinstance(listed, list) else [processor]:
@@ -104,45 +104,45 @@ def _post_process(processor: Any, found: _Found, has_config: bool) -> None:
             found.adds.update(bos=True, eos=True, sep=True)
             for name in ("cls", "sep"):
                 pair = step.get(name)
-                if has_config and name not in words and isinstance(pair, list) and pair and isinstance(pair[0], str):
-                    words[name] = pair[0]
+                if has_config and name not in texts and isinstance(pair, list) and pair and isinstance(pair[0], str):
+                    texts[name] = pair[0]
         elif step.get("type") == "TemplateProcessing":
             _template(step, found, has_config)
 
 
 def _template(step: Mapping[str, Any], found: _Found, has_config: bool) -> None:
-    """What a template puts before and after a text, and between two."""
-    single, pair, words = _items(step.get("single")), _items(step.get("pair")), found.words
+    """Record what a template adds before and after a text, and between two."""
+    single, pair, texts = _items(step.get("single")), _items(step.get("pair")), found.texts
     first = last = None
     if len(single) > 1:
         first, last = _special(single[0]), _special(single[-1])
     if first:
         if not has_config:
-            words["bos"] = first
-        elif first not in (words.get("bos"), words.get("cls")):
-            words.setdefault("bos", first)
-            words.setdefault("cls", first)
-        found.adds["bos"] = first in (words.get("bos"), words.get("cls"))
+            texts["bos"] = first
+        elif first not in (texts.get("bos"), texts.get("cls")):
+            texts.setdefault("bos", first)
+            texts.setdefault("cls", first)
+        found.adds["bos"] = first in (texts.get("bos"), texts.get("cls"))
     if last:
-        if has_config and last != words.get("eos"):
-            # What was the end of a text ends a turn, if anything.
+        if has_config and last != texts.get("eos"):
+            # The configured EOS then ends a turn.
             other = next((name for name in ("eot", "eom") if name not in found.names), None)
             if other:
                 found.names = (*found.names, other)
-                if "eos" in words:
-                    words[other] = words["eos"]
-        words["eos"] = last
+                if "eos" in texts:
+                    texts[other] = texts["eos"]
+        texts["eos"] = last
         found.adds["eos"] = True
     inner = pair[1 if first and pair and _special(pair[0]) == first else 0 :]
     inner = inner[:-1] if last and inner and _special(inner[-1]) == last else inner
     if inner and _sequence(inner[0]) == "A" and _sequence(inner[-1]) == "B" and inner[1:-1]:
-        between, ends = inner[1:-1], (words.get("sep"), words.get("eos"))
+        between, ends = inner[1:-1], (texts.get("sep"), texts.get("eos"))
         add = bool(_special(between[0]) in ends and _special(between[0]) and not last)
         if len(between) == 2 and _special(between[1]) and _special(between[1]) in ends:
             add = True
         found.adds["sep"] = add
-        if add and "sep" not in words and has_config and "eos" in words:
-            words["sep"] = words["eos"]
+        if add and "sep" not in texts and has_config and "eos" in texts:
+            texts["sep"] = texts["eos"]
 
 
 def _items(value: Any) -> list[Mapping[str, Any]]:
@@ -160,7 +160,7 @@ def _sequence(item: Mapping[str, Any]) -> str | None:
 
 
 def _normaliser(normaliser: Any) -> dict[str, bool]:
-    """Whether text is made lower-case, or loses its accents, before it is looked up."""
+    """Whether text is lower-cased, or stripped of its accents, before it is looked up."""
     if not isinstance(normaliser, Mapping):
         return {}
     kind, found = normaliser.get("type"), {}

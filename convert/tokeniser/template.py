@@ -1,4 +1,4 @@
-"""The chat template, or several with names."""
+"""The chat template, or several named ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_BYTES = 16 << 20
 
 
 def write_template(writer: GGUFWriter, files: TokeniserFiles) -> None:
-    """Write what tokenizer_config.json has, or else chat_template.jinja or chat_template.json.
+    """Write the template in tokenizer_config.json, or else in chat_template.jinja or chat_template.json.
 
     Raises:
-        UserError: a template that is no text.
+        UserError: a template is not text.
     """
     if not files.config:
         return
@@ -30,7 +30,9 @@ def write_template(writer: GGUFWriter, files: TokeniserFiles) -> None:
     elif isinstance(given, list):
         _write_named(writer, given, files.folder)
     elif given is not None:
-        raise UserError(f"{files.folder}: chat_template: {type(given).__name__}, expected text, or a list with names")
+        raise UserError(
+            f"{files.folder}: chat_template: {type(given).__name__}, expected text or a list of named templates"
+        )
 
 
 def _in_files(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A vocabulary tried in llama.cpp: what it makes of texts, before the file itself is written."""
+"""Try a vocabulary in llama.cpp: how it tokenises sample texts, before the file itself is written."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Vocabulary:
     scores: Sequence[float] = ()
     merges: Sequence[str] = ()
 
-    def check_different(self) -> None:
-        """llama.cpp stops the program where two tokens are written alike.
+    def check_distinct(self) -> None:
+        """Refuse two tokens with the same text, on which llama.cpp aborts.
 
         Raises:
-            UserError: two are.
+            UserError: there are two.
         """
         if len(set(self.tokens)) == len(self.tokens):
             return
@@ -40,7 +40,7 @@ class Vocabulary:
                 )
 
     def write(self, writer: GGUFWriter, pre: str) -> None:
-        """All but the merges, which llama.cpp's converter writes later."""
+        """Write all but the merges, which come later in files from llama.cpp's converter."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(list(self.tokens))
@@ -68,37 +68,37 @@ SAMPLE = (
 )
 
 
-def unlike(
+def differing_texts(
     vocabulary: Vocabulary,
     pre: str,
     texts: Sequence[str],
     wanted: Sequence[list[int]],
     space_prefix: bool | None = None,
 ) -> tuple[str, ...]:
-    """The texts of which llama.cpp makes other tokens than `wanted`, the original tokeniser's."""
+    """The texts for which llama.cpp's tokens differ from `wanted`, the original tokeniser's."""
     found = tokens_of(vocabulary, pre, texts, space_prefix)
     return tuple(text for text, a, b in zip(texts, found, wanted, strict=True) if a != b)
 
 
 def note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
-    """What is to be told of them, if there are any."""
+    """A note on the samples that differ, if there are any."""
     if not differing:
         return ()
     n, first = len(differing), differing[0].strip()[:20]
-    return (f"tokeniser: {who} takes {n} of {len(SAMPLE)} samples otherwise than the original, e.g. {first!r}",)
+    return (f"tokeniser: {who} tokenises {n} of {len(SAMPLE)} samples differently from the original, e.g. {first!r}",)
 
 
 def tokens_of(
     vocabulary: Vocabulary, pre: str, texts: Sequence[str], space_prefix: bool | None = None
 ) -> list[list[int]]:
-    """What llama.cpp makes of texts.
+    """Tokenise texts with llama.cpp.
 
     Args:
         pre: the pre-tokeniser's name.
-        space_prefix: whether a space goes before a text; None for what llama.cpp takes to be so.
+        space_prefix: whether a space is added before a text; None for llama.cpp's default.
 
     Raises:
-        UserError: llama.cpp does not take the vocabulary.
+        UserError: llama.cpp does not accept the vocabulary.
     """
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
         path = Path(folder) / "vocabulary.gguf"
@@ -115,7 +115,7 @@ def tokens_of(
 
 
 def _tokenise(source: Path, path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Through llama.cpp's C functions: llama_cpp.Llama would make a context, too, and warn of its size."""
+    """Use llama.cpp's C functions, as llama_cpp.Llama would also create a context and warn about its size."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -127,21 +127,21 @@ def _tokenise(source: Path, path: Path, texts: Sequence[str]) -> list[list[int]]
     try:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise UserError(f"{source}: llama.cpp does not take its vocabulary")
+            raise UserError(f"{source}: llama.cpp does not accept its vocabulary")
         try:
-            words = llama_cpp.llama_model_get_vocab(model)
-            return [_tokens(words, text.encode()) for text in texts]
+            vocab = llama_cpp.llama_model_get_vocab(model)
+            return [_tokens(vocab, text.encode()) for text in texts]
         finally:
             llama_cpp.llama_model_free(model)
     finally:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
 
 
-def _tokens(words: Any, raw: bytes) -> list[int]:
+def _tokens(vocab: Any, raw: bytes) -> list[int]:
     import llama_cpp
 
-    room = len(raw) + 1  # a token a byte, and a space before them, at most
-    found = (llama_cpp.llama_token * room)()
-    n = llama_cpp.llama_tokenize(words, raw, len(raw), found, room, False, False)
+    limit = len(raw) + 1  # at most one token per byte, and a space before them
+    found = (llama_cpp.llama_token * limit)()
+    n = llama_cpp.llama_tokenize(vocab, raw, len(raw), found, limit, False, False)
     assert n >= 0, raw
     return list(found[:n])

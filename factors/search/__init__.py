@@ -1,4 +1,4 @@
-"""The search for λ and n̂: pure, seeded, and ignorant of what evaluates a band. No model here."""
+"""The search for λ and n̂: seeded, and independent of models and of what evaluates a band."""
 
 from .journal import Journal
 from .local import InProcess, Processes

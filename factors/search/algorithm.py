@@ -1,7 +1,7 @@
-"""How an algorithm and the run talk: candidates are asked about, scores come back.
+"""The protocol between an algorithm and the run: candidates are requested, scores come back.
 
-An algorithm is a generator. It knows candidates and losses only; who evaluates, and what is cached, raced or over
-budget, is the run's business. Given the same scores it asks the same questions, and it may be ended at any of them.
+An algorithm is a generator of requests. It knows only candidates and losses; evaluating, caching, racing and the budget
+are the run's business. Given the same scores it makes the same requests, and it may be stopped at any of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .space import Candidate, Space
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of a candidate.
+    """What is known about a candidate.
 
     Attributes:
-        loss: weighted mean over the passages read, nats a token; infinite if none was, or if it is no number.
-        passages: how many it was read on.
-        whole: whether these are all of them; if not, it was dropped.
-        by_log_factors: derivatives of the loss, shape ``(n_rot/2,)``, where they were asked for.
+        loss: weighted mean over the passages read, nats per token; infinite if none was read, or if it is not a number.
+        passages: how many were read.
+        whole: whether all passages were read; if not, it was dropped.
+        by_log_factors: derivatives of the loss, shape ``(n_rot/2,)``, if they were requested.
     """
 
     candidate: Candidate
@@ -35,21 +35,21 @@ class Score:
 
     @property
     def rank(self) -> tuple[bool, int, float]:
-        """What to sort by: all that are whole first, then those that lasted longer."""
+        """The key to sort by: whole candidates first, then those that were dropped later."""
         return (not self.whole, -self.passages, self.loss)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question to the run.
+    """A request to the run.
 
     Attributes:
         step: what it is for, in a few words, for the table.
-        candidates: whom to score.
-        rivals: those scored before that they are up against.
+        candidates: the candidates to score.
+        rivals: candidates scored before, which these compete with.
         places: how many of candidates and rivals matter to the algorithm; a candidate may be dropped once it is
-            unlikely to be one. 0: each is up against the rivals alone, whatever the other candidates are.
-        gradient: whether derivatives are wanted; then nobody is dropped.
+            unlikely to be among them. 0: each candidate competes with the rivals only, not with the others.
+        gradient: whether derivatives are requested; if so, no candidate is dropped.
     """
 
     step: str
@@ -61,9 +61,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """Scores in the order of the candidates, and how many more may be evaluated, at the fidelity searched by.
+    """Scores in the order of the candidates, and how many more may be evaluated, at the search's fidelity.
 
-    Those that the budget did not reach have no passages.
+    Candidates that the budget did not reach have no passages.
     """
 
     scores: tuple[Score, ...]
@@ -78,8 +78,8 @@ class Start:
     """What an algorithm starts from.
 
     Attributes:
-        seeds: scored whole: YaRN first, then what the caller brought.
-        left: candidates that may be evaluated; a gradient counts as `Settings.gradient_cost` of them.
+        seeds: scored on all passages: YaRN first, then the caller's.
+        left: how many candidates may be evaluated; a gradient counts as `Settings.gradient_cost` of them.
     """
 
     space: Space
@@ -92,17 +92,17 @@ class Start:
         return min(self.seeds, key=lambda score: score.rank)
 
     def random(self) -> np.random.Generator:
-        """The algorithm's own source of rng."""
+        """The algorithm's own random generator."""
         return np.random.default_rng([self.settings.seed, 1])
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to search.
+    """One search algorithm.
 
     Attributes:
-        search: makes the generator.
-        first: evaluations that it needs before it has done anything of use.
+        search: creates the generator.
+        first: evaluations that it needs before it has done anything useful.
     """
 
     search: Callable[[Start], Search]
@@ -110,16 +110,16 @@ class Algorithm:
 
 
 def best_of(scores: Iterable[Score], otherwise: Score) -> Score:
-    """The best whole one of `scores`, or `otherwise` if none is better."""
+    """The best of the `scores` on all passages, or `otherwise` if none is better."""
     return min((otherwise, *(score for score in scores if score.whole)), key=lambda score: score.loss)
 
 
 def search_start_tokens(
     space: Space, best: Score, most: float, left: float
 ) -> Generator[Request, Response, tuple[Score, float]]:
-    """Choose n̂ with all else as it is: a few spread over the set first, then the neighbours of the best of these.
+    """Choose n̂ with all else unchanged: first among a few spread over the set, then among the neighbours of the best.
 
-    Asks for at most `most` of the `left` candidates; returns the best score, and what is left.
+    Requests at most `most` of the `left` candidates; returns the best score, and how many candidates are left.
     """
     choices = space.start_token_choices
     tried = {best.candidate.start_tokens}

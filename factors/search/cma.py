@@ -1,9 +1,9 @@
-"""`cma`: the whole curve of λ first, by a few numbers, then single pairs.
+"""`cma`: first the whole curve of λ, described by a few numbers, then single pairs.
 
-The curve departs from the start's (YaRN's, or what the caller brought if that is better) by a line through a few knots,
-spread over the pairs that are searched; knots and attention factor are what CMA-ES (Hansen, arXiv 1604.00772; the
-package `cma`) moves. n̂ is no number to take means of: it is chosen by trying, once the curve stands. What the curve
-is too stiff for is found afterwards by stepping single pairs.
+The curve differs from the start (YaRN's, or the caller's if that is better) by a piecewise linear function of a few
+knots, spread over the pairs that are searched. CMA-ES (Hansen, arXiv 1604.00772; the package `cma`) moves the knots and
+the attention factor. Means of n̂ make no sense, so it is chosen by trying, once the curve is found. What the curve is
+too stiff for is found afterwards by changing single pairs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .settings import CmaSettings, Settings
 from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.15
-"""Of the budget, at most, to choose n̂."""
+"""The share of the budget that choosing n̂ may use."""
 
 Stage = Generator[Request, Response, tuple[Score, float]]
-"""Ends with the best score, and how many candidates are left."""
+"""Returns the best score, and how many candidates are left."""
 
 
 def search(start: Start) -> Search:
-    """CMA-ES on the curve, then n̂, then pairs."""
+    """CMA-ES on the curve, then n̂, then single pairs."""
     settings = start.settings.covariance
     best, left = yield from _curve(start, settings)
     best, left = yield from search_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
@@ -36,7 +36,7 @@ def search(start: Start) -> Search:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Departures from `start` as few numbers: knots of ln λ, then ln attention factor, in units of their steps."""
+    """Differences from `start` as a few numbers: knots of ln λ, then ln attention factor, in units of their steps."""
 
     space: Space
     start: Candidate
@@ -53,14 +53,14 @@ class _Curve:
 
 
 def _curve(start: Start, settings: CmaSettings) -> Stage:
-    """CMA-ES until its share of the budget is spent or its steps are too small to matter."""
-    import cma  # brings matplotlib: not for those who only want to read a schedule
+    """Run CMA-ES until its share of the budget is spent or its steps are too small to matter."""
+    import cma  # it imports matplotlib, which reading a schedule does not need
 
     best, left = start.best, start.left
     floor = (1 - settings.share) * left
     curve, rng = _Curve(start.space, best.candidate, settings), start.random()
     options = {
-        "seed": math.nan,  # leave numpy's own source of chance alone
+        "seed": math.nan,  # leave numpy's global random generator alone
         "randn": lambda *shape: rng.standard_normal(shape),
         "popsize": _population(settings, curve.n_knots + 1, left),
         "tolx": settings.smallest_step / settings.step,
@@ -73,7 +73,7 @@ def _curve(start: Start, settings: CmaSettings) -> Stage:
         answer = yield Request(
             f"curve {strategy.countiter + 1}", asked, (best.candidate,), places=strategy.popsize // 2
         )
-        # Only the order counts for CMA-ES, so that one that was dropped half-way need have no loss.
+        # CMA-ES uses only the order, so a candidate that was dropped half-way needs no loss.
         order = sorted(range(len(points)), key=lambda i: answer.scores[i].rank)
         strategy.tell(points, np.argsort(order).astype(float).tolist())
         best, left = best_of(answer.scores, best), answer.left
@@ -84,13 +84,13 @@ def _curve(start: Start, settings: CmaSettings) -> Stage:
 
 
 def _population(settings: CmaSettings, n: int, left: float) -> int:
-    """Candidates a generation: the usual 4 + 3 ln n, fewer where the budget would not give four generations."""
+    """Candidates per generation: the usual 4 + 3 ln n, or fewer if the budget would not allow four generations."""
     usual = settings.population or 4 + int(3 * np.log(n))
     return max(4, min(usual, int(settings.share * left / 4)))
 
 
 def _pairs(space: Space, settings: CmaSettings, best: Score, left: float) -> Stage:
-    """Single pairs up or down, and whatever is better is kept; smaller steps when no pair gains any more."""
+    """Move single pairs up or down and keep what is better; halve the step when no pair gains any more."""
     step, n = settings.pair_step, space.n_pairs - space.n_fixed
     moves = np.eye(n)
     while step >= settings.smallest_step and left >= 1:
@@ -99,7 +99,7 @@ def _pairs(space: Space, settings: CmaSettings, best: Score, left: float) -> Sta
             pairs = list(range(first, min(first + settings.pairs_at_once, n)))
             for _ in range(2):
                 best, left, pairs = yield from _try_pairs(space, best, left, step, {i: step * moves[i] for i in pairs})
-                moves[pairs] = -moves[pairs]  # these have gained nothing
+                moves[pairs] = -moves[pairs]  # those that have gained nothing: now the other way
         step = step if best.loss < before.loss else step / 2
     return best, left
 
@@ -107,9 +107,9 @@ def _pairs(space: Space, settings: CmaSettings, best: Score, left: float) -> Sta
 def _try_pairs(
     space: Space, best: Score, left: float, step: float, moves: dict[int, Array]
 ) -> Generator[Request, Response, tuple[Score, float, list[int]]]:
-    """Each of the `moves` by itself, all at once for the workers' sake; then those that gain, together.
+    """Try each of the `moves` alone, in one request so that all workers are used; then those that gain, together.
 
-    Returns the best score, how many candidates are left, and the pairs whose move has gained nothing.
+    Returns the best score, how many candidates are left, and the pairs whose move gained nothing.
     """
     asked = {i: space.moved(best.candidate, move) for i, move in moves.items()}
     asked = {i: candidate for i, candidate in asked.items() if candidate != best.candidate}

@@ -1,8 +1,8 @@
 """`evolution`: LongRoPE's search as published (Ding et al., arXiv 2402.13753, algorithm 1 and section 3.3).
 
 The first population holds PI, NTK-aware, YaRN and mutations of them. Each generation keeps the best (the parents) and
-adds mutations and crossovers of them. λ lie on a grid, n̂ in a set, and λ never decrease with the dimension: a gene
-is drawn anew until it keeps to that, which is the same as drawing it from between its neighbours.
+adds mutations and crossovers of them. λ are on a grid, n̂ in a set, and λ never decrease with the dimension. The paper
+redraws a λ until it satisfies this; here it is drawn from between its neighbours, which is the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def search(start: Start) -> Search:
 
 
 class _Breeder:
-    """Makes individuals that keep to the space and that were not there before."""
+    """Creates candidates that are within the space and have not been created before."""
 
     def __init__(self, space: Space, settings: Evolution, rng: np.random.Generator) -> None:
         self.space, self.settings, self.rng = space, settings, rng
@@ -49,10 +49,10 @@ class _Breeder:
         self.top = math.floor(math.exp(space.largest_log_factor) / settings.grid + 1e-9)
 
     def on_grid(self, candidate: Candidate) -> Candidate:
-        """The free λ rounded to the grid; rounding keeps their order."""
+        """`candidate` with its free λ rounded to the grid; rounding keeps their order."""
         n, grid = self.space.n_fixed, self.settings.grid
-        marks = np.round(np.exp(candidate.log_factors[n:]) / grid)
-        free = np.log(np.clip(marks, math.ceil(1 / grid - 1e-9), self.top) * grid)
+        points = np.round(np.exp(candidate.log_factors[n:]) / grid)
+        free = np.log(np.clip(points, math.ceil(1 / grid - 1e-9), self.top) * grid)
         return replace(candidate, log_factors=(*candidate.log_factors[:n], *free.tolist()))
 
     def admit(self, candidate: Candidate) -> Candidate:
@@ -60,7 +60,7 @@ class _Breeder:
         return candidate
 
     def new(self, draw: Draw) -> Candidate:
-        """The first draw that was not there before, or the last one if there is none in so many tries."""
+        """The first draw that is new, or the last of `Evolution.tries` draws if none is."""
         for _ in range(self.settings.tries):
             candidate = draw()
             if candidate not in self.known:
@@ -68,24 +68,24 @@ class _Breeder:
         return self.admit(candidate)
 
     def mutated(self, candidate: Candidate) -> Candidate:
-        """Each gene, with the probability of mutation, drawn anew from what its neighbours allow."""
+        """Redraw each λ from between its neighbours, n̂ and attention factor, each with the mutation probability."""
         n, grid, p = self.space.n_fixed, self.settings.grid, self.settings.probability
-        marks = np.round(np.exp(candidate.log_factors[n:]) / grid).astype(int)
+        points = np.round(np.exp(candidate.log_factors[n:]) / grid).astype(int)
         floor = math.ceil(math.exp(candidate.log_factors[n - 1] if n else 0.0) / grid - 1e-9)
-        for i in np.flatnonzero(self.rng.random(len(marks)) < p):
-            low = marks[i - 1] if i else floor
-            high = marks[i + 1] if i + 1 < len(marks) else max(self.top, low)
-            marks[i] = self.rng.integers(low, high, endpoint=True)
+        for i in np.flatnonzero(self.rng.random(len(points)) < p):
+            low = points[i - 1] if i else floor
+            high = points[i + 1] if i + 1 < len(points) else max(self.top, low)
+            points[i] = self.rng.integers(low, high, endpoint=True)
         start_tokens, attention = candidate.start_tokens, candidate.attention_factor
         if self.rng.random() < p:
             start_tokens = int(self.rng.choice(self.space.start_token_choices))
         if self.settings.search_attention and self.rng.random() < p:
             attention = float(self.rng.uniform(*self.space.attention_bounds))
-        free = np.log(marks * grid).tolist()
+        free = np.log(points * grid).tolist()
         return Candidate((*candidate.log_factors[:n], *free), start_tokens, attention)
 
     def crossed(self, first: Candidate, second: Candidate) -> Candidate:
-        """The first parent with some candidate of the second's, where these keep λ from decreasing."""
+        """The first parent with some values of the second, where λ stay non-decreasing."""
         p = self.settings.probability
         factors = list(first.log_factors)
         for i in np.flatnonzero(self.rng.random(len(factors)) < p):
@@ -101,7 +101,7 @@ class _Breeder:
         return self.new(lambda: self.mutated(parents[int(self.rng.integers(len(parents)))].candidate))
 
     def child_by_crossover(self, parents: list[Score]) -> Candidate:
-        """A crossover of two parents; of the better one, a mutation if no crossover was new."""
+        """A crossover of two parents, or a mutation of the better one if no crossover is new."""
         if len(parents) == 1:
             return self.child_by_mutation(parents)
         for _ in range(self.settings.tries):

@@ -1,9 +1,9 @@
-"""`gradient`: down the exact gradient of the loss, ln λ of every searched pair and ln attention factor at once.
+"""`gradient`: descent along the exact gradient of the loss, by ln λ of all searched pairs and ln attention factor.
 
-Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), its steps held small and projected onto the space: the loss is
-smooth for a few per cent of λ, not further. The best point is kept; when nothing better comes for a while, the search
-goes on from there at half the rate, and when what comes is hardly better any more, it ends. n̂ has no gradient: it is
-chosen by trying, at the end.
+Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), with its steps kept small and projected onto the space, because the
+loss is smooth for a few per cent of λ, not further. When nothing better comes for a while, the search resumes from the
+best point at half the rate; when the gains become too small, it ends. n̂ has no gradient: it is chosen by trying, at
+the end.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from .settings import GradientSettings, Settings
 from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.2
-"""Of the budget, kept to choose n̂."""
+"""The share of the budget that is reserved for choosing n̂."""
 
-WORTH_GOING_ON = 0.02
-"""The share of the whole gain that `GradientSettings.patience` improving steps must bring together, or it ends."""
+MIN_GAIN_SHARE = 0.02
+"""The share of the whole gain that the last `GradientSettings.patience` steps must bring, or else the descent ends."""
 
 BETA_MEAN, BETA_SQUARE = 0.8, 0.95  # a few dozen steps: shorter memories than the usual 0.9 and 0.999
-TINY = 1e-4  # nats a unit of ln λ: a gradient of this size is noise
+TINY = 1e-4  # nats per unit of ln λ: a gradient of this size is noise
 
 
 def search(start: Start) -> Search:
     """Adam from the best seed, then n̂."""
     space, settings = start.space, start.settings.descent
     best, left, cost = start.best, start.left, start.settings.gradient_cost
-    kept = min(START_TOKENS_SHARE * left, 7)
+    reserved = min(START_TOKENS_SHARE * left, 7)
     adam = _Adam(space.n_pairs - space.n_fixed + 1, settings.rate)
-    candidate, since, begin, bests = best.candidate, 0, best.loss, [best.loss]
+    candidate, since_best, initial, bests = best.candidate, 0, best.loss, [best.loss]
     for step in range(settings.steps):
-        if left - kept < cost:
+        if left - reserved < cost:
             break
         answer = yield Request(f"step {step + 1}", (candidate,), (best.candidate,), gradient=True)
         score, left = answer.scores[0], answer.left
         if not score.whole:
             break
         better = score.loss < best.loss
-        best, since = (score, 0) if better else (best, since + 1)
+        best, since_best = (score, 0) if better else (best, since_best + 1)
         bests.append(best.loss)
-        if better and _hardly_better(bests[-1 - settings.patience :], settings.patience, begin):
+        if better and _hardly_better(bests[-1 - settings.patience :], settings.patience, initial):
             break
-        if since > settings.patience:
-            adam, candidate, since, bests = _Adam(adam.n, adam.rate / 2), best.candidate, 0, [best.loss]
+        if since_best > settings.patience:
+            adam, candidate, since_best, bests = _Adam(adam.n, adam.rate / 2), best.candidate, 0, [best.loss]
             if adam.rate < settings.rate / 8:
                 break
             continue
@@ -55,14 +55,14 @@ def search(start: Start) -> Search:
     yield from search_start_tokens(space, best, left, left)
 
 
-def _hardly_better(bests: list[float], steps: int, begin: float) -> bool:
-    """Whether the last `steps` steps brought next to nothing of what was gained since the loss was `begin`."""
-    return len(bests) > steps and bests[0] - bests[-1] < WORTH_GOING_ON * (begin - bests[-1])
+def _hardly_better(bests: list[float], steps: int, initial: float) -> bool:
+    """Whether the last `steps` steps gained next to nothing, compared with all that was gained since `initial`."""
+    return len(bests) > steps and bests[0] - bests[-1] < MIN_GAIN_SHARE * (initial - bests[-1])
 
 
 @dataclass
 class _Adam:
-    """The running means of a descent over `n` numbers."""
+    """Adam's running means for `n` numbers."""
 
     n: int
     rate: float
@@ -74,7 +74,7 @@ class _Adam:
         self.mean, self.square = np.zeros(self.n), np.zeros(self.n)
 
     def step(self, gradient: Array) -> Array:
-        """What to add, before any limit."""
+        """The step to add, before it is limited."""
         self.count += 1
         self.mean = BETA_MEAN * self.mean + (1 - BETA_MEAN) * gradient
         self.square = BETA_SQUARE * self.square + (1 - BETA_SQUARE) * gradient**2
@@ -86,7 +86,7 @@ class _Adam:
 def _moved(space: Space, score: Score, adam: _Adam, settings: GradientSettings) -> Candidate:
     gradient = np.array([*score.by_log_factors[space.n_fixed :], score.by_log_attention])
     step = np.clip(adam.step(gradient), -settings.largest_step, settings.largest_step)
-    # One number scales every pair's logits at once: it moves a third as far.
+    # The attention factor scales the logits of all pairs at once, so it moves only a third as far.
     return space.moved(score.candidate, step[:-1], float(step[-1]) / 3)
 
 

@@ -1,6 +1,6 @@
-"""An engine on Ray: workers are actors, on this machine or all over a cluster. Ray is optional, and imported here only.
+"""An engine on Ray: its workers are actors, on this machine or across a cluster. Ray is optional: only imported here.
 
-Every machine of a cluster needs Ropewalk, and the model at the same path.
+Every machine of the cluster needs Ropewalk, and the model at the same path.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from ...errors import UserError
 from .pool import Facts, Failure, Lost, Message, Worker, WorkerPool, attempt, open_recipe
 from .protocol import Evaluator, Task
 
-PATIENCE = 5.0
-"""Seconds that a cluster may take to be reached, and as many to answer; Ray itself would try for minutes."""
+TIMEOUT_S = 5.0
+"""Seconds to wait for a connection to a cluster, and again for its answer; Ray itself would try for minutes."""
 
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-"""How a gRPC client begins (RFC 9113, section 3.4): a fixed preface, and a frame of settings with none in it."""
+"""What a gRPC client sends first (RFC 9113, section 3.4): a fixed preface and an empty SETTINGS frame."""
 
 
 @dataclass(eq=False)
 class _Actor(Worker):
     handle: Any
-    answer: Any  # reference to what it is working on; None while it has nothing to do
+    answer: Any  # reference to the result it is working on; None while it is idle
 
 
 class Ray(WorkerPool[_Actor]):
-    """Actors on Ray; see `WorkerPool` for the other arguments, errors and how they are used.
+    """Actors on Ray; see `WorkerPool` for the other arguments, errors and usage.
 
     Args:
-        address: of a cluster, as ``ray.init`` takes it; by default ``RAY_ADDRESS`` if that is set, else a cluster is
-            started on this machine and ended with the engine. A connection that there is already is used and kept.
+        address: of a cluster, as ``ray.init`` takes it; by default ``RAY_ADDRESS`` if that is set, otherwise a cluster
+            is started on this machine and ended with the engine. An existing connection is used and kept.
 
     Raises:
-        UserError: Ray is not installed, or nothing at the address answers.
+        UserError: Ray is not installed, or nothing answers at the address.
     """
 
     def __init__(self, make_evaluator: Callable[[], Evaluator], n_workers: int, address: str | None = None) -> None:
@@ -53,7 +53,7 @@ class Ray(WorkerPool[_Actor]):
         self._actor = ray.remote(max_restarts=0, scheduling_strategy="SPREAD")(_Receiver)
 
     def close(self) -> None:
-        """End all actors, and Ray where this engine has started it; then the engine is of no use any more."""
+        """End all actors, and Ray if this engine started it; the engine cannot be used after that."""
         super().close()
         if self._ours:
             self._ours = False
@@ -67,9 +67,9 @@ class Ray(WorkerPool[_Actor]):
         worker.answer = worker.handle.evaluate.remote(task)
 
     def _wait(self) -> list[tuple[_Actor, Message]]:
-        at_work = {worker.answer: worker for worker in self.workers if worker.answer is not None}
-        done, _ = self._ray.wait(list(at_work), num_returns=1)
-        return [(at_work[answer], self._receive(at_work[answer])) for answer in done]
+        pending = {worker.answer: worker for worker in self.workers if worker.answer is not None}
+        done, _ = self._ray.wait(list(pending), num_returns=1)
+        return [(pending[answer], self._receive(pending[answer])) for answer in done]
 
     def _receive(self, worker: _Actor) -> Message:
         answer, worker.answer = worker.answer, None
@@ -85,7 +85,7 @@ class Ray(WorkerPool[_Actor]):
 
 
 class _Receiver:
-    """What runs in an actor. Nothing is raised here, so that exceptions arrive as they are."""
+    """The actor. It never raises, so that exceptions arrive unmodified."""
 
     def open(self, recipe: bytes) -> Any:
         self._evaluator = attempt(open_recipe, recipe)
@@ -105,22 +105,22 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address with a port at which no gRPC server greets back."""
+    """Refuse an address with a port at which no gRPC server answers."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
         return
     if not (port.isdecimal() and int(port) < 1 << 16):
         raise UserError(f"ray address {address}: expected host:port, ray://host:port or auto")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE) as line:
-            line.settimeout(PATIENCE)
-            line.sendall(HTTP2_GREETING)
-            secured = os.environ.get("RAY_USE_TLS", "0") not in ("0", "")  # greets otherwise
-            greeted = secured or line.recv(9)[3:4] == b"\4"  # the type of a frame of settings
+        with socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S) as connection:
+            connection.settimeout(TIMEOUT_S)
+            connection.sendall(HTTP2_GREETING)
+            secured = os.environ.get("RAY_USE_TLS", "0") not in ("0", "")  # TLS answers differently
+            greeted = secured or connection.recv(9)[3:4] == b"\4"  # the type of a SETTINGS frame
     except OSError as error:
         raise UserError(f"ray address {address}: does not answer ({error.strerror or error})") from None
     if not greeted:
-        raise UserError(f"ray address {address}: what answers there is not Ray")
+        raise UserError(f"ray address {address}: the server that answers there is not Ray")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""What engines with several workers have in common: tasks handed out one at a time, lost ones handed out again.
+"""The base of engines with several workers: tasks are assigned one at a time, and again if their worker is lost.
 
-A worker makes its evaluator once, from a factory that can be sent to it. How workers are started, spoken to and ended
-is the business of subclasses.
+A worker creates its evaluator once, from a factory that is sent to it. Subclasses start workers, exchange messages with
+them, and end them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Generic, TypeVar
 from ...errors import UserError
 from .protocol import Evaluator, Result, Task
 
-MOST_LOST = 3
-"""Workers that may be lost over one task, or one after another before they are ready."""
+MAX_LOST = 3
+"""A run fails when this many workers were lost over one task, or in a row before they were ready."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a worker says when it is ready."""
+    """What a worker reports when it is ready."""
 
     key: str
     weights: tuple[float, ...]
@@ -36,7 +36,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in a worker, with its traceback in words."""
+    """An exception in a worker, with its traceback as text."""
 
     error: Exception
     where: str
@@ -44,7 +44,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker has ended by itself; how, in a few words."""
+    """A worker has ended unexpectedly; `how` says in what way, in a few words."""
 
     how: str
 
@@ -53,16 +53,16 @@ Message = Facts | Result | Failure | Lost
 
 
 class InWorker(Exception):
-    """The traceback in the worker: the cause of what is raised here."""
+    """The traceback in the worker, as the cause of the exception that is raised here."""
 
 
 def open_recipe(recipe: bytes) -> Any:
-    """The evaluator that a pickled factory makes."""
+    """Create the evaluator of a pickled factory."""
     return pickle.loads(recipe)()
 
 
 def attempt(work: Callable[..., Any], *args: Any) -> Any:
-    """What `work` returns, or the failure, fit to be sent."""
+    """Return the result of `work`, or its failure, in a form that can be pickled."""
     try:
         return work(*args)
     except Exception as error:
@@ -76,7 +76,7 @@ def attempt(work: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass
 class Assignment:
-    """A task on its way, and how many workers were lost over it."""
+    """A task to be done or in progress, and how many workers were lost over it."""
 
     task: Task
     lost: int = 0
@@ -84,7 +84,7 @@ class Assignment:
 
 @dataclass(eq=False, kw_only=True)
 class Worker:
-    """One of a crew: ready for an assignment, on one, or still making its evaluator."""
+    """A worker of a pool: still creating its evaluator, ready for an assignment, or working on one."""
 
     ready: bool = False
     assignment: Assignment | None = field(default=None)
@@ -94,12 +94,12 @@ W = TypeVar("W", bound=Worker)
 
 
 class WorkerPool(ABC, Generic[W]):
-    """Workers that are started when there is work for them, and replaced when they are lost. Close it, or use `with`.
+    """Workers that are started when there are tasks for them, and replaced when they are lost. Close it, or use `with`.
 
     Args:
-        make_evaluator: makes an evaluator in a worker; it can be pickled. Where it has the evaluator's key or weights
-            itself, they are taken from it.
-        n_workers: how many at most.
+        make_evaluator: creates an evaluator in a worker; must be picklable. If it has the evaluator's key or weights
+            as attributes, those are used, without starting a worker.
+        n_workers: how many workers at most.
 
     Raises:
         UserError: fewer than one worker.
@@ -112,7 +112,8 @@ class WorkerPool(ABC, Generic[W]):
         self.workers: list[W] = []
         self._failed_starts = 0
         self._facts: Facts | None = None
-        self._make = None if isinstance(make_evaluator, type) else make_evaluator  # a class has what its evaluators do
+        # The attributes of a class are its evaluators', not those of a factory.
+        self._make = None if isinstance(make_evaluator, type) else make_evaluator
 
     def __enter__(self) -> WorkerPool[W]:
         return self
@@ -122,22 +123,22 @@ class WorkerPool(ABC, Generic[W]):
 
     @property
     def key(self) -> str:
-        """The evaluator's."""
+        """The evaluator's key."""
         key = getattr(self._make, "key", None)
-        return key if isinstance(key, str) else self._known().key
+        return key if isinstance(key, str) else self._wait_for_facts().key
 
     @property
     def weights(self) -> Sequence[float]:
-        """The evaluator's."""
+        """The evaluator's weights."""
         weights = getattr(self._make, "weights", None)
-        return tuple(weights) if isinstance(weights, Sequence) else self._known().weights
+        return tuple(weights) if isinstance(weights, Sequence) else self._wait_for_facts().weights
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-        """Each task's result as soon as it is there, in any order; one run at a time.
+        """Yield each task and its result as soon as it is known, in any order; only one run at a time.
 
         Raises:
-            UserError: a task over which three workers were lost, or three workers lost before they were ready; and
-                what an evaluator raises. All workers have ended then.
+            UserError: three workers were lost over one task, or three in a row before they were ready. An evaluator's
+                exceptions are passed on. In either case all workers have been ended.
         """
         waiting = deque(Assignment(task) for task in tasks)
         left = len(waiting)
@@ -145,7 +146,7 @@ class WorkerPool(ABC, Generic[W]):
             self._end_workers([worker for worker in self.workers if worker.assignment is not None])
             while left:
                 self._start_workers(left)
-                self._hand_out(waiting)
+                self._assign(waiting)
                 results = []
                 for worker, message in self._messages():
                     assignment, worker.assignment = worker.assignment, None
@@ -156,7 +157,7 @@ class WorkerPool(ABC, Generic[W]):
                     elif isinstance(message, Result):
                         results.append((assignment.task, message))
                 left -= len(results)
-                self._hand_out(waiting)  # before the caller takes its time over the results
+                self._assign(waiting)  # before the caller spends time on the results
                 yield from results
         except BaseException:
             self._end_workers(list(self.workers))
@@ -166,7 +167,7 @@ class WorkerPool(ABC, Generic[W]):
         """End all workers; a later run starts new ones."""
         self._end_workers(list(self.workers))
 
-    def _known(self) -> Facts:
+    def _wait_for_facts(self) -> Facts:
         try:
             while self._facts is None:
                 self._start_workers(1)
@@ -185,14 +186,14 @@ class WorkerPool(ABC, Generic[W]):
             self.workers.remove(worker)
             self._end(worker)
 
-    def _hand_out(self, waiting: deque[Assignment]) -> None:
+    def _assign(self, waiting: deque[Assignment]) -> None:
         for worker in self.workers:
             if waiting and worker.ready and worker.assignment is None:
                 worker.assignment = waiting.popleft()
                 self._send(worker, worker.assignment.task)
 
     def _messages(self) -> list[tuple[W, Message]]:
-        """What has come in, after the crew has taken note of it."""
+        """Wait for messages, and update the workers accordingly."""
         messages = self._wait()
         for worker, message in messages:
             if isinstance(message, Failure):
@@ -202,36 +203,36 @@ class WorkerPool(ABC, Generic[W]):
             elif isinstance(message, Lost):
                 self._end_workers([worker])
                 self._failed_starts += not worker.ready
-                if self._failed_starts >= MOST_LOST:
+                if self._failed_starts >= MAX_LOST:
                     raise UserError(
-                        f"workers: {MOST_LOST} in a row ended before they had made their evaluator"
-                        f" (the last: {message.how}); fewer workers take less memory"
+                        f"workers: {MAX_LOST} in a row ended before they had created their evaluator"
+                        f" (the last: {message.how}); fewer workers need less memory"
                     )
         return messages
 
     @abstractmethod
     def _start(self) -> None:
-        """Start one worker and append it to `workers`; its first message will be facts, or why there are none."""
+        """Start one worker and append it to `workers`; its first message will be its facts or a failure."""
 
     @abstractmethod
     def _send(self, worker: W, task: Task) -> None:
-        """Give a task to a worker that is ready; its next message will be the answer."""
+        """Send a task to a worker that is ready; its next message will be the result or a failure."""
 
     @abstractmethod
     def _wait(self) -> list[tuple[W, Message]]:
-        """Wait for messages: at least one, at most one a worker."""
+        """Wait for messages: at least one, at most one per worker."""
 
     @abstractmethod
     def _end(self, worker: W) -> None:
-        """End a worker at once, whatever it does."""
+        """End a worker at once, even in the middle of a task."""
 
 
 def _again(assignment: Assignment, how: str) -> Assignment:
     assignment.lost += 1
     task = assignment.task
-    if assignment.lost >= MOST_LOST:
+    if assignment.lost >= MAX_LOST:
         raise UserError(
-            f"passage {task.passage} ({task.fidelity}, context {task.band.context}): {MOST_LOST} workers ended while"
-            f" they read it (the last: {how}); less memory may do with a shorter context or fewer workers"
+            f"passage {task.passage} ({task.fidelity}, context {task.band.context}): {MAX_LOST} workers ended while"
+            f" reading it (the last: {how}); a shorter context or fewer workers need less memory"
         )
     return assignment

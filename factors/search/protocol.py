@@ -1,7 +1,7 @@
-"""What a search asks, and what answers it: bands go out, losses come back. No model here.
+"""The protocol between a search and its evaluators: bands go out, losses come back.
 
-An evaluator holds a model and passages. A search never sees either: it sees passage numbers, and the loss in nats a
-token of a band on each. Who answers (this process, several, a cluster) is an `Engine`.
+An evaluator has a model and passages. A search sees neither, only passage numbers, and a band's loss on each in nats
+per token. An `Engine` (this process, several processes, a cluster) carries out the tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from ..schedule import Band
 
 Fidelity = Literal["screen", "full"]
-"""full: every passage is read anew in the band. screen: a cheaper stand-in that ranks bands much alike."""
+"""full: every passage is read again in the band. screen: a cheaper approximation that ranks bands similarly."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task: mean loss (nats a token), and where it was asked for, its derivatives."""
+    """The result of a task: mean loss (nats per token) and, if requested, its derivatives."""
 
     loss: float
     seconds: float
@@ -43,25 +43,25 @@ class Evaluator(Protocol):
 
     @property
     def key(self) -> str:
-        """A digest of all that losses depend on beside the band: model, texts, objective, fidelity settings."""
+        """A digest of everything that losses depend on besides the band: model, texts, objective, fidelity settings."""
         ...
 
     @property
     def weights(self) -> Sequence[float]:
-        """How much each passage counts; one number a passage."""
+        """How much each passage counts; one number per passage."""
         ...
 
     def evaluate(self, task: Task) -> Result:
         """Carry out one task.
 
         Raises:
-            UserError: the task asks for what this evaluator cannot do (gradients, say).
+            UserError: the task requests something this evaluator cannot do (gradients, for example).
         """
         ...
 
 
 class Engine(Protocol):
-    """Carries tasks out, here or elsewhere, in any order."""
+    """Carries out tasks, here or elsewhere, in any order."""
 
     @property
     def key(self) -> str: ...
@@ -70,5 +70,5 @@ class Engine(Protocol):
     def weights(self) -> Sequence[float]: ...
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-        """Each task's result as soon as it is there; a task whose worker was lost is carried out again."""
+        """Yield each task and its result as soon as it is known; a task whose worker was lost is carried out again."""
         ...

@@ -1,7 +1,7 @@
-"""Racing over passages: a candidate is read on more passages only while it may still win.
+"""Racing over passages: a candidate is evaluated on more passages only while it may still win.
 
-All candidates of a race read the same passages in the same order, and who is dropped is decided only when all of a
-rung are in; so the outcome does not depend on the order in which workers answer.
+All candidates of a race are evaluated on the same passages in the same order, and candidates are dropped only when all
+losses of a rung are known, so the outcome does not depend on the order in which workers answer.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def race(
     places: int,
     racing: Racing,
 ) -> Array:
-    """The losses of candidates, shape ``(n_candidates, passages)``; nan where one was dropped before.
+    """The losses of the candidates, shape ``(n_candidates, passages)``; nan where a candidate was dropped before.
 
     Args:
-        rivals: losses of those that have run before and hold the places, shape ``(rivals, passages)``.
+        rivals: losses of earlier candidates that compete for the places, shape ``(rivals, passages)``.
         weights: how much each passage counts.
         order: the passages in the order to read them; the rungs end after 1, 2, 4, 8, … of them.
-        places: how many of candidates and rivals count in the end; the last of these is what others must not be behind;
-            0 where that is the best of the rivals, whatever the other candidates are.
+        places: how many of candidates and rivals count in the end: those clearly behind the last of these are dropped.
+            0: those clearly behind the best rival are dropped, whatever the other candidates are.
     """
     losses = np.full((n_candidates, len(order)), np.nan)
     live: Indices = np.arange(n_candidates, dtype=np.intp)
@@ -49,15 +49,15 @@ def race(
     return losses
 
 
-def _rungs(n_documents: int) -> Iterator[tuple[int, int]]:
+def _rungs(n_passages: int) -> Iterator[tuple[int, int]]:
     start, end = 0, 1
-    while start < n_documents:
-        yield start, min(end, n_documents)
+    while start < n_passages:
+        yield start, min(end, n_passages)
         start, end = end, end * 2
 
 
 def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: Racing) -> npt.NDArray[np.bool_]:
-    """Which candidates are unlikely to be among the first `places`, by the passages seen so far."""
+    """Which candidates are unlikely to be among the first `places`, judging by the passages seen so far."""
     pool = np.concatenate([losses, rivals]) if places else rivals
     if len(pool) <= places:
         return np.zeros(len(losses), dtype=bool)
@@ -75,8 +75,8 @@ def _behind(losses: Array, rivals: Array, weights: Array, places: int, racing: R
     if n_seen == 1:
         late = mean > racing.clear * (last - best)
         return np.asarray(late & (mean > 0) & (last > best) | ~np.isfinite(mean))
-    # A few passages tell little of the spread of a candidate's own differences: its variance counts as much as that
-    # of two passages with the middle one of all.
+    # A few passages say little about the variance of a candidate's differences, so the median variance of all
+    # candidates is averaged in, with the weight of two passages.
     with np.errstate(invalid="ignore"):
         own = np.nan_to_num(np.var(differences, axis=1, ddof=1), nan=0.0, posinf=0.0)
     variance = (own * (n_seen - 1) + 2 * np.median(own)) / (n_seen + 1)

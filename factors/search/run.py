@@ -1,8 +1,8 @@
-"""A whole search: baselines, whether screening can be trusted, the algorithm, and the best read again in full.
+"""A whole search: baselines, a test of screening, the algorithm, and the best candidates read again in full.
 
-All that an algorithm asks goes through here: what the journal knows is not evaluated again, passages are raced over,
-the budget is kept. Decisions depend on losses, on declared costs, and on the journal's own times: a search that is
-killed and resumed goes the way it would have gone.
+All requests of an algorithm go through here: what is in the journal is not evaluated again, candidates race over the
+passages, the budget is kept. Decisions depend only on losses, declared costs and the journal's own times, so a search
+that is killed and resumed takes the course it would have taken.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ ALGORITHMS: dict[str, Algorithm] = {"cma": CMA, "evolution": EVOLUTION, "gradien
 BASELINES = ("yarn", "ntk", "pi")
 
 NEAR = 0.08
-"""How far bands near YaRN are from it, in ln λ, when screening is compared with full fidelity on them."""
+"""The distance from YaRN, in ln λ, of the bands on which screening is compared with full fidelity."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is. Losses are of the fidelity searched by, nats a token.
+    """The progress of a search. Losses are at the search's fidelity, in nats per token.
 
     Attributes:
         step: what has just been done, in a few words.
-        evaluations, of: spent, and the budget (None where that is a time).
+        evaluations, of: those spent, and the budget (None if that is a time).
         seconds, of_seconds: likewise.
         best: the lowest loss so far, by a candidate read on all passages.
-        baselines: losses by method, as far as they are known.
-        dropped: candidates that racing dropped.
+        baselines: losses by method, as far as known.
+        dropped: how many candidates racing has dropped.
     """
 
     step: str
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Note:
-    """Something to tell in words."""
+    """A human-readable message."""
 
     text: str
 
@@ -70,15 +70,15 @@ Event = Progress | Note
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        band: the best at full fidelity on the search's passages: YaRN's if nothing is better.
-        loss, yarn: full losses of that band and of YaRN's.
-        baselines: losses by method at the fidelity searched by.
-        correlation: of screening with full fidelity (Spearman), None if it was not measured.
-        passages: how many were searched on.
-        history: (evaluations, lowest loss), each time that it fell.
+        band: the best at full fidelity on the search's passages; YaRN's if nothing is better.
+        loss, yarn: losses of that band and of YaRN's at full fidelity.
+        baselines: losses by method at the search's fidelity.
+        correlation: of screening with full fidelity (Spearman); None if it was not measured.
+        passages: how many the search used.
+        history: (evaluations, lowest loss), each time the lowest loss fell.
     """
 
     band: Band
@@ -110,26 +110,26 @@ def search(
     """Search `space` for the band with the lowest loss, starting from YaRN's and `seeds`.
 
     Args:
-        journal: where every evaluation is kept; a search of the same name there is gone on with.
-        correlation: of screening with full fidelity, as it was measured for another band of this model: it is not
-            measured again then.
+        journal: the file in which every evaluation is kept; if it exists, its search is resumed.
+        correlation: of screening with full fidelity, as measured for another band of this model; it is then not
+            measured again.
 
     Raises:
-        UserError: an unknown algorithm, a budget too small to begin with, another search's journal; and what the
-            engine raises.
+        UserError: an unknown algorithm, a budget too small to start with, another search's journal. The engine's
+            exceptions are passed on.
     """
     algorithm = ALGORITHMS.get(settings.algorithm)
     if algorithm is None:
         raise UserError(f"algorithm: {settings.algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
-    # What was evaluated stays true whatever the search started from: that of a longer band follows from the budget.
+    # Without the seeds: evaluations are valid wherever the search started, and a longer band's seeds vary by budget.
     identity = {"engine": engine.key, "space": repr(space), **settings.identity()}
     with Journal(journal, digest_of(identity)) as kept:
         run = _Run(engine, space, settings, kept, on_event, correlation)
-        return run.whole(algorithm, [space.project(seed) for seed in seeds])
+        return run.search(algorithm, [space.project(seed) for seed in seeds])
 
 
 def carried(previous: Space, band: Band, space: Space) -> Candidate:
-    """A band found in one space as a start in that of another context: its ln λ stretched as ln of the scale is."""
+    """A band found in one space as a seed in that of another context: ln λ grow in proportion to ln of the scale."""
     candidate = previous.candidate(band)
     ratio = math.log(space.scale) / math.log(previous.scale) if previous.scale > 1 else 1.0
     factors = tuple(ratio * value for value in candidate.log_factors)
@@ -138,7 +138,7 @@ def carried(previous: Space, band: Band, space: Space) -> Candidate:
 
 
 class _Run:
-    """One search while it goes on."""
+    """One search in progress."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class _Run:
 
     # --- the stages
 
-    def whole(self, algorithm: Algorithm, seeds: list[Candidate]) -> Outcome:
+    def search(self, algorithm: Algorithm, seeds: list[Candidate]) -> Outcome:
         self._check_budget(algorithm)
         yarn = self.space.seed("yarn")
         self._fit_passages(yarn)
@@ -177,12 +177,12 @@ class _Run:
         self._baselines(yarn)
         self._check_time(algorithm)
         scores = [self._score(candidate, self._losses_of(candidate)) for candidate in dict.fromkeys([yarn, *seeds])]
-        self._say("start")
+        self._report("start")
         self._drive(algorithm, tuple(scores))
         return self._outcome(yarn, full_yarn)
 
     def _check_budget(self, algorithm: Algorithm) -> None:
-        """Refuse what is not even enough for the baselines and a first generation."""
+        """Refuse a budget that is too small for the baselines and a first generation."""
         limit, settings = self.settings.budget.evaluations, self.settings
         cost = settings.screen_cost if settings.screening.allowed else 1.0
         needed = 1 + len(BASELINES) * cost + algorithm.first(settings, self.space) * cost
@@ -193,18 +193,18 @@ class _Run:
             )
 
     def _check_time(self, algorithm: Algorithm) -> None:
-        """The same for a budget in time, once it is known how long an evaluation takes here."""
+        """Refuse a time budget that is too small, once it is known how long an evaluation takes on this machine."""
         seconds, cost = self.settings.budget.seconds, self._cost(self.fidelity)
         first = algorithm.first(self.settings, self.space) * cost
         if seconds is not None and self._left() < first:
             needed = self.seconds * (self.spent + self._reserve() + first) / self.spent
             raise UserError(
                 f"budget: {seconds / 60:.3g} minutes for {self.space.context:,} tokens, expected at least"
-                f" {math.ceil(needed / 60)} on this machine, or fewer or shorter passages; what was read is kept"
+                f" {math.ceil(needed / 60)} on this machine, or fewer or shorter passages; evaluations so far are kept"
             )
 
     def _fit_passages(self, yarn: Candidate) -> None:
-        """Leave out passages where the time is short, by how long the first one takes."""
+        """Leave out passages if time is short, judging by how long the first one takes."""
         seconds, n = self.settings.budget.seconds, len(self.weights)
         if seconds is None or n == 1 or not self.settings.fewer_passages:
             return
@@ -212,13 +212,13 @@ class _Run:
         fitting = int(READING_SHARE * seconds / max(self.seconds, 1e-9))
         if fitting < n:
             self.weights = self.weights[: max(fitting, 1)] / self.weights[: max(fitting, 1)].sum()
-            self.spent, self.counted = 0.0, set()  # an evaluation is fewer readings now
+            self.spent, self.counted = 0.0, set()  # an evaluation now reads fewer passages
             self.tell(
-                Note(f"a reading takes {self.seconds:.0f} s here: {len(self.weights)} of {n} stretches are searched on")
+                Note(f"reading a passage takes {self.seconds:.0f} s: {len(self.weights)} of {n} passages are used")
             )
 
     def _choose_fidelity(self, yarn: Candidate, algorithm: Algorithm) -> None:
-        """Compare screening with full fidelity on the first passage; use it if they rank bands alike."""
+        """Compare screening with full fidelity on the first passage; use screening if they rank bands alike."""
         screening = self.settings.screening
         if not screening.allowed:
             return
@@ -229,12 +229,12 @@ class _Run:
         if n < 3:
             in_full = self._left() - len(BASELINES) >= algorithm.first(self.settings, self.space)
             self.fidelity = "full" if in_full else "screen"
-            then = "all are read in full" if in_full else "it is used untried; the best are read in full"
+            then = "all are read in full" if in_full else "screening is used untested; the best are read in full"
             self.tell(Note(f"too small a budget to compare screening with full readings: {then}"))
             return
         rng = np.random.default_rng([self.settings.seed, 2])
         near = [self.space.moved(yarn, _smooth(rng, self.space), rng.normal() * NEAR / 4) for _ in range(n)]
-        self.step = "screening compared"
+        self.step = "screening test"
         compared, first = [yarn, self.space.seed("ntk"), *near], np.array([0])
         full = self._measure(compared, first, "full")[:, 0]
         screened = self._measure(compared, first, "screen")[:, 0]
@@ -243,8 +243,8 @@ class _Run:
         self.fidelity = "screen" if trusted else "full"
         self.tell(
             Note(
-                f"screening ranks {len(compared)} bands as full readings do with a correlation of"
-                f" {self.correlation:.2f}: {'it is used' if trusted else 'too little, all are read in full'}"
+                f"screening ranks {len(compared)} bands like full readings with a correlation of"
+                f" {self.correlation:.2f}: {'it is used' if trusted else 'too low, all are read in full'}"
             )
         )
 
@@ -259,24 +259,24 @@ class _Run:
         answer: Response | None = None
         while True:
             try:
-                ask = next(generator) if answer is None else generator.send(answer)
+                request = next(generator) if answer is None else generator.send(answer)
             except StopIteration:
                 return
-            self.step = ask.step
-            scores = self._gradients(ask) if ask.gradient else self._race(ask)
+            self.step = request.step
+            scores = self._gradients(request) if request.gradient else self._race(request)
             answer = Response(tuple(scores), self._reach())
-            self._say(ask.step)
-            if self._left() < self._cost(self.fidelity, ask.gradient):
+            self._report(request.step)
+            if self._left() < self._cost(self.fidelity, request.gradient):
                 return
 
     def _outcome(self, yarn: Candidate, full_yarn: float) -> Outcome:
-        """The best few, and YaRN, at full fidelity."""
+        """Read the best candidates at full fidelity, and choose among them and YaRN."""
         ranked = sorted(self.whole_losses, key=lambda candidate: (self.whole_losses[candidate], candidate.start_tokens))
         finalists = ranked[: self.finalists or self.settings.finalists]
         full, self.step = {yarn: full_yarn}, "finals"
         for candidate in finalists:
             full[candidate] = self._mean(self._measure([candidate], self._all(), "full")[0])
-            self._say("finals")
+            self._report("finals")
         best = min(full, key=lambda candidate: full[candidate])
         settings, is_yarn = self.settings, full[best] >= full_yarn
         found = Provenance(
@@ -301,13 +301,13 @@ class _Run:
             history=tuple(self.history),
         )
 
-    # --- what the algorithm asks
+    # --- the algorithm's requests
 
-    def _race(self, ask: Request) -> list[Score]:
-        """Scores of the candidates that the budget reaches, the others' without a passage."""
-        reach = len(ask.candidates) if math.isinf(self._reach()) else int(self._reach() + 1e-9)
-        within = list(ask.candidates[:reach])
-        known = [self.losses[candidate] for candidate in ask.rivals if candidate in self.losses]
+    def _race(self, request: Request) -> list[Score]:
+        """Scores of the candidates; those that the budget does not reach have no passages."""
+        reach = len(request.candidates) if math.isinf(self._reach()) else int(self._reach() + 1e-9)
+        within = list(request.candidates[:reach])
+        known = [self.losses[candidate] for candidate in request.rivals if candidate in self.losses]
         rivals = np.array(known).reshape(len(known), len(self.weights))
         losses = race(
             lambda candidates, passages: self._measure([within[i] for i in candidates], passages, self.fidelity),
@@ -315,18 +315,18 @@ class _Run:
             rivals,
             self.weights,
             self._all(),
-            ask.places,
+            request.places,
             self.settings.racing,
         )
         scores = [self._score(candidate, row) for candidate, row in zip(within, losses, strict=True)]
         self.dropped += sum(not score.whole for score in scores)
-        return scores + [Score(candidate, math.inf, 0, False) for candidate in ask.candidates[reach:]]
+        return scores + [Score(candidate, math.inf, 0, False) for candidate in request.candidates[reach:]]
 
-    def _gradients(self, ask: Request) -> list[Score]:
-        if self._left() < self._cost(self.fidelity, True) * len(ask.candidates):
-            return [Score(candidate, math.inf, 0, False) for candidate in ask.candidates]
+    def _gradients(self, request: Request) -> list[Score]:
+        if self._left() < self._cost(self.fidelity, True) * len(request.candidates):
+            return [Score(candidate, math.inf, 0, False) for candidate in request.candidates]
         scores = []
-        for candidate in ask.candidates:
+        for candidate in request.candidates:
             results = self._results([candidate], self._all(), self.fidelity, gradient=True)[0]
             score = self._score(candidate, np.array([result.loss for result in results]))
             by_factors = self.weights @ np.array([result.by_log_factors for result in results])
@@ -358,7 +358,7 @@ class _Run:
         return np.asarray(self._measure([candidate], self._all(), self.fidelity)[0])
 
     def _measure(self, candidates: Sequence[Candidate], passages: Indices, fidelity: Fidelity) -> Array:
-        """Losses, shape ``(candidates, passages)``; what is no number counts as infinite."""
+        """Losses, shape ``(candidates, passages)``; a loss that is not a number counts as infinite."""
         found = self._results(candidates, passages, fidelity)
         losses = np.array([[result.loss for result in row] for row in found]).reshape(len(candidates), len(passages))
         return np.asarray(np.where(np.isnan(losses), np.inf, losses))
@@ -368,33 +368,33 @@ class _Run:
     ) -> list[list[Result]]:
         bands = [self.space.band(candidate) for candidate in candidates]
         tasks = [[Task(band, int(passage), fidelity, gradient) for passage in passages] for band in bands]
-        names = [[key_of_task(task) for task in row] for row in tasks]
+        keys = [[key_of_task(task) for task in row] for row in tasks]
         new = {
-            name: task
-            for row, named in zip(tasks, names, strict=True)
-            for task, name in zip(row, named, strict=True)
-            if name not in self.journal.lines
+            key: task
+            for task_row, key_row in zip(tasks, keys, strict=True)
+            for task, key in zip(task_row, key_row, strict=True)
+            if key not in self.journal.lines
         }
         if new:
             each = self._cost(fidelity, gradient) / len(self.weights)
             for n_read, (task, result) in enumerate(self.engine.run(list(new.values())), 1):
                 self.journal.add(task, result)
                 self.seconds = max(self.seconds, self.journal.lines[key_of_task(task)].at)
-                self._say(f"{self.step}: {n_read} of {len(new)}", n_read * each)
-        for name in (name for named in names for name in named):
-            if name not in self.counted:
-                self.counted.add(name)
+                self._report(f"{self.step}: {n_read} of {len(new)}", n_read * each)
+        for key in (key for row in keys for key in row):
+            if key not in self.counted:
+                self.counted.add(key)
                 self.spent += self._cost(fidelity, gradient) / len(self.weights)
-                self.seconds = max(self.seconds, self.journal.lines[name].at)
-        return [[self.journal.lines[name].result for name in named] for named in names]
+                self.seconds = max(self.seconds, self.journal.lines[key].at)
+        return [[self.journal.lines[key].result for key in row] for row in keys]
 
     def _cost(self, fidelity: Fidelity, gradient: bool = False) -> float:
-        """Of all passages, in evaluations."""
+        """The cost of reading all passages, in evaluations."""
         cost = self.settings.screen_cost if fidelity == "screen" else 1.0
         return cost * (self.settings.gradient_cost if gradient else 1.0)
 
     def _left(self) -> float:
-        """Evaluations that may be spent, less what the finals and the caller's judging will take."""
+        """Evaluations that may still be spent, without those reserved for the finals and the caller's judging."""
         budget = self.settings.budget
         left = math.inf if budget.evaluations is None else budget.evaluations - self.spent - self.finalists
         if budget.seconds is not None and self.spent:
@@ -403,17 +403,17 @@ class _Run:
         return max(left, 0.0)
 
     def _reserve(self) -> float:
-        """Evaluations that come after the search proper, within the same time."""
+        """Evaluations that will follow the search proper, within the same time."""
         held, n = self.settings.held_passages, len(self.weights)
         held = min(held, n) if n < len(self.engine.weights) else held
         return self.finalists + 2 * held / n
 
     def _reach(self) -> float:
-        """How many candidates that is, at the fidelity searched by."""
+        """How many candidates may still be evaluated, at the search's fidelity."""
         return self._left() / self._cost(self.fidelity)
 
-    def _say(self, step: str, under_way: float = 0.0) -> None:
-        """Tell how far it is; `under_way` has been spent, too, but is not counted yet."""
+    def _report(self, step: str, under_way: float = 0.0) -> None:
+        """Report the progress; `under_way` has been spent as well, but is not counted yet."""
         budget = self.settings.budget
         best = min(self.whole_losses.values(), default=math.inf)
         self.tell(
@@ -431,7 +431,7 @@ class _Run:
 
 
 def spearman(a: Array, b: Array) -> float:
-    """The rank correlation of two sequences, from -1 to 1; 0 where one of them is all alike."""
+    """The rank correlation of two sequences, from -1 to 1; 0 if one of them is constant."""
     ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable").astype(float) for x in (a, b)]
     if any(len(np.unique(x)) < 2 for x in (a, b)):
         return 0.0

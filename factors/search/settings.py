@@ -1,4 +1,4 @@
-"""How a search goes about it: every choice, as frozen data with the defaults that were found to work."""
+"""The settings of a search: every choice, as frozen data, with defaults that were found to work."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from ...errors import UserError
 
 READING_SHARE = 0.12
-"""Of a budget in time, what a band's full reading of all passages may take, where there may be fewer of them."""
+"""Share of a time budget that one full reading may use; beyond it, passages are left out if that is allowed."""
 
 FINALS_SHARE = 0.25
-"""Of what is left of a budget when the search proper begins, what the finals may take, if they are more than one."""
+"""Share of the budget left when the search proper starts that the finals may use; one finalist is always read."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a search may spend; with both given, whichever ends first.
+    """What a search may spend; with both limits, the first that is reached counts.
 
     Attributes:
         evaluations: one is one band on all passages at full fidelity; a screening or gradient counts by its declared
-            cost (`Settings.screen_cost`, `Settings.gradient_cost`), so that what fits does not depend on the clock.
-        seconds: by the clock, over all runs that wrote the journal.
+            cost (`Settings.screen_cost`, `Settings.gradient_cost`), so what fits does not depend on the clock.
+        seconds: wall-clock time, over all runs that wrote the journal.
     """
 
     evaluations: float | None = None
@@ -30,7 +30,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.evaluations is None and self.seconds is None:
-            raise UserError("budget: none, expected a number of evaluations or of seconds")
+            raise UserError("budget: none, expected a number of evaluations or seconds")
         for name, value in (("evaluations", self.evaluations), ("seconds", self.seconds)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"budget: {value:g} {name}, expected a positive number")
@@ -53,17 +53,17 @@ class Evolution:
 
 @dataclass(frozen=True)
 class CmaSettings:
-    """Of `cma`: a curve by a few knots first, then single pairs.
+    """Settings of `cma`: first a curve through a few knots, then single pairs.
 
     Attributes:
         knots: points of the curve of ln λ, spread evenly over the free pairs.
         step: standard deviation of the first candidates from the start, in ln λ.
-        attention_step: likewise, in ln attention factor.
-        population: candidates a generation; by default by the budget and the number of knots.
-        share: of the budget, for the curve; the rest is for the pairs.
-        pair_step: first step of a single pair, in ln λ.
-        pairs_at_once: pairs that are tried at the same time, each by itself; as many workers have something to do.
-        smallest_step: steps smaller than this end the search.
+        attention_step: the same, in ln attention factor.
+        population: candidates per generation; by default it depends on the budget and the number of knots.
+        share: share of the budget for the curve; the rest is for the pairs.
+        pair_step: the first step of a single pair, in ln λ.
+        pairs_at_once: pairs that are tried at the same time, each alone; as many workers are kept busy.
+        smallest_step: the search ends when its steps are smaller than this.
     """
 
     knots: int = 5
@@ -78,13 +78,13 @@ class CmaSettings:
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """Of `gradient`: Adam on ln λ and ln attention factor.
+    """Settings of `gradient`: Adam on ln λ and ln attention factor.
 
     Attributes:
-        steps: gradients, at most.
+        steps: the largest number of gradients.
         rate: Adam's learning rate, in ln λ.
-        largest_step: no ln λ moves more than this at once.
-        patience: steps without a new best before the rate is halved and the best taken up again.
+        largest_step: the largest change of any ln λ in one step.
+        patience: steps without a new best after which the rate is halved and the search resumes from the best.
     """
 
     steps: int = 30
@@ -95,13 +95,13 @@ class GradientSettings:
 
 @dataclass(frozen=True)
 class Racing:
-    """When a candidate is dropped before it has seen all passages.
+    """When a candidate is dropped before it has been read on all passages.
 
     Attributes:
-        on: whether any is.
-        z: standard errors that it must be behind the last place that counts.
-        clear: after one passage, where there is no standard error: how many times further behind that place
-            than that place is behind the first.
+        on: whether candidates are dropped at all.
+        z: standard errors by which it must be behind the last place that counts.
+        clear: after one passage, which has no standard error: how many times further it must be behind that
+            place than that place is behind the first.
     """
 
     on: bool = True
@@ -111,14 +111,15 @@ class Racing:
 
 @dataclass(frozen=True)
 class Screening:
-    """Whether the cheaper fidelity may stand in during the search.
+    """Whether the search may use the cheaper fidelity.
 
     Attributes:
-        allowed: whether to try.
+        allowed: whether it may be used if it proves good enough.
         threshold: the rank correlation (Spearman) with full fidelity from which it is trusted.
-        candidates: bands near YaRN to measure the correlation on, beside YaRN and NTK-aware.
-        share: of the budget that the measurement may cost. If that is too little for one, all is read in full; or, if
-            the budget is too small for that as well, screened without: the best are read in full in any case.
+        candidates: bands near YaRN on which the correlation is measured, besides YaRN and NTK-aware.
+        share: share of the budget that the measurement may use. If that is too little to measure, all candidates are
+            read in full; if the budget is too small for that as well, screening is used untested. The best are read in
+            full in any case.
     """
 
     allowed: bool = False
@@ -129,19 +130,19 @@ class Screening:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole search.
+    """All settings of a search.
 
     Attributes:
         algorithm: a name in `ALGORITHMS`.
         seed: the same seed finds the same band.
-        finalists: how many of the best are read again at full fidelity; fewer where they would take more than
+        finalists: how many of the best are read again at full fidelity; fewer if they would use more than
             `FINALS_SHARE` of a budget.
         held_passages: how many the caller will read twice at full fidelity afterwards, within the same time.
-        fewer_passages: whether to search (and have the caller judge) on fewer where the time is short for all.
-        screen_cost: what one screening of all passages counts, in evaluations.
-        gradient_cost: what one gradient on all passages counts.
-        objective: for the provenance: what the loss is.
-        data_digest: for the provenance: what the passages are; by default the evaluator's key.
+        fewer_passages: whether to search (and have the caller judge) on fewer passages if time is short.
+        screen_cost: what one screening of all passages costs, in evaluations.
+        gradient_cost: what one gradient on all passages costs, in evaluations.
+        objective: the definition of the loss, for the provenance.
+        data_digest: the identity of the passages, for the provenance; by default the evaluator's key.
     """
 
     algorithm: str = "cma"
@@ -186,7 +187,7 @@ class Settings:
             raise UserError(f"seed: {self.seed}, expected a number from 0 to 2^63 - 1")
 
     def identity(self) -> dict[str, Any]:
-        """All that the way of a search depends on. The budget is left out, so that a search can be prolonged."""
+        """Everything that the course of a search depends on, except the budget, so that a search can be prolonged."""
         data = asdict(self)
         for name in ("budget", "objective", "data_digest"):
             del data[name]

@@ -1,7 +1,7 @@
-"""Where a search looks: candidate, their bounds and the curve they must keep to, and how they become a band.
+"""The space of a search: candidates, their bounds and constraints, and how they become bands.
 
-All is relative to the band that the new one goes beyond (`onto`): λ compose by multiplying, so a gene of 1 leaves a
-pair as the model has it, whatever interpolation it carries already.
+Everything is relative to the band that the new one extends (`onto`): λ are multiplied, so a relative λ of 1 leaves a
+pair unchanged, together with any interpolation that it already has.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from ..methods import METHODS, Array, yarn_attention_factor
 from ..schedule import START_TOKENS, Band, Provenance, RopeFacts, ScheduleError
 
-FAST_TURNS = 64
-"""Pairs that turn more often than this within the original context are left alone: there the loss is ragged, since
-at a far position a thousandth of λ is many radians."""
+FAST_ROTATIONS = 64
+"""Pairs that rotate more often than this within the original context are not searched: the loss is rugged in their λ,
+since at a far position a thousandth of λ is many radians."""
 
 KEY_DECIMALS = 6
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate.
+    """One point of the space.
 
     Attributes:
-        log_factors: ln λ relative to the band extended, shape ``(n_rot/2,)``.
+        log_factors: ln λ relative to the band that is extended, shape ``(n_rot/2,)``.
         start_tokens: n̂.
-        attention_factor: relative to that of the band extended.
+        attention_factor: relative to that of the band that is extended.
     """
 
     log_factors: tuple[float, ...]
@@ -44,16 +44,16 @@ class Space:
 
     Args:
         facts: the model's.
-        onto: the band that the new one goes beyond: the model's last.
-        context: tokens that the new band serves.
-        fixed_pairs: how many of the fastest pairs keep YaRN's λ (usually 1); by default those that turn more than
-            `FAST_TURNS` times within the original context.
+        onto: the band that the new one extends: the model's last.
+        context: tokens that the new band holds.
+        fixed_pairs: how many of the fastest pairs keep YaRN's λ (usually 1); by default those that rotate more than
+            `FAST_ROTATIONS` times within the original context.
         headroom: the largest relative λ, as a multiple of the scale (LongRoPE, arXiv 2402.13753, table 4: 1.25).
-        start_tokens: the n̂ to choose among; `onto`'s own is always one.
-        attention_range: bounds of the relative attention factor; by default from 1 to as far beyond YaRN's.
+        start_tokens: the n̂ to choose from; `onto`'s own is always among them.
+        attention_range: bounds of the relative attention factor; by default from 1 to twice as far from it as YaRN's.
 
     Raises:
-        ScheduleError: a value out of range; names it.
+        ScheduleError: a value is out of range; names it.
     """
 
     facts: RopeFacts
@@ -87,16 +87,16 @@ class Space:
 
     @property
     def scale(self) -> float:
-        """s: the new context over that of the band extended."""
+        """s: the new context divided by that of the band that is extended."""
         return self.context / self.onto.context
 
     @property
     def n_fixed(self) -> int:
-        """How many of the fastest pairs are not searched; at least the slowest pair is."""
+        """How many of the fastest pairs are not searched; the slowest pair always is."""
         if self.fixed_pairs is not None:
             return self.fixed_pairs
         wavelengths = 2 * np.pi * self.facts.freq_base ** (2 * np.arange(self.n_pairs) / self.facts.n_rot)
-        return min(int(np.sum(wavelengths < self.facts.original_context / FAST_TURNS)), self.n_pairs - 1)
+        return min(int(np.sum(wavelengths < self.facts.original_context / FAST_ROTATIONS)), self.n_pairs - 1)
 
     @property
     def largest_log_factor(self) -> float:
@@ -111,19 +111,19 @@ class Space:
         return tuple(sorted(n for n in {*self.start_tokens, self.onto.start_tokens} if n <= self.context))
 
     def closed_form(self, method: str) -> Candidate:
-        """A closed form as it is, every pair: what a search is compared with."""
+        """A closed form unmodified, for every pair, to compare a search with."""
         factors, attention = METHODS[method](self.facts.n_rot, self.scale, self.facts.freq_base, self.onto.context)
         return Candidate(tuple(np.log(factors).tolist()), self.onto.start_tokens, attention)
 
     def seed(self, method: str) -> Candidate:
-        """A closed form within this space: where a search starts."""
+        """A closed form projected onto this space, to start a search from."""
         return self.project(self.closed_form(method))
 
     def project(self, candidate: Candidate) -> Candidate:
-        """The nearest candidate that keep to the space: fixed pairs, λ that do not decrease with the dimension, bounds.
+        """The nearest candidate in the space: fixed pairs, λ that do not decrease with the dimension, bounds.
 
         Pools adjacent violators, which is the least-squares projection in ln λ: it moves both sides of a violation,
-        where a running maximum would only ever raise. Clipping its result projects onto the bounds as well.
+        whereas a running maximum would only raise values. Clipping its result projects onto the bounds as well.
         """
         n, fixed = self.n_fixed, self.closed_form("yarn").log_factors
         free = np.array(candidate.log_factors[n:])
@@ -137,14 +137,14 @@ class Space:
         )
 
     def moved(self, candidate: Candidate, log_factors: Array, log_attention: float = 0.0) -> Candidate:
-        """`candidate` with the free pairs' ln λ and ln attention factor changed by so much, projected."""
+        """`candidate` with the free pairs' ln λ and ln attention factor changed by these amounts, projected."""
         moved = np.array(candidate.log_factors)
         moved[self.n_fixed :] += log_factors
         attention = candidate.attention_factor * math.exp(log_attention)
         return self.project(replace(candidate, log_factors=tuple(moved.tolist()), attention_factor=attention))
 
     def band(self, candidate: Candidate, found: Provenance | None = None) -> Band:
-        """The band that `candidate` stand for; λ rounded to 9 decimals, so that a grid's numbers stay what they are."""
+        """The band that `candidate` stands for; λ are rounded to 9 decimals, so that numbers on a grid stay exact."""
         factors = np.exp(candidate.log_factors).round(9) * np.array(self.onto.rescale_factors)
         return Band(
             context=self.context,
@@ -156,14 +156,14 @@ class Space:
         )
 
     def candidate(self, band: Band) -> Candidate:
-        """What `band` is, relative to `onto`; not projected."""
+        """`band` as a candidate, relative to `onto`; not projected."""
         ratio = np.array(band.rescale_factors) / np.array(self.onto.rescale_factors)
         attention = band.attention_factor / self.onto.attention_factor
         return Candidate(tuple(np.log(ratio).tolist()), band.start_tokens, attention)
 
     @property
     def onto_method(self) -> str | None:
-        """For the provenance: the method whose factors the new ones are multiplied onto; None for all ones."""
+        """For the provenance: the method whose factors the new ones are multiplied onto; None if those are all ones."""
         return None if all(factor == 1.0 for factor in self.onto.rescale_factors) else self.onto.found.method
 
 
@@ -182,7 +182,7 @@ def non_decreasing(values: Array) -> Array:
 
 
 def band_key(band: Band) -> str:
-    """A short name for all of a band that a loss can depend on; equal for bands that differ by less than 1e-6."""
+    """A digest of all of a band that a loss can depend on; equal for bands that differ by less than 1e-6."""
     factors = [round(factor, KEY_DECIMALS) for factor in band.rescale_factors]
     values = [band.context, factors, band.start_tokens, round(band.attention_factor, KEY_DECIMALS)]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]

@@ -1,6 +1,6 @@
-"""One answer of a model, written token by token, with its numbers: used by chat and by summaries.
+"""One answer of a model, generated token by token, with its statistics: used by chat and by summaries.
 
-What fits is settled before any work: a prompt that fills the context is refused, and an answer takes at most what the
+What fits is decided before any work: a prompt that fills the context is refused, and an answer is limited to what the
 prompt leaves.
 """
 
@@ -21,7 +21,7 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from ..llama import Llama
 
-LONGEST_PIECE = 4096  # bytes of one token's text; real ones stay far below
+MAX_PIECE = 4096  # bytes of one token's text; real tokens stay far below
 
 
 class ContextFull(UserError):
@@ -33,23 +33,23 @@ class ContextFull(UserError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 always takes the likeliest; `max_tokens` None is what the context leaves."""
+    """How tokens are chosen. Temperature 0 takes the most likely; `max_tokens` None means what the context leaves."""
 
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
-    repeat_penalty: float = 1.1  # small models fall into loops without
+    repeat_penalty: float = 1.1  # without it, small models fall into loops
 
 
 class Answer:
-    """An answer while it is written, and its numbers afterwards.
+    """An answer while it is generated, and its statistics afterwards.
 
     Attributes:
-        text: what has been written so far, exactly as the model wrote it.
-        prompt_tokens: tokens of the prompt; `read_tokens` of them were not in the cache already.
-        written_tokens: tokens written.
-        read_s, write_s: seconds until the first token was there, and from then on.
-        ending: "stop" when the model came to its end, "length" at `max_tokens`, "context" when the context is full,
+        text: what has been generated so far, unmodified.
+        prompt_tokens: tokens of the prompt; `read_tokens` of them were not cached already.
+        written_tokens: tokens generated.
+        read_s, write_s: seconds until the first token, and from then on.
+        ending: "stop" when the model ended its answer, "length" at `max_tokens`, "context" when the context is full,
             "interrupted" until then.
 
     Raises:
@@ -65,7 +65,7 @@ class Answer:
         self._sampling = sampling
         self._stops = [stop for stop in stops if stop]
         self._limit = min(room, sampling.max_tokens or room)
-        self._at_limit: Literal["length", "context"] = "length" if self._limit == sampling.max_tokens else "context"
+        self._limit_ending: Literal["length", "context"] = "length" if self._limit == sampling.max_tokens else "context"
         self.text = ""
         self.prompt_tokens = len(prompt)
         self.read_tokens = len(prompt) - llm.longest_token_prefix(llm.tokens.tolist(), list(prompt))
@@ -74,9 +74,9 @@ class Answer:
         self.ending: Literal["stop", "length", "context", "interrupted"] = "interrupted"
 
     def write(self, on_text: Callable[[str], None] | None = None) -> None:
-        """Write it all; `on_text` gets each new piece of text. Ctrl-C passes through, and `text` keeps what was there.
+        """Generate the answer; `on_text` gets each new piece of text, except for white space at the start.
 
-        Leading white space is left out of what `on_text` gets.
+        Ctrl-C passes through; `text` then has what was generated before it.
         """
         sampling, llm = self._sampling, self._llm
         llm.set_seed(secrets.randbits(31) if sampling.seed is None else sampling.seed)
@@ -97,7 +97,7 @@ class Answer:
                     self.ending = "stop"
                     break
                 if self.written_tokens == self._limit:
-                    self.ending = self._at_limit
+                    self.ending = self._limit_ending
                     break
                 shown = self._show(shown, len(self.text) - self._held_back(), on_text)
             self.text += decode(b"", final=True)
@@ -110,12 +110,12 @@ class Answer:
 
     @property
     def read_speed(self) -> float:
-        """Tokens of the prompt read by the second."""
+        """Tokens of the prompt read per second."""
         return self.read_tokens / self.read_s if self.read_s else 0.0
 
     @property
     def write_speed(self) -> float:
-        """Tokens written by the second, the first one not counted, as it comes with the prompt."""
+        """Tokens generated per second, not counting the first one, which comes with the prompt."""
         return max(self.written_tokens - 1, 0) / self.write_s if self.write_s else 0.0
 
     def _show(self, start: int, stop: int, on_text: Callable[[str], None] | None) -> int:
@@ -132,14 +132,14 @@ class Answer:
         return bool(places)
 
     def _held_back(self) -> int:
-        """How many characters at the end may yet turn out to begin a stop."""
+        """Return how many characters at the end may yet turn out to start a stop."""
         return max(
             (n for stop in self._stops for n in range(len(stop), 0, -1) if self.text.endswith(stop[:n])), default=0
         )
 
 
 def piece(llm: Llama, token: int) -> bytes:
-    """The text of one token, whatever its length; nothing for control tokens."""
-    buffer = ctypes.create_string_buffer(LONGEST_PIECE)
-    n_bytes = llama_cpp.llama_token_to_piece(llm.vocab, token, buffer, LONGEST_PIECE, 0, False)
+    """Return the text of one token, of any length; empty for control tokens."""
+    buffer = ctypes.create_string_buffer(MAX_PIECE)
+    n_bytes = llama_cpp.llama_token_to_piece(llm.vocab, token, buffer, MAX_PIECE, 0, False)
     return buffer.raw[: max(n_bytes, 0)]

@@ -1,7 +1,7 @@
-"""A conversation with a model: what has been said, what it has been given to read, and how to save all of it.
+"""A conversation with a model: its messages, the documents the model has been given, and how to save them.
 
-Every step either happens whole or leaves the conversation as it was. An answer that was stopped stays as far as it
-came, and a question whose answer was stopped before its first word was never asked. Earlier turns and documents stay a
+Every step either happens completely or leaves the conversation unchanged. An answer that was stopped is kept up to
+there, and a question whose answer was stopped before its first word is dropped. Earlier turns and documents stay a
 prefix of the prompt, so the model reads only what is new.
 """
 
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ...errors import UserError
 from ...files import write_file
 from .. import session
-from ..prompt_cache import LEAST_TOKENS, PromptCache
+from ..prompt_cache import MIN_TOKENS, PromptCache
 from .answer import Answer, ContextFull, Sampling
 from .template import EXACT_CHARACTERS, ChatTemplate, Message, count_tokens
 
@@ -39,23 +39,23 @@ MAX_RECORD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Transcript:
-    """What has been said. `pending` are documents that wait for the question about them."""
+    """The messages so far. `pending` are documents that wait for the question about them."""
 
     system: str = ""
     messages: tuple[Message, ...] = ()
     pending: tuple[str, ...] = ()
     started: date = field(default_factory=date.today)
     n_tokens: int = 0
-    """Tokens of the context that it takes."""
+    """Tokens that it takes in the context."""
 
-    def turn(self, *texts: str) -> tuple[Message, ...]:
-        """All messages up to one of the user's: the pending documents, then `texts`."""
+    def prompt_messages(self, *texts: str) -> tuple[Message, ...]:
+        """Return the messages of the next prompt: all so far, and the user's with the pending documents and `texts`."""
         system = (Message("system", self.system),) if self.system else ()
         return (*system, *self.messages, Message("user", "\n\n".join([*self.pending, *texts])))
 
 
 class _Record(BaseModel):
-    """A saved conversation's JSON: the transcript, and which file in the same folder holds the model's cache."""
+    """A saved conversation's JSON: the transcript, and the file in the same folder that has the model's cache."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,7 +73,7 @@ class Conversation:
         cache: keeps documents and long questions, so that they are not read again.
 
     Attributes:
-        transcript: what has been said so far.
+        transcript: the messages so far.
     """
 
     def __init__(self, llm: Llama, system: str = "", cache: PromptCache | None = None) -> None:
@@ -82,41 +82,41 @@ class Conversation:
         self._template = ChatTemplate(llm, self.transcript.started)
 
     def ask(self, question: str, sampling: Sampling, on_text: Callable[[str], None] | None = None) -> Answer:
-        """Ask, and keep question and answer; Ctrl-C ends the answer early (`ending` is "interrupted" then).
+        """Ask, and keep question and answer; Ctrl-C ends the answer early (`ending` is then "interrupted").
 
         Raises:
             ContextFull: the question does not fit; nothing has been done.
         """
-        messages = self.transcript.turn(question)
+        messages = self.transcript.prompt_messages(question)
         prompt = self._template.tokens(messages)
         if len(prompt) >= self.llm.n_ctx():
             raise self._full("this question", len(prompt), spare=1)
         answer = Answer(self.llm, prompt, sampling, self._template.stops)
         seconds = 0.0
-        with suppress(KeyboardInterrupt):  # what was written stays, so that it stays in the model's cache too
+        with suppress(KeyboardInterrupt):  # what was generated is kept, as it is in the model's cache
             seconds = self._read_long(prompt, answer)
             answer.write(on_text)
         answer.read_s += seconds
         if answer.text or answer.ending != "interrupted":
-            said = messages[1:] if self.transcript.system else messages
+            history = messages[1:] if self.transcript.system else messages
             self.transcript = replace(
                 self.transcript,
-                messages=(*said, Message("assistant", answer.text)),
+                messages=(*history, Message("assistant", answer.text)),
                 pending=(),
                 n_tokens=answer.prompt_tokens + answer.written_tokens,
             )
         return answer
 
     def _read_long(self, prompt: list[int], answer: Answer) -> float:
-        """Read a prompt much longer than what was said so far by way of the prompt cache; seconds that took."""
-        if self._cache is None or len(prompt) < self.transcript.n_tokens + LEAST_TOKENS:
+        """Read a prompt much longer than the conversation so far through the prompt cache; return the seconds taken."""
+        if self._cache is None or len(prompt) < self.transcript.n_tokens + MIN_TOKENS:
             return 0.0
         started = time.perf_counter()
-        answer.read_tokens = self._cache.read(prompt[:-1]) + 1  # the last one is left, to begin the answer with
+        answer.read_tokens = self._cache.read(prompt[:-1]) + 1  # the last one is left for the answer to start with
         return time.perf_counter() - started
 
     def read(self, name: str, text: str) -> int:
-        """Let the model read a document that the next question will be about; the number of tokens it has read.
+        """Have the model read a document that the next question will be about; return the number of tokens read.
 
         Raises:
             ContextFull: the document does not fit with some room for a question; nothing has been done.
@@ -126,7 +126,7 @@ class Conversation:
             self._check_fits(name, self.transcript.n_tokens + count_tokens(self.llm, text))
         document = f"{name}:\n\n{text.strip()}"
         transcript = replace(self.transcript, pending=(*self.transcript.pending, document))
-        tokens = self._template.opening(transcript.turn())
+        tokens = self._template.opening(transcript.prompt_messages())
         self._check_fits(name, len(tokens))
         before = int(self.llm.longest_token_prefix(self.llm.tokens.tolist(), tokens))
         if self._cache is not None:
@@ -136,22 +136,22 @@ class Conversation:
         if self.llm.on_progress is not None:
             self.llm.on_progress(0, len(tokens) - before)
         stream = self.llm.generate(tokens, temp=0.0)
-        next(stream)  # reads all of the prompt; the token that it would begin an answer with is dropped
+        next(stream)  # reads the whole prompt; the first token of an answer, which it yields, is dropped
         stream.close()
         self.transcript = replace(transcript, n_tokens=len(tokens))
         return len(tokens) - before
 
     def set_system(self, text: str) -> None:
-        """Change the system message; everything said so far stays, and is read again with the next question."""
+        """Change the system message; the messages so far stay, and are read again with the next question."""
         self.transcript = replace(self.transcript, system=text)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.llm.reset()
-        self._take(Transcript(system=self.transcript.system))
+        self._set_transcript(Transcript(system=self.transcript.system))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the conversation and the model's cache into `folder`; what was saved there before is replaced whole.
+        """Write the conversation and the model's cache to `folder`, replacing what was saved there before.
 
         Raises:
             UserError: the folder holds something else, or cannot be written to.
@@ -168,30 +168,30 @@ class Conversation:
             except BaseException:
                 (folder / cache).unlink(missing_ok=True)
                 with suppress(OSError):
-                    folder.rmdir()  # if it was made just now, and so is empty
+                    folder.rmdir()  # if it was created just now, and so is empty
                 raise
-            for other in folder.iterdir():  # the cache of before, and what a killed run may have left
+            for other in folder.iterdir():  # the previous cache, and what a killed run may have left
                 if OURS.match(other.name) and other.name not in (RECORD, cache):
                     other.unlink()
         except OSError as error:
             raise UserError(f"{folder}: cannot save the conversation: {error.strerror or error}") from None
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Go on with a saved conversation; nothing of it is read again.
+        """Resume a saved conversation; nothing of it is read again.
 
         Raises:
-            UserError: no such conversation, a damaged one, or another model's; this one goes on as it was.
+            UserError: no such conversation, a damaged one, or another model's; this one is unchanged.
         """
         record = _read_record(Path(folder))
         session.load(self.llm, Path(folder) / record.cache)
-        self._take(record.transcript)
+        self._set_transcript(record.transcript)
 
-    def _take(self, transcript: Transcript) -> None:
+    def _set_transcript(self, transcript: Transcript) -> None:
         self.transcript = transcript
         self._template = ChatTemplate(self.llm, transcript.started)
 
     def _check_fits(self, name: str, n_tokens: int) -> None:
-        """A document must leave some room for a question and its answer."""
+        """Check that a document leaves some room for a question and its answer."""
         spare = min(256, self.llm.n_ctx() // 4)
         if n_tokens + spare > self.llm.n_ctx():
             raise self._full(name, n_tokens, spare)
@@ -206,7 +206,7 @@ def _check_ours(folder: Path) -> None:
     if folder.exists() and not (
         folder.is_dir() and ((folder / RECORD).is_file() or all(OURS.match(path.name) for path in folder.iterdir()))
     ):
-        raise UserError(f"{folder}: exists and is no saved conversation")
+        raise UserError(f"{folder}: exists and is not a saved conversation")
 
 
 def _digest(transcript: Transcript) -> str:

@@ -1,8 +1,8 @@
 """The output of a batch of summaries: JSON Lines that survive being killed at any moment.
 
-One JSON object a line, on the disk before the next document is begun. Opening an output again finds what is done,
-mends a line that was torn, and refuses a file that is something else. While it is open no other run can open it; the
-lock goes with the process, however that ends.
+One JSON object per line, on disk before the next document is started. Opening an output again finds what is done,
+repairs a torn line, and refuses a file that is something else. While it is open no other run can open it; the lock is
+released with the process, however that ends.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from ...errors import UserError
 from ...files import append_line, close_log, is_torn, open_locked, replacement, write_all
 
 BEGINNING = b'{"id": '
-"""How every line begins; a torn one is told by it from another file's last line."""
+"""How every line starts; distinguishes a torn line from the last line of another file."""
 
-STDOUT_FD = 1  # past sys.stdout, which a progress bar may have taken over
+STDOUT_FD = 1  # not sys.stdout, which a progress bar may have taken over
 
 Key = tuple[str, str, str]
-"""(id, digest of the input, digest of model, prompt and settings): what makes a document the same one."""
+"""(id, digest of the input, digest of model, prompt and settings): identifies a summary."""
 
 
 class Results:
     """An output file, open for appending.
 
     Args:
-        path: where; a file that does not exist yet is made, and goes again if nothing is ever written.
-        force: disregard what the file holds; it is emptied when the first record comes.
+        path: a file that does not exist yet is created, and removed again if nothing is ever written.
+        force: ignore what the file holds; `begin` empties it.
 
     Attributes:
-        done: how many records without an error there are of each key.
+        done: number of records without an error, by key.
 
     Raises:
-        UserError: a folder, no place to write, not this program's output, or being written by another run.
+        UserError: a folder, a file that cannot be written, not this program's output, or in use by another run.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
-        self._target = Path(os.path.realpath(path))  # where a link leads is what is written, and replaced
+        self._target = Path(os.path.realpath(path))  # of a link, the target is written and replaced
         self.done: Counter[Key] = Counter()
         self._force = force
         self._errors: set[str] = set()
         self._fd = open_locked(path)
         try:
             if not force:
-                self._mend(self._read())
+                self._repair(self._read())
         except BaseException:
             self.close()
             raise
@@ -63,31 +63,31 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file, and of the lock; an empty one is removed."""
+        """Close the file and release the lock; an empty file is removed."""
         if self._fd < 0:
             return
         close_log(self._fd, self._target)
         self._fd = -1
 
     def take_done(self, key: Key) -> bool:
-        """Whether a record of this key is there; each one counts once, as two documents may be alike."""
+        """Whether there is a record of this key; each one counts once, as two documents may be the same."""
         if self.done[key] < 1:
             return False
         self.done[key] -= 1
         return True
 
     def begin(self, retried: Collection[str]) -> None:
-        """Make ready to append: drop everything if forced, or else the errors of the documents in `retried`."""
+        """Prepare to append: drop everything if forced, otherwise the errors of the documents in `retried`."""
         if self._force:
             os.ftruncate(self._fd, 0)
         elif self._errors.intersection(retried):
             self._rewrite(lambda record: "error" not in record or record["id"] not in retried)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Put one record on the disk, whole or not at all.
+        """Write one record to disk, whole or not at all.
 
         Raises:
-            UserError: it cannot be written; the file is as before.
+            UserError: it cannot be written; the file is unchanged.
         """
         append_line(self._fd, self.path, record_line(record))
 
@@ -97,7 +97,7 @@ class Results:
             yield from file
 
     def _read(self) -> tuple[int, bool]:
-        """Take in what is there: bytes up to the end of the last whole record, and whether its newline is missing."""
+        """Read the records; return the end of the last whole one, in bytes, and whether its newline is missing."""
         end = 0
         for number, line in enumerate(self._lines(), 1):
             record = _parse(line)
@@ -105,7 +105,7 @@ class Results:
                 if is_torn(line, BEGINNING):
                     return end, False
                 raise UserError(
-                    f"{self.path}: line {number} is no result of ropewalk summarize;"
+                    f"{self.path}: line {number} is not a result of ropewalk summarize;"
                     " name another output, or start over with --force"
                 )
             end += len(line)
@@ -117,19 +117,19 @@ class Results:
                 return end, True
         return end, False
 
-    def _mend(self, found: tuple[int, bool]) -> None:
+    def _repair(self, found: tuple[int, bool]) -> None:
         end, newline_missing = found
         os.ftruncate(self._fd, end)
         if newline_missing:
             write_all(self._fd, b"\n")
 
     def _rewrite(self, wanted: Any) -> None:
-        """Replace the file by one with the wanted records only, never without the lock."""
+        """Replace the file with one of the wanted records only, without ever releasing the lock."""
         fd = -1
         try:
             with replacement(self._target) as file:
                 file.writelines(line for line in self._lines() if wanted(json.loads(line)))
-                fd = os.dup(file.fileno())  # the lock goes with it
+                fd = os.dup(file.fileno())  # shares the lock
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -139,7 +139,7 @@ class Results:
 
 
 class StandardOutput:
-    """Standard output in the place of a file: nothing is done before, nothing is locked."""
+    """Standard output instead of a file: no earlier records, no lock."""
 
     path = Path("-")
 
@@ -164,12 +164,12 @@ class StandardOutput:
 
 
 def record_line(record: dict[str, Any]) -> bytes:
-    """One record as a line of UTF-8; what UTF-8 cannot say (odd file names) becomes JSON's own escapes."""
+    """Return one record as a line of UTF-8; what UTF-8 cannot encode (odd file names) becomes JSON escapes."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """A short name for a model, prompt and settings: equal if and only if all of them are."""
+    """Return a digest of model, prompt and settings: equal if and only if all of them are."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

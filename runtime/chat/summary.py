@@ -1,8 +1,8 @@
-"""Summaries of texts of any length: what fits the context is read whole, what does not is split.
+"""Summaries of texts of any length: a text that fits the context is read whole, a longer one is split.
 
 A text that is too long is cut at paragraph borders (then lines, sentences, words, characters), each part is
-summarised, and the summaries are summarised together, again in groups where they are too many. Every part is read by
-a model that has read nothing else, so that a text's summary does not depend on what was done before it.
+summarised, and the summaries are summarised together, in groups if there are too many. Every part is read with an empty
+cache, so that a text's summary does not depend on what was done before it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 PROMPT = "Summarise the text above in a few sentences."
 MAX_TOKENS = 256
-LEAST_ROOM = 96  # tokens; below, a text and its summary cannot both be there
-ANY_DAY = date(2025, 1, 1)  # for templates that name the date: a summary made tomorrow is the same
-SPARE = 32  # tokens for the seams between texts that were counted apart
+MIN_ROOM = 96  # tokens; with fewer, a text and its summary cannot both fit
+ANY_DAY = date(2025, 1, 1)  # for templates that name the date: the summary is the same on any day
+SPARE = 32  # tokens for the joins between texts that were counted separately
 
 BORDERS = (r"\n[^\S\n]*\n\s*", r"\n", r"(?<=[.!?…])\s+|(?<=[。！？])")
-"""Where a text may be cut, best first: paragraphs, lines, sentences. The last resort is halving, between words."""
+"""Where a text may be cut, best first: paragraphs, lines, sentences. The last resort is to halve it, between words."""
 
 Count = Callable[[str], int]
 
 
 class EmptySummary(UserError):
-    """The model had nothing to say."""
+    """The model generated no text."""
 
 
 @dataclass(frozen=True)
 class SummarySettings:
-    """What a summary depends on, beside the text and the model. `seed` matters above temperature 0 only."""
+    """What a summary depends on besides the text and the model. `seed` matters only above temperature 0."""
 
     prompt: str = PROMPT
     max_tokens: int = MAX_TOKENS
@@ -53,7 +53,7 @@ class SummarySettings:
 
 @dataclass(frozen=True)
 class Summary:
-    """A text's summary: `n_tokens` of text were read in `parts`, with `band` the longest in use."""
+    """A text's summary: its `n_tokens` were read in `parts`, and `band` is the longest band used."""
 
     text: str
     n_tokens: int
@@ -67,70 +67,72 @@ class Summary:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens read and written, by the second."""
+        """Tokens read and generated per second."""
         return (self.read_tokens + self.written_tokens) / max(self.read_s + self.write_s, 1e-9)
 
 
 class Summarizer:
-    """Makes summaries with one model.
+    """Summarises texts with one model.
 
     Args:
-        settings: what is asked of the model, and how.
-        cache: keeps documents, so that another question to one does not read it again.
+        settings: what the model is asked, and how it answers.
+        cache: keeps documents, so that another question about one does not read it again.
 
     Raises:
-        UserError: the context is too small to work in, or the model's chat template does not work.
+        UserError: the context is too small, or the model's chat template fails.
     """
 
     def __init__(self, llm: Llama, settings: SummarySettings | None = None, cache: PromptCache | None = None) -> None:
         self._llm, self._settings, self._cache = llm, settings or SummarySettings(), cache
         self._template = ChatTemplate(llm, ANY_DAY)
         self._room = llm.n_ctx() - len(self._prompt("")) - SPARE
-        if self._room < LEAST_ROOM:
-            least = llm.n_ctx() - self._room + LEAST_ROOM
-            raise UserError(f"a context of {llm.n_ctx():,} tokens is too small to summarise in, expected {least:,}")
-        # Summaries of parts take a third at most: then two of them always fit together, and combining comes to an end.
+        if self._room < MIN_ROOM:
+            least = llm.n_ctx() - self._room + MIN_ROOM
+            raise UserError(
+                f"a context of {llm.n_ctx():,} tokens is too small to summarise in, expected at least {least:,}"
+            )
+        # Summaries of parts take a third at most, so that two of them always fit together and combining terminates.
         self._part_budget = min(self._settings.max_tokens, self._room // 3)
 
     def summarize(self, text: str, on_progress: Callable[[int, int], None] | None = None) -> Summary:
         """Summarise `text`; `on_progress` is called with (tokens of it that were read, its tokens).
 
         Raises:
-            EmptySummary: the model ends at once.
+            EmptySummary: the model ended its answer at once.
         """
         capacity = self._room - self._part_budget
         parts = split(text, capacity, lambda piece: count_tokens(self._llm, piece))
         sizes = [count_tokens(self._llm, part) for part in parts]
-        run = _Totals()
+        totals = _Totals()
         last = len(parts) == 1
         texts = []
         for i, part in enumerate(parts):
             report = _reporter(on_progress, sum(sizes[:i]), sum(sizes))
-            texts.append(self._answer(part, last, run, report))
+            texts.append(self._answer(part, last, totals, report))
         while not last:
-            texts = [text for text in texts if text]  # of some part there may be nothing to say
+            texts = [text for text in texts if text]  # the summary of a part may be empty
             groups = self._groups(texts, capacity)
             last = len(groups) <= 1
-            texts = [self._answer(group, last, run, None, is_document=False) for group in groups] or [""]
+            texts = [self._answer(group, last, totals, None, is_document=False) for group in groups] or [""]
         if not texts[0]:
             raise EmptySummary("the model wrote no summary")
         return Summary(
             text=texts[0],
             n_tokens=sizes[0] if len(parts) == 1 else count_tokens(self._llm, text),
             parts=len(parts),
-            band_index=run.band_index,
-            band=self._llm.schedule.bands[run.band_index],
-            read_tokens=run.read_tokens,
-            written_tokens=run.written_tokens,
-            read_s=run.read_s,
-            write_s=run.write_s,
+            band_index=totals.band_index,
+            band=self._llm.schedule.bands[totals.band_index],
+            read_tokens=totals.read_tokens,
+            written_tokens=totals.written_tokens,
+            read_s=totals.read_s,
+            write_s=totals.write_s,
         )
 
     def _answer(
         self,
         text: str,
         last: bool,
-        run: _Totals,
+        totals: _Totals,
         report: Callable[[int, int], None] | None,
         *,
         is_document: bool = True,
@@ -144,28 +146,28 @@ class Summarizer:
         llm.on_progress = report or before
         try:
             if self._cache is not None and is_document:
-                self._read_document(self._cache, text, prompt, run)
+                self._read_document(self._cache, text, prompt, totals)
                 llm.on_progress = None  # what is left is the question
             answer = Answer(llm, prompt, sampling, self._template.stops)
             answer.write()
         finally:
             llm.on_progress = before
-        run.add(answer, llm.band_index)
+        totals.add(answer, llm.band_index)
         return _whole_sentences(answer.text.strip()) if answer.ending == "length" else answer.text.strip()
 
-    def _read_document(self, cache: PromptCache, text: str, prompt: list[int], run: _Totals) -> None:
-        """Have what is the same for any question read by itself, so that it can be kept."""
+    def _read_document(self, cache: PromptCache, text: str, prompt: list[int], totals: _Totals) -> None:
+        """Read what is the same for any question on its own, so that it can be kept."""
         started = time.perf_counter()
         opening = self._template.opening([Message("user", text.lstrip())])
         shared = self._llm.longest_token_prefix(opening, prompt)
-        run.read_tokens += cache.read(prompt[:shared])
-        run.read_s += time.perf_counter() - started
+        totals.read_tokens += cache.read(prompt[:shared])
+        totals.read_s += time.perf_counter() - started
 
     def _prompt(self, text: str) -> list[int]:
         return self._template.tokens([Message("user", f"{text}\n\n{self._settings.prompt}".strip())])
 
     def _groups(self, texts: Sequence[str], capacity: int) -> list[str]:
-        """Join summaries, at least two and as many as fit at a time."""
+        """Join summaries in groups of at least two and as many as fit; one may be left over."""
         groups: list[list[str]] = []
         for text in texts:
             joined = "\n\n".join([*groups[-1], text]) if groups else text
@@ -178,7 +180,7 @@ class Summarizer:
 
 @dataclass
 class _Totals:
-    """What one summary has taken so far."""
+    """Totals of one summary so far."""
 
     band_index: int = 0
     read_tokens: int = 0
@@ -203,13 +205,13 @@ def _reporter(
 
 
 def _whole_sentences(text: str) -> str:
-    """Leave out a last sentence that was cut off, unless it is most of the text."""
+    """Drop a last sentence that was cut off, unless it is most of the text."""
     ends = [match.end() for match in re.finditer(r"[.!?…。！？][\"'”’)]*(?=\s|$)", text)]
     return text[: ends[-1]] if ends and ends[-1] > len(text) // 2 else text
 
 
 def split(text: str, capacity: int, count: Count) -> list[str]:
-    """Cut `text` into parts of at most `capacity` tokens and of about the same size; joined, they are the text."""
+    """Cut `text` into parts of at most `capacity` tokens and similar size; joined, they are the text."""
     if count(text) <= capacity:
         return [text]
     atoms = _atoms(text, capacity, count, BORDERS)
@@ -228,7 +230,7 @@ def split(text: str, capacity: int, count: Count) -> list[str]:
 
 
 def _atoms(text: str, capacity: int, count: Count, borders: Sequence[str]) -> list[tuple[str, int]]:
-    """Pieces of `text` that each fit, with their sizes: paragraphs, and what is smaller where one is too long."""
+    """Cut `text` into pieces that each fit, with their sizes: paragraphs, and smaller pieces where one is too long."""
     n_tokens = count(text)
     if n_tokens <= capacity or len(text) < 2:
         return [(text, n_tokens)]

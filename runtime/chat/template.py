@@ -1,8 +1,8 @@
-"""Messages → the tokens in which a model was taught to read them.
+"""Messages → prompt tokens, in the format that the model was trained on.
 
-The model's own chat template does the wording; a model without one gets plain `User:` and `Assistant:` lines. What
-the messages say can never pass for the template's control tokens: a document that contains `<|im_end|>` is read as
-those characters. The same messages give the same tokens on any day, so that a cached prefix stays one.
+The model's own chat template formats them; a model without one gets plain `User:` and `Assistant:` lines. The text of
+messages is never read as the template's control tokens: a document that contains `<|im_end|>` is read as those
+characters. The same messages give the same tokens on any day, so that a cached prefix stays valid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN_STOPS = ("\nUser:", "\nAssistant:")
 
 CUT = "\ufdd0"  # a code point that no text may contain: marks where a control token's spelling is cut in two
 
-EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C is heard between them
+EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C takes effect between them
 
 CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 
@@ -44,14 +44,14 @@ class Message:
 
 
 class ChatTemplate:
-    """How one model wants messages worded.
+    """The format of one model's prompts.
 
     Args:
-        llm: the model; its template, vocabulary and tokenizer are used.
-        today: the date that templates which name one are given.
+        llm: the model; its template, vocabulary and tokeniser are used.
+        today: the date for templates that name it.
 
     Attributes:
-        stops: texts that end an answer, beside the model's own end tokens.
+        stops: texts that end an answer, besides the model's own end tokens.
     """
 
     def __init__(self, llm: Llama, today: date | None = None) -> None:
@@ -66,10 +66,10 @@ class ChatTemplate:
         self._control = _spellings(llm)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks the model for the message after these.
+        """Return the prompt that asks the model for the message after these.
 
         Raises:
-            UserError: the model's template does not take such messages.
+            UserError: the model's template does not accept such messages.
         """
         guarded = [
             {"role": message.role, "content": self._control.sub(_cut, message.content.replace(CUT, ""))}
@@ -87,7 +87,7 @@ class ChatTemplate:
         return tokens
 
     def opening(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that stay the same whatever is appended, as a new paragraph, to the last message."""
+        """Return the tokens that stay the same when any new paragraph is appended to the last message."""
         *before, last = messages
         first, second = (
             self.tokens([*before, Message(last.role, f"{last.content}\n\n{word}")]) for word in ("What", "In")
@@ -97,14 +97,14 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
             return self._format(messages)
-        except Exception as error:  # a template is the model file's own program, and may raise anything
-            if len(messages) > 1 and messages[0]["role"] == "system":  # some know no system message
+        except Exception as error:  # a template is a program in the model file, and may raise anything
+            if len(messages) > 1 and messages[0]["role"] == "system":  # some have no system role
                 system, first, *rest = messages
                 return self._render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
             raise UserError(f"{self._llm.model_path}: its chat template fails: {error}") from None
 
     def _format(self, messages: list[dict[str, str]]) -> str:
-        # A model that can think aloud is asked not to: what it thinks would be taken for the answer.
+        # A reasoning model is asked not to think, as its thoughts would be taken for the answer.
         return str(self._formatter(messages=messages, enable_thinking=False).prompt)
 
     @property
@@ -116,13 +116,13 @@ class ChatTemplate:
 
 
 def count_tokens(llm: Llama, text: str) -> int:
-    """Tokens of `text` by itself; of a very long one, the sum over its pieces."""
+    """Return the number of tokens of `text` alone; for a very long one, the sum over its pieces."""
     pieces = (text[i : i + EXACT_CHARACTERS] for i in range(0, len(text), EXACT_CHARACTERS))
     return sum(len(llm.tokenize(piece.encode("utf-8", "replace"), add_bos=False, special=False)) for piece in pieces)
 
 
 def _spellings(llm: Llama) -> re.Pattern[str]:
-    """What finds the spelling of a control token in a text."""
+    """Return a pattern that finds the spellings of control tokens in a text."""
     texts = {
         _text_of(llm, token)
         for token in range(llm.n_vocab())
@@ -133,7 +133,7 @@ def _spellings(llm: Llama) -> re.Pattern[str]:
 
 
 def _text_of(llm: Llama, token: int) -> str:
-    """A token's entry in the vocabulary, as it is written there."""
+    """Return a token's entry in the vocabulary, unmodified."""
     text: bytes = llama_cpp.llama_vocab_get_text(llm.vocab, token)
     return text.decode("utf-8", "replace")
 

@@ -1,1 +1,1 @@
-"""llama.cpp's graph, seen and set: what nodes read, and nodes that are computed here."""
+"""Hooks into llama.cpp's graph: what nodes read is set, and some nodes are computed here."""

@@ -1,8 +1,8 @@
-"""Attention over a long cache, fast: llama.cpp's attention nodes are taken over where its own are slow.
+"""Fast attention over a long cache: llama.cpp's attention nodes are taken over where its own code is slow.
 
-llama.cpp's flash attention on a CPU makes floats of a quantised V once for every query row, and shares out a single
-token's work badly. A node with enough work becomes ours: `attention_jobs` tells how it is computed. What is not covered
-(ALiBi, soft-capped logits, layouts that are not a KV cache's) is left to llama.cpp.
+llama.cpp's flash attention on a CPU dequantises V once for every query row, and distributes a single token's work
+badly. A node with enough work is taken over and computed by `attention_jobs`. What is not covered (ALiBi, soft-capped
+logits, layouts that are not a KV cache's) is left to llama.cpp.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .attention_jobs import Node, PromptJob, Scratch, Span, TokenJob
 from .takeover import Job, TakenNodes
 
 MIN_ROWS = 32
-"""Query rows (tokens) from which on a node is always worth taking over."""
+"""Query rows (tokens) from which a node is always worth taking over."""
 
 MIN_FLOATS = 1 << 21
-"""Numbers in the cells of a node of fewer rows, from which on it is; below, llama.cpp's own is as good."""
+"""Values in the cells from which a node of fewer rows is, too; below, llama.cpp's own code is as good."""
 
 
 class FastAttention:
@@ -31,7 +31,7 @@ class FastAttention:
         self._scratch = Scratch()
 
     def see(self, node: int) -> None:
-        """llama.cpp is about to compute a graph with this FLASH_ATTN_EXT or CUSTOM node."""
+        """Take the node over if it is covered; called before llama.cpp computes a graph with this node."""
         self._spans.clear()  # a new graph has a new mask in the same place
         if ggml.WORDS[(node >> 2) + ggml.OP_INDEX] == self._attention and covers(node):
             self.nodes.take(node)
@@ -62,7 +62,7 @@ def covers(node: int) -> bool:
 
 
 def _is_cells(tensor: ggml.TensorStruct) -> bool:
-    """Whether a tensor's type and strides can be read here: any for plain numbers, packed cells for blocks."""
+    """Whether a tensor's type and strides can be read here: any strides of plain numbers, packed cells of blocks."""
     if tensor.type in ggml.PLAIN_FLOATS:
         return bool(tensor.nb[0] == (4 if tensor.type == 0 else 2))
     if not ggml.is_blocks(tensor.type):

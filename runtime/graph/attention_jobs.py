@@ -1,9 +1,9 @@
-"""How an attention node is computed: what each thread does of it, for many query rows and for few.
+"""How the threads compute an attention node, for many query rows and for few.
 
-Many rows (`PromptJob`): all threads make floats of the cells, then share out blocks of rows; cells that the mask hides
-from a block are never looked at, and those it shows to all of it need no mask. Few rows (`TokenJob`): the cells are
-shared out. Either way torch's fused attention computes in f32, and what it gives for different cells is put together
-by the log-sum-exp of their scores (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1).
+Many rows (`PromptJob`): all threads dequantise the cells, then share blocks of rows; cells that the mask hides from a
+whole block are skipped, and those that it shows to all its rows need no mask. Few rows (`TokenJob`): the threads share
+the cells. Either way torch's fused attention computes in f32, and its results for different cells are combined by the
+log-sum-exp of their scores (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 
 from . import ggml
-from .takeover import PATIENCE_S
+from .takeover import TIMEOUT_S
 
 SCRATCH_BYTES = 24 << 20
-"""Of cells made floats, K and V together; a longer cache is gone through in several rounds."""
+"""Bytes of dequantised cells, K and V together; a longer cache takes several rounds."""
 
 _HIDDEN = -1024  # the bits of f16's minus infinity, as an int16
-_GRAIN = 64  # cells; the mask's borders are rounded to it
+_GRAIN = 64  # cells; the borders of spans are rounded to it
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
 class Span:
-    """Cells [start, stop) as a block of query rows sees them: all of them, or as the mask says."""
+    """Cells [start, stop) as a block of query rows sees them: all of them, or where `masked`, as the mask says."""
 
     start: int
     stop: int
@@ -38,10 +38,11 @@ class Span:
 
 
 def visible_spans(mask: torch.Tensor) -> tuple[Span, ...]:
-    """The cells that some row of a block sees, in order, shape ``(rows, cells)`` f16 of 0 and minus infinity.
+    """Return the spans of cells that some row of a block sees, in order.
 
-    Borders are rounded outwards to `_GRAIN` cells, for a single row they are exact. Other finite numbers in the mask
-    make a span masked, so that they are added to the scores.
+    `mask` is f16 of shape ``(rows, cells)``, 0 and minus infinity. Borders are rounded outwards to `_GRAIN` cells; for
+    a single row they are exact. Other finite numbers in the mask make a span masked, so that they are added to the
+    scores.
     """
     bits = mask.view(torch.int16)
     low, high = bits.amin(0), bits.amax(0)
@@ -70,7 +71,7 @@ def visible_spans(mask: torch.Tensor) -> tuple[Span, ...]:
 
 
 def _exact_span(hidden: torch.Tensor, plain: torch.Tensor) -> tuple[Span, ...] | None:
-    """The one run of cells that a single row sees, None if it is not one run."""
+    """Return the one run of cells that a single row sees; None if it is not one run."""
     seen = (~hidden).nonzero()[:, 0]
     if not len(seen):
         return ()
@@ -79,7 +80,7 @@ def _exact_span(hidden: torch.Tensor, plain: torch.Tensor) -> tuple[Span, ...] |
 
 
 class Node:
-    """One attention node's tensors as torch sees them, without a copy."""
+    """One attention node's tensors, as torch tensors over the same memory."""
 
     def __init__(self, address: int) -> None:
         tensor = ggml.tensor_at(address)
@@ -101,11 +102,11 @@ class Node:
         self.cell_floats = self.kv_heads * (self.k_size + self.v_size)
 
     def mask(self, stream: int) -> torch.Tensor | None:
-        """Shape ``(at least rows, cells)``, f16."""
+        """Return a stream's mask, shape ``(at least rows, cells)``, f16."""
         return None if self._mask is None else self._mask[stream % len(self._mask), 0]
 
     def spans(self, stream: int, start: int, stop: int, known: dict[Any, tuple[Span, ...]]) -> tuple[Span, ...]:
-        """What query rows [start, stop) see; the same for all layers that share a mask, so kept in `known`."""
+        """Return the spans that query rows [start, stop) see; `known` keeps them for all layers that share a mask."""
         mask = self.mask(stream)
         if mask is None:
             return (Span(0, self.n_cells, False),)
@@ -114,14 +115,14 @@ class Node:
             known[key] = visible_spans(mask[start:stop])
         return known[key]
 
-    def cells(self, room: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`n` cells' worth of K and V in `room`, each of shape ``(cells, kv heads, head size)``."""
+    def cells(self, buffer: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of `buffer` for `n` cells of K and of V, each of shape ``(cells, kv heads, head size)``."""
         n_k, n_v = n * self.kv_heads * self.k_size, n * self.kv_heads * self.v_size
-        k, v = room[:n_k], room[n_k : n_k + n_v]
+        k, v = buffer[:n_k], buffer[n_k : n_k + n_v]
         return k.view(n, self.kv_heads, self.k_size), v.view(n, self.kv_heads, self.v_size)
 
     def fill(self, k: torch.Tensor, v: torch.Tensor, stream: int, start: int, stop: int) -> None:
-        """Make floats of cells [start, stop)."""
+        """Dequantise cells [start, stop) to `k` and `v`."""
         for tensor, out in ((self.k, k), (self.v, v)):
             plain = self._plain[id(tensor)]
             if plain is not None:
@@ -140,13 +141,13 @@ class Node:
         return out[0, ..., : self.v_size], log_sum[0]
 
     def write(self, stream: int, heads: slice, rows: slice, part: PartialAttention | None) -> None:
-        """Put a finished part, shape ``(heads, rows, size)``, where the graph reads it."""
+        """Write a finished part, shape ``(heads, rows, size)``, to the node's output."""
         target = self.out[stream, rows, heads].transpose(0, 1)
         if part is None:
-            target.zero_()  # no row sees anything: llama.cpp gives zeros, too
+            target.zero_()  # no row sees anything: llama.cpp returns zeros, too
             return
         out = part.out
-        if self.sinks is not None:  # a sink takes part in the sum of the weights and adds nothing
+        if self.sinks is not None:  # a sink counts in the sum of the weights and adds no value
             out = out * torch.sigmoid(part.log_sum - self.sinks[heads, None])[..., None]
         target.copy_(out)
 
@@ -160,14 +161,14 @@ class PartialAttention:
 
     @classmethod
     def of(cls, out: torch.Tensor, log_sum: torch.Tensor, mask: torch.Tensor | None) -> PartialAttention:
-        """`mask` ``(rows, cells)``: torch gives rows that it hides all from a sum that means nothing."""
+        """Mark rows that `mask` ``(rows, cells)`` hides all cells from, as torch's sum for them is meaningless."""
         blind = None if mask is None else mask.amax(1) == -torch.inf
         if blind is not None and blind.any():
             out, log_sum = out.masked_fill(blind[:, None], 0.0), log_sum.masked_fill(blind, -torch.inf)
         return cls(out, log_sum)
 
     def joined(self, other: PartialAttention | None) -> PartialAttention:
-        """Attention over the cells of both."""
+        """Return the attention over the cells of both."""
         if other is None:
             return self
         total = torch.logaddexp(self.log_sum, other.log_sum)
@@ -177,7 +178,7 @@ class PartialAttention:
 
 @dataclass
 class _Block:
-    """Rows [start, stop) of one stream, one KV head: the unit of work, and its result so far."""
+    """Rows [start, stop) of one stream and KV head: the unit of work, with its result so far."""
 
     stream: int
     head: int
@@ -189,7 +190,7 @@ class _Block:
 
 @dataclass
 class _Round:
-    """Cells [start, stop) of one stream: made floats by all threads, then attended by all threads."""
+    """Cells [start, stop) of one stream: dequantised by all threads, then attended to by all threads."""
 
     stream: int
     start: int
@@ -201,73 +202,73 @@ class _Round:
 
 
 class Scratch:
-    """Room for the floats of one round, used by one node after the other."""
+    """A buffer for the dequantised cells of one round, used by one node after the other."""
 
     def __init__(self) -> None:
-        self.room = torch.empty(0)
+        self.buffer = torch.empty(0)
 
     def reserve(self, floats: int) -> None:
-        if self.room.numel() < floats:
-            self.room = torch.empty(floats)
+        if self.buffer.numel() < floats:
+            self.buffer = torch.empty(floats)
 
 
 class PromptJob:
-    """A node of many rows: what is shared out is claimed by counting."""
+    """A node of many rows; threads claim their share by counting up."""
 
     def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]], scratch: Scratch) -> None:
         self.node, self.n_threads, self.scratch = node, n_threads, scratch
         self.barrier = threading.Barrier(n_threads)
-        self.rounds = [turn for stream in range(node.streams) for turn in self._plan(stream, known)]
-        scratch.reserve(max((turn.stop - turn.start for turn in self.rounds), default=0) * node.cell_floats)
+        self.rounds = [one for stream in range(node.streams) for one in self._plan(stream, known)]
+        scratch.reserve(max((one.stop - one.start for one in self.rounds), default=0) * node.cell_floats)
 
     def _plan(self, stream: int, known: dict[Any, tuple[Span, ...]]) -> list[_Round]:
         node = self.node
-        step = _rows_of_block(node.n_rows, node.streams * node.kv_heads, self.n_threads)
+        step = _block_rows(node.n_rows, node.streams * node.kv_heads, self.n_threads)
         blocks = []
         for start in range(0, node.n_rows, step):
             stop = min(start + step, node.n_rows)
             spans = node.spans(stream, start, stop, known)
             blocks += [_Block(stream, head, start, stop, spans) for head in range(node.kv_heads)]
-        # The longest blocks first, so that the threads end together.
+        # The longest blocks first, so that the threads finish together.
         blocks.sort(key=lambda b: -sum(span.stop - span.start for span in b.spans))
         first = min((b.spans[0].start for b in blocks if b.spans), default=0)
         last = max((b.spans[-1].stop for b in blocks if b.spans), default=0)
-        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats) // _GRAIN * _GRAIN)
-        ranges = _ranges(first, last, -(-(last - first) // most), _GRAIN) or [(first, first)]
+        max_cells = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats) // _GRAIN * _GRAIN)
+        ranges = _ranges(first, last, -(-(last - first) // max_cells), _GRAIN) or [(first, first)]
         return [_Round(stream, *r, _ranges(*r, 2 * self.n_threads), blocks) for r in ranges]
 
     def give_up(self) -> None:
         self.barrier.abort()
 
     def work(self, thread: int) -> None:
-        """One thread's share."""
-        for i, turn in enumerate(self.rounds):
+        """Compute one thread's share."""
+        for i, current in enumerate(self.rounds):
             if i:
-                self.barrier.wait(PATIENCE_S)  # nobody reads the floats of the round before any more
-            k, v = self.node.cells(self.scratch.room, turn.stop - turn.start)
-            while (at := next(turn.next_piece)) < len(turn.pieces):
-                start, stop = turn.pieces[at]
-                into = slice(start - turn.start, stop - turn.start)
-                self.node.fill(k[into], v[into], turn.stream, start, stop)
-            self.barrier.wait(PATIENCE_S)
-            last = i + 1 == len(self.rounds) or self.rounds[i + 1].stream != turn.stream
-            while (at := next(turn.next_block)) < len(turn.blocks):
-                self._attend(turn.blocks[at], turn, k, v)
+                self.barrier.wait(TIMEOUT_S)  # until no thread reads the previous round's cells any more
+            k, v = self.node.cells(self.scratch.buffer, current.stop - current.start)
+            while (at := next(current.next_piece)) < len(current.pieces):
+                start, stop = current.pieces[at]
+                into = slice(start - current.start, stop - current.start)
+                self.node.fill(k[into], v[into], current.stream, start, stop)
+            self.barrier.wait(TIMEOUT_S)
+            last = i + 1 == len(self.rounds) or self.rounds[i + 1].stream != current.stream
+            while (at := next(current.next_block)) < len(current.blocks):
+                self._attend(current.blocks[at], current, k, v)
                 if last:
-                    block = turn.blocks[at]
+                    block = current.blocks[at]
                     self.node.write(block.stream, self._heads(block), slice(block.start, block.stop), block.part)
 
     def _heads(self, block: _Block) -> slice:
         return slice(block.head * self.node.group, (block.head + 1) * self.node.group)
 
-    def _attend(self, block: _Block, turn: _Round, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _attend(self, block: _Block, current: _Round, k: torch.Tensor, v: torch.Tensor) -> None:
         group, rows = self.node.group, block.stop - block.start
         q = self.node.q[block.stream, self._heads(block), block.start : block.stop].contiguous()
         for span in block.spans:
-            start, stop = max(span.start, turn.start), min(span.stop, turn.stop)
+            start, stop = max(span.start, current.start), min(span.stop, current.stop)
             if start >= stop:
                 continue
-            keys, vals = (x[start - turn.start : stop - turn.start, block.head][None] for x in (k, v))
+            keys, vals = (x[start - current.start : stop - current.start, block.head][None] for x in (k, v))
             all_rows = self.node.mask(block.stream) if span.masked else None
             if all_rows is None:  # the group's heads are rows of one product
                 mask = None
@@ -290,9 +291,9 @@ class _Piece:
 
 
 class TokenJob:
-    """A node of few rows: each thread attends all heads over the cells that it claims; the last joins the parts.
+    """A node of few rows: each thread attends to the cells that it claims, for all heads; the last joins the parts.
 
-    Threads that do many small things in Python get in each other's way, so what can be is made ready here, by one.
+    Threads that take many small steps in Python block each other, so what can be is prepared here, by one thread.
     """
 
     def __init__(self, node: Node, n_threads: int, known: dict[Any, tuple[Span, ...]], scratch: Scratch) -> None:
@@ -302,11 +303,11 @@ class TokenJob:
         self.q = [node.q[stream].reshape(node.kv_heads, rows, -1) for stream in range(node.streams)]
         self.longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         scratch.reserve(n_threads * self.longest * node.cell_floats)
-        room = scratch.room[: n_threads * self.longest * node.cell_floats].view(n_threads, -1)
-        self.rooms = [node.cells(room[i], self.longest) for i in range(n_threads)]
+        buffers = scratch.buffer[: n_threads * self.longest * node.cell_floats].view(n_threads, -1)
+        self.buffers = [node.cells(buffers[i], self.longest) for i in range(n_threads)]
         self.claims = itertools.count()
         self.parts: list[tuple[int, PartialAttention]] = []
-        self.gone = False
+        self.given_up = False
         self.left = len(self.pieces)
         self.lock = threading.Lock()
         if not self.pieces:
@@ -318,23 +319,23 @@ class TokenJob:
         if not spans:
             return []
         first, last = spans[0].start, spans[-1].stop
-        most = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats * n_threads))
+        max_cells = max(_GRAIN, SCRATCH_BYTES // (4 * node.cell_floats * n_threads))
         masked = len(spans) > 1 or spans[0].masked
         all_rows = node.mask(stream) if masked else None
         pieces = []
-        for start, stop in _ranges(first, last, max(n_threads, -(-(last - first) // most))):
+        for start, stop in _ranges(first, last, max(n_threads, -(-(last - first) // max_cells))):
             mask = None if all_rows is None else all_rows[: node.n_rows, start:stop].float().repeat(node.group, 1)
             pieces.append(_Piece(stream, start, stop, mask))
         return pieces
 
     def give_up(self) -> None:
-        self.gone = True
+        self.given_up = True
 
     def work(self, thread: int) -> None:
-        """One thread's share."""
-        while (at := next(self.claims)) < len(self.pieces) and not self.gone:
+        """Compute one thread's share."""
+        while (at := next(self.claims)) < len(self.pieces) and not self.given_up:
             piece = self.pieces[at]
-            k, v = self.rooms[thread]
+            k, v = self.buffers[thread]
             if (n := piece.stop - piece.start) < self.longest:
                 k, v = k[:n], v[:n]
             self.node.fill(k, v, piece.stream, piece.start, piece.stop)
@@ -351,8 +352,8 @@ class TokenJob:
         shape = (node.heads, node.n_rows)
         for stream in range(node.streams):
             joined = None
-            for owner, part in self.parts:
-                joined = part.joined(joined) if owner == stream else joined
+            for of_stream, part in self.parts:
+                joined = part.joined(joined) if of_stream == stream else joined
             if joined is not None:
                 joined = PartialAttention(joined.out.reshape(*shape, -1), joined.log_sum.reshape(shape))
             node.write(stream, slice(0, node.heads), slice(0, node.n_rows), joined)
@@ -365,7 +366,7 @@ def _floats(address: int) -> torch.Tensor:
 
 
 def _plain(tensor: ggml.TensorStruct) -> torch.Tensor | None:
-    """A view of shape ``(streams, kv heads, cells, head size)``; None for blocks."""
+    """Return a view of shape ``(streams, kv heads, cells, head size)``; None for blocks."""
     array = ggml.values(tensor)
     if array is None:
         return None
@@ -374,12 +375,12 @@ def _plain(tensor: ggml.TensorStruct) -> torch.Tensor | None:
 
 
 def _widen(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Zeros added to the last dimension change no score and no sum; torch wants K and V of one head size."""
+    """Pad the last dimension with zeros, which change no score and no sum; torch needs K and V of one head size."""
     return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 
-def _rows_of_block(n_rows: int, heads: int, n_threads: int) -> int:
-    """Rows of a unit of work: large for the matrix products, small enough that every thread gets several."""
+def _block_rows(n_rows: int, heads: int, n_threads: int) -> int:
+    """Return the rows of a block: many for the matrix products, few enough that every thread gets several blocks."""
     step = 256
     while step > 32 and heads * -(-n_rows // step) < 4 * n_threads:
         step //= 2
@@ -387,6 +388,6 @@ def _rows_of_block(n_rows: int, heads: int, n_threads: int) -> int:
 
 
 def _ranges(start: int, stop: int, count: int, grain: int = 1) -> list[tuple[int, int]]:
-    """About `count` ranges of equal length, a multiple of `grain`, that make up [start, stop)."""
+    """Return about `count` ranges of equal length, a multiple of `grain`, that cover [start, stop)."""
     step = max(1, -(-(stop - start) // (max(1, count) * grain))) * grain
     return [(at, min(at + step, stop)) for at in range(start, stop, step)]

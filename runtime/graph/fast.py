@@ -1,6 +1,6 @@
-"""What of a graph is computed faster by us than by llama.cpp: attention over a long cache, products of many rows.
+"""Nodes that are computed faster here than by llama.cpp: attention over a long cache, products of many rows.
 
-torch, which does the computing, takes seconds to import: only a model that is loaded to run this way brings it in.
+torch, which computes them, takes seconds to import: it is imported only when a model is loaded to run this way.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def switched_off() -> bool:
-    """Whether the environment's ROPEWALK_FAST_PREFILL says no."""
+    """Whether the environment variable ROPEWALK_FAST_PREFILL turns this off."""
     return os.environ.get("ROPEWALK_FAST_PREFILL", "1").strip().lower() in ("0", "off", "no", "false")
 
 
 class FastNodes:
-    """The nodes of one context's graphs that are ours; keep it alive as long as the context."""
+    """Takes over nodes of one context's graphs; keep it alive as long as the context."""
 
     def __init__(self) -> None:
         ggml.check_layout()
@@ -40,11 +40,16 @@ class FastNodes:
 
     @property
     def failed(self) -> bool:
-        """Whether a node could not be computed, so that the graph is to be given up."""
+        """Whether a node could not be computed, so that the graph must be aborted."""
         return self.attention.nodes.failure is not None or self.products.nodes.failure is not None
 
+    @property
+    def taken(self) -> int:
+        """Nodes computed so far."""
+        return self.attention.nodes.taken + self.products.nodes.taken
+
     def raise_kept(self) -> None:
-        """Raise what went wrong on ggml's threads since the last time, if anything did.
+        """Raise the exception kept on ggml's threads since the last call, if any.
 
         Raises:
             NodeError: names the node.
@@ -53,7 +58,7 @@ class FastNodes:
             nodes.raise_kept()
 
     def working(self) -> AbstractContextManager[None]:
-        """While the block decodes, torch leaves the cores to ggml's threads."""
-        from .takeover import workers_are_ggmls
+        """While the block runs, torch leaves the cores to ggml's threads."""
+        from .takeover import torch_on_one_thread
 
-        return workers_are_ggmls()
+        return torch_on_one_thread()

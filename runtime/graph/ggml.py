@@ -1,8 +1,8 @@
-"""All that Ropewalk knows of ggml's memory: where a tensor keeps its fields, and how a graph's nodes are seen.
+"""All that Ropewalk knows about ggml's memory: where a tensor keeps its fields, and how a graph's nodes are read.
 
 Nothing else in the project knows an offset. The layout below is ggml's public `struct ggml_tensor` (ggml.h) on a
-64-bit machine; `check_layout` proves it at start-up on tensors made through ggml's own functions, so that another
-build is refused before a byte is written to a wrong place.
+64-bit machine; `check_layout` verifies it at start-up on tensors created by ggml's own functions, so that another build
+is refused before a byte is written to a wrong place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._ctypes_extensions import load_shared_library
 
-SUPPORTED = "0.3.36"  # releases of llama-cpp-python whose layout and rope parameters were verified
+from ...errors import UserError
+
+NEWEST = "0.3.36"
+SUPPORTED = f"0.3.30 to {NEWEST}"  # releases that `make matrix` passes with; another may do, if its self-test passes
 
 
 class TensorStruct(ctypes.Structure):
@@ -44,7 +47,7 @@ class TensorStruct(ctypes.Structure):
 
 
 class RopeParams(ctypes.Structure):
-    """A ROPE node's `op_params`: as written by `ggml_rope_impl` in ggml.c."""
+    """A ROPE node's `op_params`, as written by `ggml_rope_impl` in ggml.c."""
 
     _fields_ = (
         ("n_past", ctypes.c_int32),
@@ -62,13 +65,13 @@ class RopeParams(ctypes.Structure):
 
 
 class AttentionParams(ctypes.Structure):
-    """A FLASH_ATTN_EXT node's `op_params`: as written by `ggml_flash_attn_ext` in ggml.c."""
+    """A FLASH_ATTN_EXT node's `op_params`, as written by `ggml_flash_attn_ext` in ggml.c."""
 
     _fields_ = (("scale", ctypes.c_float), ("max_bias", ctypes.c_float), ("logit_softcap", ctypes.c_float))
 
 
 class CustomParams(ctypes.Structure):
-    """A CUSTOM node's `op_params` (`ggml_custom_op_params` in ggml-impl.h) and, in the room behind, what was before."""
+    """A CUSTOM node's `op_params` (`ggml_custom_op_params` in ggml-impl.h), and behind it the attention's own."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -93,10 +96,10 @@ class _TypeTraits(ctypes.Structure):
 
 
 CustomFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-"""What a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
+"""The function that a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
 
 _Dequantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-_N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: as many as there are threads
+_N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: one per thread
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
 
 PLAIN_FLOATS = (0, 1, 30)  # F32, F16, BF16
@@ -110,10 +113,12 @@ SRC2_INDEX: int = TensorStruct.src.offset // 8 + 2
 WORDS = (ctypes.c_int32 * (1 << 60)).from_address(0)
 POINTERS = (ctypes.c_uint64 * (1 << 59)).from_address(0)
 
+_FOLDER = Path(llama_cpp.__file__).parent / "lib"
+
 GraphCallback = Callable[[int, bool, "int | None"], bool]
 
 
-class LayoutError(RuntimeError):
+class LayoutError(UserError):
     """The installed llama.cpp lays its tensors out in a way this release does not know."""
 
 
@@ -121,9 +126,14 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+def library_files() -> list[Path]:
+    """The files of the installed llama.cpp, sorted."""
+    return sorted(path for path in _FOLDER.iterdir() if path.is_file())
+
+
 @cache
 def _library() -> ctypes.CDLL:
-    lib: ctypes.CDLL = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    lib: ctypes.CDLL = load_shared_library("ggml-base", _FOLDER)
     pointer, c_int, c_float, c_int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
     declarations: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("ggml_init", pointer, (_InitParams,)),
@@ -143,14 +153,16 @@ def _library() -> ctypes.CDLL:
         ("ggml_blck_size", c_int64, (c_int,)),
     )
     for name, result, arguments in declarations:
-        function = getattr(lib, name)
+        function = getattr(lib, name, None)
+        if function is None:
+            raise LayoutError(refusal(f"it has no function {name}"))
         function.restype, function.argtypes = result, arguments
     return lib
 
 
 @cache
 def op_code(name: str) -> int:
-    """The number of an operation, by ggml's own name for it ("ROPE", "GET_ROWS").
+    """Return the number of an operation by ggml's own name for it ("ROPE", "GET_ROWS").
 
     Raises:
         LayoutError: this ggml has no such operation.
@@ -161,19 +173,19 @@ def op_code(name: str) -> int:
             return code
         if code and found in (b"COUNT", None):
             break
-    raise LayoutError(_refusal(f"it has no operation {name}"))
+    raise LayoutError(refusal(f"it has no operation {name}"))
 
 
 class Arena:
-    """Host memory for small tensors of our own, made through ggml; lives as long as this object."""
+    """Host memory for small tensors of our own, created by ggml; it lives as long as this object."""
 
     def __init__(self, n_bytes: int) -> None:
         self._context = _library().ggml_init(_InitParams(n_bytes, None, False))
         if not self._context:
-            raise MemoryError(f"ggml_init could not get {n_bytes} bytes")
+            raise MemoryError(f"ggml_init could not allocate {n_bytes} bytes")
 
     def floats(self, values: Sequence[float]) -> int:
-        """Address of a new one-dimensional F32 tensor that holds `values`."""
+        """Return the address of a new one-dimensional F32 tensor that holds `values`."""
         tensor: int = _library().ggml_new_tensor_1d(self._context, 0, len(values))
         row = np.asarray(values, dtype=np.float32)
         ctypes.memmove(_library().ggml_get_data(tensor), row.ctypes.data, row.nbytes)
@@ -190,25 +202,25 @@ def floats_size(n: int) -> int:
 
 
 def tensor_at(address: int) -> TensorStruct:
-    """The tensor at an address, to read and to write in place."""
+    """Return the tensor at an address, to read and to write in place."""
     return TensorStruct.from_address(address)
 
 
 def rope_params(address: int) -> RopeParams:
-    """The parameters of the ROPE node at an address, to read and to write in place."""
+    """Return the parameters of the ROPE node at an address, to read and to write in place."""
     return RopeParams.from_address(address + PARAMS_OFFSET)
 
 
 def int32_row(tensor: TensorStruct) -> npt.NDArray[np.int32]:
-    """The data of a one-dimensional I32 tensor as an array over the same memory, shape ``(ne[0],)``."""
+    """Return the data of a one-dimensional I32 tensor as an array over the same memory, shape ``(ne[0],)``."""
     row = (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data)
     return np.frombuffer(row, dtype=np.int32)
 
 
 def values(tensor: TensorStruct) -> npt.NDArray[Any] | None:
-    """A tensor's data as an array over the same memory, shape ``(ne[3], ne[2], ne[1], ne[0])``, whatever its strides.
+    """Return a tensor's data as an array over the same memory, shape ``(ne[3], ne[2], ne[1], ne[0])``, any strides.
 
-    None where numpy has no such type (quantised blocks); bf16 is seen as the int16 of its bits.
+    None where numpy has no such type (quantised blocks); bf16 is returned as the int16 of its bits.
     """
     kind = _PLAIN_TYPES.get(tensor.type)
     if kind is None:
@@ -225,12 +237,12 @@ class BlockType:
     block: int
     block_bytes: int
     dequantise: Callable[[int, int, int], None]
-    """``(address of blocks, address of floats, number of values)``; runs without Python's lock."""
+    """``(address of blocks, address of floats, number of values)``; runs without the GIL."""
 
 
 @cache
 def block_type(code: int) -> BlockType | None:
-    """ggml's type number `code`, with ggml's own function that makes F32 of it; None if it is no type of blocks.
+    """Return ggml's type number `code` with ggml's own function to dequantise it; None if it is not stored in blocks.
 
     Raises:
         LayoutError: the traits are not where they should be.
@@ -240,7 +252,7 @@ def block_type(code: int) -> BlockType | None:
     found = (traits.type_name, traits.block, traits.block_bytes)
     expected = (lib.ggml_type_name(code), lib.ggml_blck_size(code), lib.ggml_type_size(code))
     if found != expected:
-        raise LayoutError(_refusal(f"type {code}'s traits read {found!r} where ggml says {expected!r}"))
+        raise LayoutError(refusal(f"type {code}'s traits read {found!r} where ggml says {expected!r}"))
     if traits.block == 1 or not traits.dequantise:
         return None
     return BlockType(int(traits.block), int(traits.block_bytes), _Dequantise(traits.dequantise))
@@ -259,9 +271,9 @@ def row_bytes(tensor: TensorStruct) -> int:
 
 
 def dequantise(tensor: TensorStruct, start: int, stop: int, out: int, stream: int = 0) -> None:
-    """Make floats of entries [start, stop) along dimension 1 of a tensor of blocks, each packed, to the address `out`.
+    """Dequantise entries [start, stop) along dimension 1 of a tensor of packed blocks, as F32 to the address `out`.
 
-    An entry is what lies between two steps of dimension 1: a row of a weight, or a cell of a cache with all its heads.
+    An entry is one step of dimension 1: a row of a weight, or a cell of a cache with all its heads.
     """
     kind = block_type(tensor.type)
     assert kind is not None
@@ -270,15 +282,15 @@ def dequantise(tensor: TensorStruct, start: int, stop: int, out: int, stream: in
 
 
 def attention_params(address: int) -> AttentionParams:
-    """The parameters of the FLASH_ATTN_EXT node at an address."""
+    """Return the parameters of the FLASH_ATTN_EXT node at an address."""
     return AttentionParams.from_address(address + PARAMS_OFFSET)
 
 
 def take_over(address: int, function: Any) -> None:
-    """Rotation the node at an address into a CUSTOM one that calls `function` on every thread.
+    """Change the node at an address into a CUSTOM one that calls `function` on every thread.
 
     `function` is a `CustomFunction` and must outlive the graph. An attention's own parameters move to
-    `custom_params(address).attention`, so that a graph that is used again still has them.
+    `custom_params(address).attention`, so that a reused graph still has them.
     """
     kept = AttentionParams.from_buffer_copy(attention_params(address))
     params = custom_params(address)
@@ -288,22 +300,22 @@ def take_over(address: int, function: Any) -> None:
 
 
 def custom_params(address: int) -> CustomParams:
-    """The parameters of the CUSTOM node at an address."""
+    """Return the parameters of the CUSTOM node at an address."""
     return CustomParams.from_address(address + PARAMS_OFFSET)
 
 
 @cache
 def check_layout() -> None:
-    """Prove `TensorStruct` and `RopeParams` on a rope node made by ggml itself.
+    """Verify `TensorStruct` and `RopeParams` on a rope node created by ggml itself.
 
     Raises:
         LayoutError: something is not where it should be; names what.
     """
     lib = _library()
     if ctypes.sizeof(ctypes.c_void_p) != 8:
-        raise LayoutError(_refusal("the machine is not 64-bit"))
+        raise LayoutError(refusal("the machine is not 64-bit"))
     if lib.ggml_tensor_overhead() <= ctypes.sizeof(TensorStruct):
-        raise LayoutError(_refusal("its tensor struct is smaller"))
+        raise LayoutError(refusal("its tensor struct is smaller"))
     context = lib.ggml_init(_InitParams(1 << 16, None, False))
     try:
         vectors = lib.ggml_new_tensor_3d(context, 0, 8, 3, 5)
@@ -343,18 +355,18 @@ def check_layout() -> None:
 def _prove(facts: dict[str, tuple[Any, Any]]) -> None:
     for field, (found, expected) in facts.items():
         if found != expected:
-            raise LayoutError(_refusal(f"{field} reads {found!r} where {expected!r} was set"))
+            raise LayoutError(refusal(f"{field} reads {found!r} where {expected!r} was set"))
 
 
 def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
-    """What is known of the FLASH_ATTN_EXT and CUSTOM nodes, beside what is found on such nodes made by ggml."""
+    """Return fields of FLASH_ATTN_EXT and CUSTOM nodes: as found on nodes created by ggml, and as expected."""
     lib = _library()
     function = CustomFunction(lambda *_: None)
     mask = lib.ggml_new_tensor_3d(context, 1, 3, 3, 1)  # GGML_TYPE_F16
     node = lib.ggml_flash_attn_ext(context, vectors, vectors, vectors, mask, 0.5, 0.25, 3.0)
     tensor, params = tensor_at(node), attention_params(node)
     sources = (ctypes.c_void_p * 1)(vectors)
-    made = custom_params(lib.ggml_custom_4d(context, 0, 8, 3, 5, 1, sources, 1, function, _N_TASKS_MAX, 77))
+    custom = custom_params(lib.ggml_custom_4d(context, 0, 8, 3, 5, 1, sources, 1, function, _N_TASKS_MAX, 77))
     facts = {
         "attention op": (lib.ggml_op_name(tensor.op), b"FLASH_ATTN_EXT"),
         "attention src": (list(tensor.src)[:5], [vectors, vectors, vectors, mask, None]),
@@ -362,9 +374,9 @@ def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
         "scale": (params.scale, 0.5),
         "max_bias": (params.max_bias, 0.25),
         "logit_softcap": (params.logit_softcap, 3.0),
-        "custom function": (made.function, ctypes.cast(function, ctypes.c_void_p).value),
-        "custom n_tasks": (made.n_tasks, _N_TASKS_MAX),
-        "custom userdata": (made.userdata, 77),
+        "custom function": (custom.function, ctypes.cast(function, ctypes.c_void_p).value),
+        "custom n_tasks": (custom.n_tasks, _N_TASKS_MAX),
+        "custom userdata": (custom.userdata, 77),
         "custom size": (ctypes.sizeof(CustomParams) <= TensorStruct.op_params.size, True),
     }
     take_over(node, function)
@@ -373,8 +385,9 @@ def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
     return facts
 
 
-def _refusal(what: str) -> str:
+def refusal(what: str) -> str:
+    """The line that says why the installed llama-cpp-python is refused, and what to install."""
     return (
-        f"llama-cpp-python {llama_cpp.__version__} is not laid out as ropewalk knows it ({what});"
-        f" supported: {SUPPORTED}. Install it with: pip install llama-cpp-python=={SUPPORTED}"
+        f"llama-cpp-python {llama_cpp.__version__} cannot be used ({what}); supported: {SUPPORTED}."
+        f" Install one with: pip install llama-cpp-python=={NEWEST}"
     )

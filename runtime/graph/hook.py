@@ -1,7 +1,7 @@
-"""The graph callback: llama.cpp shows each node before it computes, and we have it seen by those who set nodes.
+"""The graph callback: llama.cpp reports each node before it is computed, and handlers set what it reads or does.
 
 An exception inside it (Ctrl-C among them) cannot cross C code: it is kept, the graph is stopped, and `raise_kept`
-raises it on the other side.
+raises it after the call.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import llama_cpp
 from . import ggml
 
 Handler = Callable[[int], None]
-"""Given the address of a node that is about to be computed, sets what the node reads, or what it does."""
+"""Called with the address of a node about to be computed; sets what the node reads, or what it does."""
 
 
 class GraphHook:
-    """What is done at which operations of one context's graphs; keep it alive as long as the context.
+    """Handlers for operations of one context's graphs; keep it alive as long as the context.
 
-    `callback` is the ctypes function for `llama_context_params.cb_eval`, `handlers` go by ggml's operation names.
+    `callback` is the ctypes function for `llama_context_params.cb_eval`; the keys of `handlers` are ggml's operation
+    names.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -31,12 +32,12 @@ class GraphHook:
         self._stopping = False
         self._kept: BaseException | None = None
         self._reading = True
-        """Nothing but `handlers` is to be done: no pass over the cache is on and no exception is waiting."""
+        """Only `handlers` are to be called: no pass over the cache is under way and no exception is kept."""
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
 
     @contextmanager
     def stopping_tokens(self, handlers: Mapping[str, Handler]) -> Iterator[None]:
-        """While the block runs, a K-shift graph's nodes go to `handlers`, and a token's graph is stopped at once."""
+        """While the block runs, pass a K-shift graph's nodes to `handlers`, and stop a token's graph at once."""
         self._shift_handlers = {ggml.op_code(name): handler for name, handler in handlers.items()}
         self._stopping, self._reading = False, False
         try:
@@ -45,15 +46,15 @@ class GraphHook:
             self._stopping, self._reading = False, self._kept is None
 
     def raise_kept(self) -> None:
-        """Raise what was raised inside the callback since the last time, if anything was."""
+        """Raise the exception kept inside the callback since the last call, if any."""
         kept, self._kept = self._kept, None
         self._reading = True
         if kept is not None:
             raise kept
 
     def _make_callback(self) -> ggml.GraphCallback:
-        # Called for each of some thousand nodes a token: look at the op code first and leave at once. The names are
-        # bound here since a local is read faster than an attribute.
+        # Called for some thousand nodes per token: check the op code first and return at once. The names are bound here
+        # because a local is read faster than an attribute.
         words, op_index, handlers = ggml.WORDS, ggml.OP_INDEX, self._handlers
 
         def see(node: int, ask: bool, _: int | None) -> bool:
@@ -69,8 +70,8 @@ class GraphHook:
             if self._reading:
                 self._handlers[op](node)
                 return False
-            # A token's graph begins with a GET_ROWS and a K-shift graph has none. Stopping is to say that the one node
-            # asked about is needed, and then that it was enough.
+            # A token's graph starts with a GET_ROWS; a K-shift graph has none. To stop a graph, answer True when asked
+            # whether a node is needed, and False once it has been computed.
             self._stopping = self._stopping or op == self._get_rows
             if self._stopping or self._kept is not None:
                 return ask

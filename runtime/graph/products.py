@@ -1,9 +1,9 @@
-"""Products of weights with many rows, fast: llama.cpp's matrix products are taken over while a prompt is read.
+"""Fast products of weights with many rows: llama.cpp's matrix products are taken over while a prompt is read.
 
 For a quantised weight that it has no repacked form of, llama.cpp quantises the activations and multiplies row by row,
-at a fraction of what the machine can do. Here each thread makes floats of some rows of the weight, which costs little
-against the many rows that they are multiplied with, and leaves the product to torch in f32: faster, and more exact.
-Weights that llama.cpp has repacked for the machine (among them those for AMX) are left to it.
+at a fraction of what the machine can do. Here each thread dequantises some rows of the weight, which costs little
+compared with multiplying them by many rows, and leaves the product to torch in f32: faster, and more exact. Weights
+that llama.cpp has repacked for the machine (among them those for AMX) are left to it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from . import ggml
 from .takeover import TakenNodes
 
 MIN_ROWS = 64
-"""Rows (tokens) from which on making floats of a weight pays."""
+"""Rows (tokens) from which dequantising a weight pays off."""
 
 SCRATCH_FLOATS = 1 << 18
-"""Of a weight made floats at a time by a thread: what stays in its cache while it is multiplied."""
+"""Values that a thread dequantises at a time: few enough to stay in its cache while they are multiplied."""
 
 
 class ProductJob:
-    """One node: ranges of the weight's rows are claimed by counting."""
+    """One node; threads claim ranges of the weight's rows by counting up."""
 
     def __init__(self, node: int, n_threads: int) -> None:
         tensor = ggml.tensor_at(node)
@@ -32,20 +32,20 @@ class ProductJob:
         assert rows is not None and out is not None
         self.rows, self.out = torch.from_numpy(rows[0, 0]), torch.from_numpy(out[0, 0])
         n_out, n_in = self.weight.ne[1], self.weight.ne[0]
-        most = max(16, SCRATCH_FLOATS // n_in)
-        shares = n_threads * -(-n_out // (n_threads * most))  # as many for each thread
+        max_rows = max(16, SCRATCH_FLOATS // n_in)
+        shares = n_threads * -(-n_out // (n_threads * max_rows))  # the same number for each thread
         self.step = -(-n_out // shares)
         self.claims = itertools.count()
-        self.gone = False
+        self.given_up = False
 
     def give_up(self) -> None:
-        self.gone = True
+        self.given_up = True
 
     def work(self, thread: int) -> None:
-        """One thread's share."""
+        """Compute one thread's share."""
         n_out, n_in = self.weight.ne[1], self.weight.ne[0]
         scratch = torch.empty(self.step, n_in)
-        while (start := next(self.claims) * self.step) < n_out and not self.gone:
+        while (start := next(self.claims) * self.step) < n_out and not self.given_up:
             stop = min(start + self.step, n_out)
             floats = scratch[: stop - start]
             ggml.dequantise(self.weight, start, stop, floats.data_ptr())
@@ -59,7 +59,7 @@ class FastProducts:
         self.nodes = TakenNodes("product", ProductJob)
 
     def see(self, node: int) -> None:
-        """llama.cpp is about to compute a graph with this MUL_MAT node."""
+        """Take the node over if it is covered; called before llama.cpp computes a graph with this MUL_MAT node."""
         if covers(node):
             self.nodes.take(node)
 

@@ -1,9 +1,9 @@
-"""λ in the graph: what the ROPE nodes read is set before they are computed.
+"""λ in the graph: sets what the ROPE nodes read before they are computed.
 
 Two uses. While tokens are read, every rope node of the model's global layers gets the λ and attention factor in use
-(`RopeHook.use`). When the band changes, the keys in the cache are turned from the old λ to the new (`plan_rotations`,
-`RopeHook.set_rotation`): llama.cpp's own K-shift graph is run with each cell's position as its shift and the factors
-``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
+(`RopeHook.use`). When the band changes, the keys in the cache are rotated from the old λ to the new
+(`plan_rotations`, `RopeHook.set_rotation`): llama.cpp's own K-shift graph is run with each cell's position as its shift
+and the factors ``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes add.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...factors import Band, RopeFacts
 from . import ggml
 
 STILL = 1e30
-"""A rescale factor so large that the pair does not turn at any position."""
+"""A rescale factor so large that the pair does not rotate at any position."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """One pass over the cached keys: cells at positions in [start, stop) turn by `factors`, all are scaled."""
+    """One pass over the cached keys: cells at positions in [start, stop) rotate by `factors`, all are scaled."""
 
     start: int
     stop: int
@@ -41,46 +41,46 @@ class BandChange:
     n_tokens: int
     seconds: float
     reread: bool
-    """The tokens were read again, as this kind of cache cannot be turned."""
+    """Whether the tokens were read again, as this kind of cache cannot be rotated."""
 
 
 def rotation_factors(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
-    """Factors that take a key rotated with λ `old` to λ `new`: ``1/(1/new - 1/old)``, shape ``(n_rot/2,)``."""
+    """Return factors that take a key rotated with λ `old` to `new`: ``1/(1/new - 1/old)``, shape ``(n_rot/2,)``."""
     delta = 1 / np.asarray(new, dtype=np.float64) - 1 / np.asarray(old, dtype=np.float64)
     return tuple(np.where(np.abs(delta) < 1 / STILL, STILL, 1 / np.where(delta == 0, 1, delta)).tolist())
 
 
 def plan_rotations(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> list[Rotation]:
-    """The passes that take `n_tokens` cached keys from band `old` to band `new`.
+    """Return the passes that take `n_tokens` cached keys from band `old` to band `new`.
 
-    Start tokens have the model's own factors in either band, so the positions fall into at most three runs: below
-    both bands' start tokens (nothing turns), between them, and above both. Passes that would change nothing are left
-    out; the attention factor's change rides on the first.
+    Start tokens have the model's own factors in either band, so the positions form at most three runs: below both
+    bands' start tokens (nothing rotates), between them, and above both. Passes that would change nothing are left out;
+    the first one also applies the change of the attention factor.
     """
     low, high = sorted((old.start_tokens, new.start_tokens))
     between_old = facts.start_factors if old.start_tokens == high else old.rescale_factors
     between_new = facts.start_factors if new.start_tokens == high else new.rescale_factors
     runs = [(low, high, between_old, between_new), (high, n_tokens, old.rescale_factors, new.rescale_factors)]
     scale = new.attention_factor / old.attention_factor
-    turns = []
+    rotations = []
     for start, stop, before, after in runs:
         stop = min(stop, n_tokens)
         if start < stop and tuple(before) != tuple(after):
-            turns.append(Rotation(start, stop, rotation_factors(before, after), scale))
+            rotations.append(Rotation(start, stop, rotation_factors(before, after), scale))
             scale = 1.0
     if scale != 1.0 and n_tokens:
-        turns.append(Rotation(0, 0, (STILL,) * (facts.n_rot // 2), scale))
-    return turns
+        rotations.append(Rotation(0, 0, (STILL,) * (facts.n_rot // 2), scale))
+    return rotations
 
 
 class RopeHook:
-    """What the rope nodes of one context are to read; keep it alive as long as the context."""
+    """Sets what the rope nodes of one context read; keep it alive as long as the context."""
 
     def __init__(self, facts: RopeFacts, freq_scale: float = 1.0) -> None:
         self.facts = facts
         self._native_scale = float(np.float32(freq_scale))
         self.touched = 0
-        """Rope nodes set since the count was last put to zero."""
+        """Rope nodes set since this was last reset to 0."""
         self._base = float(np.float32(facts.freq_base))
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
         self._ours: set[int] = set()
@@ -89,11 +89,11 @@ class RopeHook:
         self._factors = self._still
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
-        """From the next graph on, rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`."""
+        """Rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`, from the next graph on."""
         self._factors, self._attention = self._tensor(factors, attention_factor), attention_factor
 
     def _tensor(self, factors: tuple[float, ...], attention_factor: float) -> int:
-        # The attention factor is part of the key, so that a node that reads the tensor in use is known to be all set.
+        # The attention factor is part of the key, so that a node that reads the tensor in use is known to be fully set.
         key = (factors, attention_factor)
         if key not in self._tensors:
             arena = ggml.Arena(ggml.floats_size(len(factors)))
@@ -102,31 +102,31 @@ class RopeHook:
         return self._tensors[key][1]
 
     def _applies(self, node: int, params: ggml.RopeParams) -> bool:
-        """Whether a node is a global layer's: sliding-window layers of another base or scaling keep theirs."""
+        """Whether a node is a global layer's: sliding-window layers with another base or scaling keep theirs."""
         if params.freq_base != self._base or params.n_dims != self.facts.n_rot:
             return False
         return params.freq_scale == self._native_scale or ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] in self._ours
 
     def set_rope(self, node: int) -> None:
-        """A ROPE node of a graph that reads tokens: it gets the factors in use."""
+        """Give a ROPE node of a graph that reads tokens the factors in use."""
         if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == self._factors:
-            return  # a graph that is used again still holds what was set
+            return  # a reused graph still has what was set
         params = ggml.rope_params(node)
         if self._applies(node, params):
             ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = self._factors
             params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
             self.touched += 1
 
-    def set_rotation(self, node: int, turn: Rotation) -> None:
-        """A ROPE node of a K-shift graph: it carries out `turn`."""
+    def set_rotation(self, node: int, rotation: Rotation) -> None:
+        """Make a ROPE node of a K-shift graph carry out `rotation`."""
         params = ggml.rope_params(node)
         applies = self._applies(node, params)
-        scale = turn.scale if applies else 1.0
-        factors = self._tensor(turn.factors, scale) if applies else self._still
+        scale = rotation.scale if applies else 1.0
+        factors = self._tensor(rotation.factors, scale) if applies else self._still
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors
         params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, scale
         self.touched += applies
         # Cell i holds position i: one sequence, no gaps, and a full-size cache for sliding-window layers, too.
         row = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1]))
         row[:] = 0
-        row[turn.start : turn.stop] = np.arange(turn.start, turn.stop, dtype=np.int32)
+        row[rotation.start : rotation.stop] = np.arange(rotation.start, rotation.stop, dtype=np.int32)

@@ -1,8 +1,8 @@
-"""Graph nodes that are computed by us: on ggml's own threads, in the place and order that llama.cpp gave them.
+"""Graph nodes that are computed here: on ggml's own threads, in the place and order that llama.cpp gave them.
 
-A node that is taken over becomes a CUSTOM one. Each of ggml's threads then calls back; the first makes the node's job
-and all of them work on it. An exception on one of them is kept, the others are let go, and the graph is given up:
-nothing wrong is ever read from a node, and no thread waits for one that is gone.
+A node that is taken over becomes a CUSTOM one. Each of ggml's threads then calls back; the first creates the node's job
+and all of them work on it. An exception on one of them is kept, the others are released, and the graph is aborted: no
+wrong result is ever read from a node, and no thread waits for one that is gone.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 from . import ggml
 
-PATIENCE_S = 600.0
+TIMEOUT_S = 600.0
 """Seconds that a thread waits for the others before it gives up."""
 
 
 class NodeError(RuntimeError):
-    """A node could not be computed; names the node. Nothing of its graph is used."""
+    """A node could not be computed; names the node. No result of its graph is used."""
 
 
 class Job(Protocol):
-    """One node in the making: every thread calls `work`, which ends early if another calls `give_up`."""
+    """The computation of one node: every thread calls `work`, which ends early if another calls `give_up`."""
 
     def work(self, thread: int) -> None: ...
 
@@ -48,17 +48,17 @@ class TakenNodes:
         self._lock = threading.Lock()
 
     def take(self, node: int) -> None:
-        """From now on in its graph's life, the node at this address is ours."""
+        """Take over the node at this address, for as long as its graph lives."""
         ggml.take_over(node, self._function)
 
     def raise_kept(self) -> None:
-        """Raise what went wrong on ggml's threads since the last time, if anything did.
+        """Raise the exception kept on ggml's threads since the last call, if any.
 
         Raises:
             NodeError: names the node.
         """
         failure, self.failure = self.failure, None
-        self._jobs.clear()  # those of a failed graph, which not every thread came to
+        self._jobs.clear()  # those of a failed graph, which not every thread reached
         if failure is not None:
             raise failure
 
@@ -68,7 +68,7 @@ class TakenNodes:
             job = self._join(node, n_threads)
             if job is not None:
                 job.work(thread)
-        except threading.BrokenBarrierError as error:  # another thread failed and says why, unless it never came
+        except threading.BrokenBarrierError as error:  # another thread failed and reports why, unless it never arrived
             self._fail(node, error)
         except BaseException as error:
             self._fail(node, error)
@@ -88,9 +88,9 @@ class TakenNodes:
 
     def _leave(self, node: int) -> None:
         with self._lock:
-            left = self._jobs[node][1]
-            left[0] -= 1
-            if left[0] == 0:
+            remaining = self._jobs[node][1]
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 del self._jobs[node]
                 self.taken += self.failure is None
 
@@ -103,8 +103,8 @@ class TakenNodes:
 
 
 @contextmanager
-def workers_are_ggmls() -> Iterator[None]:
-    """While the block runs, torch computes on the thread that calls it, as ggml's threads are the workers."""
+def torch_on_one_thread() -> Iterator[None]:
+    """While the block runs, torch computes only on the thread that calls it, as ggml's threads share the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What a search has found, judged on texts that it never saw: the difference in loss, and how sure it is."""
+"""The result of a search, judged on held-out texts: the difference in loss, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from ..losses import Losses
 from .passages import Passage
 
 BLOCK = 128
-"""Tokens that follow each other and are drawn together: neighbours' losses are not independent."""
+"""Neighbouring tokens that are drawn together, as their losses are not independent."""
 
 DRAWS = 2000
+"""Bootstrap draws."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Two bands on the same held-out passages; losses in nats a token, weighted as the passages are.
+    """Two bands compared on the same held-out passages; losses in nats per token, weighted as the passages are.
 
     Attributes:
-        kind: what the loss is of: the objective, or one part of it.
-        difference: the loss of the found band less that of the other: below 0, the found one is better.
-        low, high: where the difference lies with 95 % confidence, by a bootstrap over blocks of neighbouring tokens,
-            or over whole keys for `needle`.
+        kind: what is scored: the objective, or one part of it.
+        difference: the loss of the found band minus that of the other; below 0, the found one is better.
+        low, high: 95 % confidence interval of the difference, by a bootstrap over blocks of neighbouring tokens, or
+            over whole keys for `needle`.
         parts: the same for each part, where the objective is a mix.
     """
 
@@ -46,7 +47,10 @@ class Verdict:
 def verdict(
     losses: Sequence[tuple[Losses, Losses]], passages: Sequence[Passage], objective: str, seed: int = 0
 ) -> Verdict:
-    """Judge by the losses of each passage's targets, in the found band and in the other; all have the same parts."""
+    """Judge by the losses of each passage's targets, in the found band and in the other.
+
+    All passages must have the same parts.
+    """
     differences = [ours - theirs for ours, theirs in losses]
     parts, mixed = [], np.zeros(DRAWS)
     for i, part in enumerate(passages[0].parts):
@@ -54,22 +58,22 @@ def verdict(
         ours, theirs = (
             float(np.mean([pair[k] @ weight for pair, weight in zip(losses, weights, strict=True)])) for k in (0, 1)
         )
-        # Each part with the same chance: parts of the same text are drawn together.
+        # The same seed for each part: parts of the same text are drawn together.
         means = (draw_keys if part.kind == "needle" else draw_blocks)(differences, weights, seed)
         mixed += part.share * means
-        parts.append(Verdict(part.kind, ours, theirs, ours - theirs, *middle(means), len(passages)))
+        parts.append(Verdict(part.kind, ours, theirs, ours - theirs, *interval(means), len(passages)))
     if len(parts) == 1:
         return parts[0]
     shares = np.array([part.share for part in passages[0].parts])
     ours, theirs = (float(shares @ [getattr(part, name) for part in parts]) for name in ("loss", "against"))
-    return Verdict(objective, ours, theirs, ours - theirs, *middle(mixed), len(passages), tuple(parts))
+    return Verdict(objective, ours, theirs, ours - theirs, *interval(mixed), len(passages), tuple(parts))
 
 
 def draw_blocks(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0, block: int = BLOCK) -> Losses:
-    """The mean over passages of ``weights @ differences`` in each of `DRAWS` draws of blocks within each passage.
+    """Return the mean over passages of ``weights @ differences``, for each of `DRAWS` bootstrap draws of blocks.
 
-    Blocks of `block` neighbouring targets are drawn with replacement, as many as a passage has; weights are made to add
-    up to 1 again, as a draw may hold more of what counts than another.
+    Within each passage, blocks of `block` neighbouring targets are drawn with replacement, as many as it has. Weights
+    are normalised to add up to 1 again, as draws differ in how much weight they hold.
     """
     rng, means = np.random.default_rng(seed), np.zeros(DRAWS)
     for difference, weight in zip(differences, weights, strict=True):
@@ -82,14 +86,14 @@ def draw_blocks(differences: Sequence[Losses], weights: Sequence[Losses], seed: 
 
 
 def draw_keys(differences: Sequence[Losses], weights: Sequence[Losses], seed: int = 0) -> Losses:
-    """The same where all that counts in a passage is one key: passages are drawn."""
+    """Return the same means where only one key counts in each passage: whole passages are drawn."""
     means = np.array([weight @ difference for difference, weight in zip(differences, weights, strict=True)])
     drawn = np.random.default_rng(seed).integers(len(means), size=(DRAWS, len(means)))
     return np.asarray(means[drawn].mean(axis=1))
 
 
-def middle(means: Losses, confidence: float = 0.95) -> tuple[float, float]:
-    """Between which bounds that share of the draws lies."""
+def interval(means: Losses, confidence: float = 0.95) -> tuple[float, float]:
+    """The bounds of the central `confidence` share of the draws."""
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, (tail, 100 - tail))
     return float(low), float(high)

@@ -1,9 +1,9 @@
-"""What a schedule is judged by: stretches of real text, and the tokens in them whose prediction counts.
+"""What schedules are scored on: passages of real text, and the tokens in them whose prediction counts.
 
-A `Passage` is one stretch of a text, as long as the context it is for, with the positions that are scored and how much
-each counts. What counts is an objective: `tail`, the tokens past the original context; `all`; `needle`, the digits of a
-pass key hidden in the text and asked for at its end, whose prediction needs what stands far back (after LongRoPE2,
-arXiv 2502.20082, section 3.2); or several of them, weighted: ``tail+0.5*needle``.
+A `Passage` is as long as the context that it is for, and has the positions that are scored and their weights. The
+objective says what is scored: `tail`, the tokens past the original context; `all`; `needle`, the digits of a pass key
+hidden in the text and asked for at its end, whose prediction depends on text far back (after LongRoPE2, arXiv
+2502.20082, section 3.2); or a weighted mix of them: ``tail+0.5*needle``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("tail", "all", "needle")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where keys are hidden, as a share of the text before them; one a passage, in turn."""
+"""Where keys are hidden, as a share of the text; one depth per passage, in turn."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to cut passages from, and its name for messages."""
+    """A text to cut passages from, and its name in messages."""
 
     name: str
     text: str
@@ -39,9 +39,9 @@ class Text:
 
 @dataclass(frozen=True)
 class ObjectivePart:
-    """One of the things that count in a passage: its share of the whole, and weights of the passage's targets.
+    """One part of an objective in a passage: its share of the whole, and its weights of the passage's targets.
 
-    The weights add up to 1; the passage's own are the parts' weights, each times its share, added.
+    The weights add up to 1; the passage's own weights are the sum of its parts', each times its share.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class ObjectivePart:
     weights: tuple[float, ...]
 
     def within(self, first: int) -> ObjectivePart:
-        """The same for the targets from the `first` on; all 0 if nothing of it is there."""
+        """The same part for the targets from the `first` on; all weights are 0 if it has none there."""
         kept = self.weights[first:]
         total = math.fsum(kept) or 1.0
         return ObjectivePart(self.kind, self.share, tuple(weight / total for weight in kept))
@@ -57,10 +57,10 @@ class ObjectivePart:
 
 @dataclass(frozen=True)
 class Passage:
-    """One stretch of text and what is scored in it.
+    """A piece of text, and what is scored in it.
 
-    `targets` are rising positions in `tokens`, at least 1; `weights`, one each, add up to 1. `parts` says what they are
-    made up of.
+    `targets` are rising positions in `tokens`, at least 1; `weights`, one for each, add up to 1. `parts` says what the
+    weights are the sum of.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Passage:
     parts: tuple[ObjectivePart, ...] = ()
 
     def last(self, window: int) -> Passage:
-        """The same text, scored within its last `window` tokens but the first; each part keeps its share.
+        """The same text, scored only in its last `window` tokens except their first; each part keeps its share.
 
         Raises:
             UserError: nothing is scored there.
@@ -86,7 +86,7 @@ class Passage:
 
 
 def parse_objective(name: str) -> dict[str, float]:
-    """Weights by the name of what counts, adding up to 1, from ``tail``, ``tail+0.5*needle``, …
+    """Parse ``tail``, ``tail+0.5*needle``, … into weights by name, which add up to 1.
 
     Raises:
         UserError: it is not of that form.
@@ -108,15 +108,15 @@ def parse_objective(name: str) -> dict[str, float]:
 def make_passages(
     llm: Llama, texts: Sequence[Text], context: int, count: int, objective: str, original_context: int, seed: int = 0
 ) -> tuple[Passage, ...]:
-    """Cut `count` stretches of `context` tokens from the texts (see `cut`), and say what is scored in them.
+    """Cut `count` passages of `context` tokens from the texts (see `cut`), and set what is scored in them.
 
     Args:
-        llm: its vocabulary is used, nothing else (`vocab_only` will do).
+        llm: only its vocabulary is used (`vocab_only` is enough).
         original_context: `tail` scores tokens from this position on.
-        seed: draws the keys.
+        seed: for the keys.
 
     Raises:
-        UserError: texts too short (says how much is missing), or an objective that cannot be scored in that context.
+        UserError: texts too short (with how much is missing), or an objective that cannot be scored in that context.
     """
     parts = parse_objective(objective)
     if "tail" in parts and context <= original_context:
@@ -125,22 +125,22 @@ def make_passages(
         )
     rng = random.Random(seed)
     passages: list[Passage] = []
-    begin = llm.tokenize(b"", add_bos=True)
-    for name, words in cut(llm, texts, context - len(begin), count):
+    n_bos = len(llm.tokenize(b"", add_bos=True))
+    for name, tokens in cut(llm, texts, context - n_bos, count):
         key, depth = str(rng.randrange(10_000, 100_000)), DEPTHS[len(passages) % len(DEPTHS)]
-        passages.append(_passage(llm, name, words, parts, original_context, key, depth))
+        passages.append(_passage(llm, name, tokens, parts, original_context, key, depth))
     return tuple(passages)
 
 
 def digest(passages: Sequence[Passage]) -> str:
-    """A short name for texts and targets: equal if and only if all of them are."""
+    """A digest of texts, targets and weights: equal if and only if all of them are."""
     return hashlib.sha256(repr([(p.tokens, p.targets, p.weights) for p in passages]).encode()).hexdigest()[:16]
 
 
 def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[Text]]:
-    """Texts to search on and texts to judge by that the search never sees: a third, at least one.
+    """Split into texts to search on and held-out texts to judge by: a third, but at least one.
 
-    A single text is cut in two at a paragraph near its middle.
+    A single text is cut in two at a paragraph break near its middle.
     """
     if len(texts) == 1:
         text = texts[0].text
@@ -155,30 +155,30 @@ def split_texts(texts: Sequence[Text], seed: int = 0) -> tuple[list[Text], list[
 
 
 def cut(llm: Llama, texts: Sequence[Text], length: int, count: int) -> Iterator[tuple[str, list[int]]]:
-    """`count` stretches of `length` tokens with their names, spread evenly over each text.
+    """Yield `count` pieces of `length` tokens with their names, spread evenly over each text.
 
-    Texts give as many each, as far as they hold so many: the shorter ones give what they have.
+    Each text gives the same number, or as many as it holds if that is fewer.
 
     Raises:
-        UserError: they do not hold so many; says how much is missing.
+        UserError: the texts are too short; says how much is missing.
     """
     tokenised = [llm.tokenize(text.text.encode(), add_bos=False) for text in texts]
-    for text, words, share in zip(texts, tokenised, _shares(texts, tokenised, length, count), strict=True):
-        gap = (len(words) - length * share) // max(share, 1)
+    for text, tokens, share in zip(texts, tokenised, _shares(texts, tokenised, length, count), strict=True):
+        gap = (len(tokens) - length * share) // max(share, 1)
         for j in range(share):
             name = text.name if share == 1 else f"{text.name} ({j + 1} of {share})"
-            yield name, words[j * (length + gap) : j * (length + gap) + length]
+            yield name, tokens[j * (length + gap) : j * (length + gap) + length]
 
 
 def _shares(texts: Sequence[Text], tokenised: Sequence[list[int]], length: int, count: int) -> list[int]:
-    """How many of `count` stretches each text gives."""
-    room = [len(words) // length for words in tokenised]
+    """How many of `count` passages each text gives."""
+    room = [len(tokens) // length for tokens in tokenised]
     if sum(room) < count:
-        at = max(range(len(texts)), key=lambda i: len(tokenised[i]))
-        name = texts[at].name if len(texts) == 1 else f"{len(texts)} texts, the longest {texts[at].name}"
-        missing = length * (count - sum(room)) - max(len(words) % length for words in tokenised)
-        stretches = "1 stretch" if count == 1 else f"{count} stretches"
-        raise UserError(f"{name}: {len(tokenised[at]):,} tokens, {missing:,} too few for {stretches} of {length:,}")
+        longest = max(range(len(texts)), key=lambda i: len(tokenised[i]))
+        name = texts[longest].name if len(texts) == 1 else f"{len(texts)} texts, the longest {texts[longest].name}"
+        missing = length * (count - sum(room)) - max(len(tokens) % length for tokens in tokenised)
+        wanted = "1 passage" if count == 1 else f"{count} passages"
+        raise UserError(f"{name}: {len(tokenised[longest]):,} tokens, {missing:,} too few for {wanted} of {length:,}")
     shares = [0] * len(texts)
     for _ in range(count):
         shares[min((i for i in range(len(texts)) if shares[i] < room[i]), key=lambda i: shares[i])] += 1
@@ -188,18 +188,18 @@ def _shares(texts: Sequence[Text], tokenised: Sequence[list[int]], length: int, 
 def _passage(
     llm: Llama,
     name: str,
-    stretch: list[int],
+    text: list[int],
     parts: dict[str, float],
     original_context: int,
     key: str,
     depth: float,
 ) -> Passage:
-    begin = llm.tokenize(b"", add_bos=True)
+    bos = llm.tokenize(b"", add_bos=True)
     scored: dict[str, Sequence[int]] = {}
-    tokens = [*begin, *stretch]
+    tokens = [*bos, *text]
     end = len(tokens)
     if "needle" in parts:
-        planted = plant_key(llm, stretch, key, depth)
+        planted = plant_key(llm, text, key, depth)
         tokens = planted.tokens
         end = len(planted.text)
         scored["needle"] = range(len(tokens) - len(planted.digits), len(tokens))

@@ -1,7 +1,7 @@
-"""A pass key hidden in a long text: the text, and what one model makes of it under one schedule.
+"""A pass key hidden in a long text: the text, and how well a model reads it under a schedule.
 
-The sentence that holds the key is said twice in the middle and asked for by its own beginning at the end, which small
-models can follow where they would not understand a question.
+The sentence with the key is there twice, and its beginning stands at the end for the model to complete, which works
+with small models that would not understand a question.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ OPENING = "The secret pass key of the vault is"
 
 @dataclass(frozen=True)
 class HiddenKey:
-    """A text with a key in it: a string, and token ids of it, of the question, and of the right answer.
+    """A text with a key in it, as a string and as tokens, with the tokens of the question and of the right answer.
 
-    `text` begins with what the model wants before any text.
+    `text` starts with the tokens that the model expects before any text (BOS, or the chat template's).
     """
 
     key: str
@@ -46,19 +46,19 @@ class HiddenKey:
 
 @dataclass(frozen=True)
 class KeyReading:
-    """What a model made of the text: losses in nats by position, and what it said for the key."""
+    """A model's reading of the text: losses in nats by position, and its answer to the question for the key."""
 
     start: int
     losses: npt.NDArray[np.float64]
-    """Of the tokens from position `start` on, the digits last; shape ``(n - start,)``."""
+    """Losses of the tokens from position `start` on, the digits last; shape ``(n - start,)``."""
     n_digits: int
-    said: str
+    answer: str
     seconds: float
     band_context: int
 
     @property
     def perplexity(self) -> float:
-        """Over the text from `start` on, the key's digits left out."""
+        """Perplexity of the text from `start` on, without the key's digits."""
         return math.exp(float(self.losses[: -self.n_digits].mean()))
 
     @property
@@ -68,34 +68,34 @@ class KeyReading:
 
 
 def hide_key(llm: Llama, text: str, n_tokens: int, key: str) -> HiddenKey:
-    """Cut `text` to about `n_tokens` tokens, as a user's message, and hide `key` in its middle.
+    """Cut `text` to about `n_tokens` tokens, as a user message, and hide `key` in its middle.
 
     Raises:
         UserError: the text is too short.
     """
     template = ChatTemplate(llm)
-    words = llm.tokenize(text.encode(), add_bos=False)
-    if len(words) < n_tokens:
-        raise UserError(f"the text has {len(words):,} tokens, expected at least {n_tokens:,}")
+    tokens = llm.tokenize(text.encode(), add_bos=False)
+    if len(tokens) < n_tokens:
+        raise UserError(f"the text has {len(tokens):,} tokens, expected at least {n_tokens:,}")
     hidden = f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n"
     half = (n_tokens - len(llm.tokenize(hidden.encode(), add_bos=False))) // 2
-    parts = (_text(llm, words[at : at + half]) for at in (0, half))
+    parts = (_text(llm, tokens[at : at + half]) for at in (0, half))
     body = hidden.join(parts)
-    begun = template.opening([Message("user", body)])
+    opening = template.opening([Message("user", body)])
     asked = template.tokens([Message("user", f"{body}\n\n{OPENING}")])
     answered = template.tokens([Message("user", f"{body}\n\n{OPENING} {key}.")])
     first, last = _answer(llm, asked, answered, key)
-    text_end = llm.longest_token_prefix(begun, answered)
+    text_end = llm.longest_token_prefix(opening, answered)
     return HiddenKey(
         key, body, tuple(answered[:text_end]), tuple(answered[text_end:first]), tuple(answered[first:last])
     )
 
 
-def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> HiddenKey:
-    """Hide `key` in a plain text of tokens, without a chat's template, `depth` (0 to 1) of the way through it.
+def plant_key(llm: Llama, text_tokens: Sequence[int], key: str, depth: float) -> HiddenKey:
+    """Hide `key` in a plain text, without a chat template, `depth` (0 to 1) of the way through it.
 
-    Text, question and digits take as many tokens as `words` in all, beside what the model wants before any text; the
-    text's end gives way to them.
+    Text, question and digits have as many tokens as `text_tokens` in total, besides those that the model expects before
+    any text: the end of the text is cut to make room.
 
     Raises:
         UserError: the text is too short.
@@ -107,19 +107,19 @@ def plant_key(llm: Llama, words: Sequence[int], key: str, depth: float) -> Hidde
     hidden = tokens(f"\n\n{OPENING} {key}. Remember it. {OPENING} {key}.\n\n")
     answered = tokens(f"\n\n{OPENING} {key}.")
     first, last = _answer(llm, tokens(f"\n\n{OPENING}"), answered, key)
-    room = len(words) - len(hidden) - last
+    room = len(text_tokens) - len(hidden) - last
     if room < 1:
-        raise UserError(f"the text has {len(words):,} tokens, expected more than {len(hidden) + last:,}")
+        raise UserError(f"the text has {len(text_tokens):,} tokens, expected more than {len(hidden) + last:,}")
     at = round(depth * room)
-    text = (*words[:at], *hidden, *words[at:room])
-    begin = llm.tokenize(b"", add_bos=True)
-    return HiddenKey(key, _text(llm, text), (*begin, *text), tuple(answered[:first]), tuple(answered[first:last]))
+    text = (*text_tokens[:at], *hidden, *text_tokens[at:room])
+    bos = llm.tokenize(b"", add_bos=True)
+    return HiddenKey(key, _text(llm, text), (*bos, *text), tuple(answered[:first]), tuple(answered[first:last]))
 
 
 def _answer(llm: Llama, asked: list[int], answered: list[int], key: str) -> tuple[int, int]:
-    """Where the key's digits are in `answered`, which begins as `asked` does."""
+    """Return where the key's digits start and end in `answered`, which starts like `asked`."""
     first = llm.longest_token_prefix(asked, answered)
-    while not _text(llm, answered[first : first + 1]).strip():  # a space that is a token of its own is not the answer
+    while not _text(llm, answered[first : first + 1]).strip():  # a separate token for the space is not the answer
         first += 1
     last = first + 1
     while not _text(llm, answered[first:last]).strip().startswith(key):
@@ -131,28 +131,28 @@ def _text(llm: Llama, tokens: Sequence[int]) -> str:
     return b"".join(piece(llm, token) for token in tokens).decode(errors="ignore")
 
 
-def read(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> KeyReading:
+def read_key(llm: Llama, hidden: HiddenKey, schedule: Schedule, start: int) -> KeyReading:
     """Have `llm` read the text under `schedule`, keep the losses from `start` on, and ask it for the key.
 
-    Tokens that the cache holds already are not read again: their keys are turned to the schedule's band.
+    Tokens that the cache holds already are not read again: their keys are rotated to the schedule's band.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     llm.rewind(llm.longest_token_prefix(llm.tokens[:start].tolist(), hidden.tokens))
     llm.set_schedule(schedule)
     losses = llm.token_losses(hidden.tokens, start)
     band = llm.band
     asked = [*hidden.text, *hidden.question]
-    most = min(len(hidden.digits) + 2, llm.n_ctx() - len(asked))
-    said: list[int] = []
+    max_tokens = min(len(hidden.digits) + 2, llm.n_ctx() - len(asked))
+    answer: list[int] = []
     for token in llm.generate(asked, temp=0.0, repeat_penalty=1.0, top_k=1):
-        said.append(token)
-        if len(said) >= most or token == llm.token_eos():
+        answer.append(token)
+        if len(answer) >= max_tokens or token == llm.token_eos():
             break
     return KeyReading(
         start=start,
         losses=losses,
         n_digits=len(hidden.digits),
-        said=_text(llm, said).strip(),
-        seconds=time.perf_counter() - began,
+        answer=_text(llm, answer).strip(),
+        seconds=time.perf_counter() - started,
         band_context=band.context,
     )

@@ -1,7 +1,7 @@
 """How well a model reads long texts in one band: perplexity by position, and whether it finds a hidden key.
 
-Both come of one reading: the key stands in the text whose tokens are scored, and is asked for at its end. A reading is
-small data, so that many of them, over methods, contexts and texts, can be kept as lines of JSON.
+Both come from one reading: the key is in the text whose tokens are scored, and is asked for at its end. A reading is
+small, so that many of them, over methods, contexts and texts, can be saved as lines of JSON.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ...factors import METHODS, Band, Schedule, extend
 from ...files import append_line, close_log, is_torn, open_locked
 from ..llama import Llama
 from ..losses import Losses
-from .held_out import BLOCK, draw_blocks, middle
+from .held_out import BLOCK, draw_blocks, interval
 from .passages import DEPTHS, Text, cut
-from .passkey import HiddenKey, plant_key, read
+from .passkey import HiddenKey, plant_key, read_key
 
-VERSION = 1  # raise it when the same passage would be read to other numbers than before
+VERSION = 1  # increase it when a reading of the same passage would give different numbers than before
 
 BIN = 64
-"""Tokens whose losses are kept as one mean."""
+"""Number of tokens whose losses are saved as one mean."""
 
 
 @dataclass(frozen=True)
 class KeyPassage:
-    """One stretch of a text with a key hidden in it, `depth` of the way through."""
+    """A passage with a pass key hidden in it, `depth` (0 to 1) of the way through."""
 
     name: str
     depth: float
@@ -49,13 +49,14 @@ class KeyPassage:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of a passage.
+    """A model's reading of a passage.
 
     Attributes:
-        losses: mean loss (nats) of each `BIN` tokens of the text from its second on, the last of what is left.
-        n_scored: tokens of the text that were scored.
-        key_loss: mean loss on the key's digits.
-        key_found: whether it names the key when asked.
+        losses: mean loss (nats) of each bin of `BIN` tokens of the text from its second on; the last may be smaller.
+        n_scored: number of tokens of the text that were scored.
+        key_loss: mean loss (nats) on the key's digits.
+        key_found: whether the model's answer is the key.
+        said: that answer.
     """
 
     losses: tuple[float, ...]
@@ -66,12 +67,12 @@ class Reading:
     seconds: float
 
     def mean(self, start: int = 0, stop: int | None = None) -> float:
-        """Mean loss of the text's tokens at positions from `start` to `stop`, borders widened to whole bins."""
+        """Mean loss of the text's tokens at positions from `start` to `stop`, widened to whole bins."""
         losses, shares = self.bins(start, stop)
         return float(losses @ shares)
 
     def bins(self, start: int = 0, stop: int | None = None) -> tuple[Losses, Losses]:
-        """The losses of that range's bins, and how much each counts: its share of the tokens."""
+        """The losses of that range's bins, and their weights: each bin's share of the tokens."""
         sizes = np.full(len(self.losses), float(BIN))
         sizes[-1] = self.n_scored - BIN * (len(sizes) - 1)
         first = min(start // BIN, len(sizes) - 1)
@@ -81,7 +82,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Difference:
-    """The loss (nats a token) in one band less that in another on the same passages, and where it lies with 95 %."""
+    """The loss (nats per token) in one band minus that in another on the same passages, with its 95 % interval."""
 
     difference: float
     low: float
@@ -89,41 +90,41 @@ class Difference:
 
 
 def compared(ours: Sequence[Reading], theirs: Sequence[Reading], start: int = 0) -> Difference:
-    """Of the tokens at positions from `start` on; by a bootstrap over blocks of neighbours within each passage."""
+    """Compare the losses at positions from `start` on, by a bootstrap over blocks of neighbours within each passage."""
     pairs = [(a.bins(start), b.bins(start)) for a, b in zip(ours, theirs, strict=True)]
     differences, shares = [a - b for (a, _), (b, _) in pairs], [shares for (_, shares), _ in pairs]
-    low, high = middle(draw_blocks(differences, shares, block=BLOCK // BIN))
+    low, high = interval(draw_blocks(differences, shares, block=BLOCK // BIN))
     means = [d @ w for d, w in zip(differences, shares, strict=True)]
     return Difference(float(np.mean(means)), low, high)
 
 
 def key_passages(llm: Llama, texts: Sequence[Text], context: int, count: int, seed: int = 0) -> list[KeyPassage]:
-    """`count` passages of `context` tokens, keys in turn at each of `DEPTHS`.
+    """Cut `count` passages of `context` tokens, with keys at each of `DEPTHS` in turn.
 
     Raises:
         UserError: the texts are too short; says how much is missing.
     """
     rng = random.Random(seed)
-    begin = llm.tokenize(b"", add_bos=True)
-    made: list[KeyPassage] = []
-    for name, words in cut(llm, texts, context - len(begin), count):
-        depth = DEPTHS[len(made) % len(DEPTHS)]
-        hidden = plant_key(llm, words, str(rng.randrange(10_000, 100_000)), depth)
-        made.append(KeyPassage(name, depth, hidden))
-    return made
+    n_bos = len(llm.tokenize(b"", add_bos=True))
+    passages: list[KeyPassage] = []
+    for name, tokens in cut(llm, texts, context - n_bos, count):
+        depth = DEPTHS[len(passages) % len(DEPTHS)]
+        hidden = plant_key(llm, tokens, str(rng.randrange(10_000, 100_000)), depth)
+        passages.append(KeyPassage(name, depth, hidden))
+    return passages
 
 
 def band_by_method(method: str, context: int, native: Schedule, own: Schedule | None) -> Band:
-    """The band that `method` (none, schedule, or a closed form's name) reads `context` tokens in.
+    """Return the band in which `method` (none, schedule, or the name of a closed form) reads `context` tokens.
 
-    `native` is what the model was trained with; closed forms leave it as it is up to its own context.
+    `native` is what the model was trained with; closed forms do not change it up to its own context.
 
     Raises:
-        UserError: no such method, no schedule, or one too short.
+        UserError: no such method, no schedule, or a schedule that is too short.
     """
     if method == "schedule":
         if own is None:
-            raise UserError("method schedule: the model carries none and none was given")
+            raise UserError("method schedule: the model has none and none was given")
         return own.bands[own.band_index(context)]
     if method != "none" and method not in METHODS:
         raise UserError(f"method: {method!r}, expected none, schedule, {', '.join(METHODS)}")
@@ -134,7 +135,7 @@ def band_by_method(method: str, context: int, native: Schedule, own: Schedule | 
 
 
 def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None) -> Llama:
-    """A model loaded to read key_passages of up to `n_ctx` tokens, in whatever band.
+    """Load a model to read passages of up to `n_ctx` tokens, in any band.
 
     Raises:
         UserError: as `Llama`.
@@ -154,7 +155,7 @@ def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None)
 
 
 def read_passage(llm: Llama, passage: KeyPassage, band: Band) -> Reading:
-    """Read a passage from its first token in `band`, score its text, and ask for the key.
+    """Read a passage from its first token on in `band`, score its text, and ask for the key.
 
     Raises:
         UserError: the passage does not fit.
@@ -163,23 +164,23 @@ def read_passage(llm: Llama, passage: KeyPassage, band: Band) -> Reading:
     band = band.model_copy(update={"context": max(band.context, len(tokens))})
     start = max(1, len(llm.tokenize(b"", add_bos=True)))
     llm.reset()
-    found = read(llm, hidden, Schedule(facts=llm.schedule.facts, bands=(band,)), start)
+    found = read_key(llm, hidden, Schedule(facts=llm.schedule.facts, bands=(band,)), start)
     text = found.losses[: len(hidden.text) - start]
     return Reading(
         losses=tuple(float(text[at : at + BIN].mean()) for at in range(0, len(text), BIN)),
         n_scored=len(text),
         key_loss=found.key_loss,
-        key_found=found.said.startswith(hidden.key),
-        said=found.said,
+        key_found=found.answer.startswith(hidden.key),
+        said=found.answer,
         seconds=found.seconds,
     )
 
 
 class Readings:
-    """Readings kept in a file of JSON lines (None = nowhere), whatever runs they are of: none is done twice.
+    """Readings saved in a JSON Lines file (None = not saved), over any number of runs: none is done twice.
 
     Raises:
-        UserError: a file that is something else, cannot be written, or is being written by another run.
+        UserError: a file of another kind, that cannot be written, or that another run is writing.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -189,13 +190,13 @@ class Readings:
             return
         self._fd = open_locked(path)
         try:
-            os.ftruncate(self._fd, self._take_in())
+            os.ftruncate(self._fd, self._read_file())
         except BaseException:
             self.close()
             raise
 
-    def _take_in(self) -> int:
-        """Read what is there; bytes up to the end of the last whole line."""
+    def _read_file(self) -> int:
+        """Read the file; return the number of bytes up to the end of the last complete line."""
         end = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
@@ -206,7 +207,7 @@ class Readings:
                 except (ValueError, TypeError, KeyError, AttributeError):
                     if is_torn(line, BEGINNING):
                         return end
-                    raise UserError(f"{self.path}: line {number} is no reading of ropewalk eval") from None
+                    raise UserError(f"{self.path}: line {number} is not a reading of ropewalk eval") from None
                 if not line.endswith(b"\n"):
                     return end
                 end += len(line)
@@ -216,7 +217,7 @@ class Readings:
         return self._known.get(key)
 
     def add(self, key: str, about: dict[str, Any], reading: Reading) -> Reading:
-        """Put one on the disk, and give it back; `about` says for people what it is of."""
+        """Save a reading, and return it; `about` is a human-readable description."""
         self._known[key] = reading
         if self.path is not None:
             record = {"key": key, "about": about, "reading": asdict(reading)}
@@ -232,13 +233,13 @@ BEGINNING = b'{"key": '
 
 
 def reading_key(model: str, kv_type: str, band: Band, passage: KeyPassage) -> str:
-    """A name for all that a reading depends on; `model` is the file's digest."""
+    """A digest of all that a reading depends on; `model` is the file's digest."""
     facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens"})
     return hashlib.sha256(repr((VERSION, BIN, model, kv_type, facts, passage.tokens)).encode()).hexdigest()[:24]
 
 
 def _reading(data: dict[str, Any]) -> Reading:
-    """Of decoded JSON; a TypeError or ValueError if it is none."""
+    """Create a reading from decoded JSON; a TypeError or ValueError if that is not one."""
     losses = tuple(float(loss) for loss in data.pop("losses"))
     reading = Reading(losses=losses, **data)
     if len(losses) != -(-int(reading.n_scored) // BIN) or not math.isfinite(math.fsum((*losses, reading.key_loss))):

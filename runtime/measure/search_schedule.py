@@ -1,7 +1,7 @@
-"""A model's schedule found by search: band after band, each judged on texts that the search never saw.
+"""Search of a model's schedule: one band after another, each judged on held-out texts.
 
-Everything that is found out on the way lies in one folder (`SearchPlan.folder`): a journal of evaluations for each
-band, and the held-out readings. A search that was killed goes on from there and ends with the same schedule.
+All intermediate results are saved in one folder (`SearchPlan.folder`): a journal of evaluations for each band, and the
+held-out readings. A search that was killed resumes from there and ends with the same schedule.
 """
 
 from __future__ import annotations
@@ -48,27 +48,32 @@ if TYPE_CHECKING:
     from .evaluators.llama import LlamaEvaluator
     from .evaluators.torch import TorchEvaluator
 
-PASSAGES, HELD_PASSAGES = 3, 2  # stretches of text for each band, where the texts hold as many
+PASSAGES, HELD_PASSAGES = 3, 2  # per band, if the texts hold as many
 
-LATER = 1.3
-"""How much more a token at a passage's end costs to read than one on average: it sees more."""
+END_COST = 1.3
+"""Cost of reading a token at a passage's end, relative to the average: it attends to more tokens."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What is to be searched, and with what.
+    """What to search, and how.
 
     Attributes:
-        model: a GGUF file; bands go beyond the last one that it carries.
+        model: a GGUF file; bands go beyond the last one that it has.
         texts: some to search on, others to judge by (`split_texts`).
         contexts: of the bands, rising.
-        passages, held_passages: stretches of text to search on and to judge by, for each band; None = 3 and 2, or
-            as many as the texts hold, and as the time allows if neither is given.
+        folder: for intermediate results.
         settings: its budget is for all bands together; a time includes the judging.
-        evaluator: llama, torch, or auto = the faster one here.
-        engine: local = this process, or several if `workers` says so; ray = a cluster.
+        objective: what is scored; see `passages`.
+        passages, held_passages: number of passages to search on and to judge by, per band; None = 3 and 2, or as many
+            as the texts hold, and as the time allows if neither is given.
+        window: tokens at a passage's end that screening reads, at most.
+        kv: cache type for llama.cpp.
+        evaluator: llama, torch, or auto = the one that is faster on this machine.
+        engine: local = this process, or several for `workers` above 1; ray = a cluster.
+        threads: CPU threads of each worker; None = its share of the cores.
+        ray_address: of the cluster; None = one on this machine.
         readjust: search the model's own band as well, at its own context, as for a model that was fine-tuned.
-        folder: where what is found out is kept.
     """
 
     model: Path
@@ -99,7 +104,7 @@ class FoundBand:
 
 @dataclass(frozen=True)
 class Judging:
-    """An event: held-out readings, `done` of `total`."""
+    """An event: `done` of `total` held-out readings are done."""
 
     context: int
     done: int
@@ -108,7 +113,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Searching:
-    """An event: a search begins, of the band for `context`."""
+    """An event: the search of the band for `context` starts."""
 
     context: int
     evaluator: Kind
@@ -121,35 +126,35 @@ SearchEvent = Event | Judging | Searching
 def search_schedule(
     plan: SearchPlan, on_event: Callable[[SearchEvent], None] = lambda event: None
 ) -> tuple[Schedule, tuple[FoundBand, ...]]:
-    """Search each band in turn, each started from the one before; the whole schedule, and how each was found.
+    """Search each band in turn, starting from the one before; return the whole schedule, and how each was found.
 
     Raises:
-        UserError: texts too short, a model without RoPE, a journal of another search, a budget too small, …; what was
-            found out so far is kept.
+        UserError: texts too short, a model without RoPE, a journal of another search, a budget too small, …; results
+            so far are kept.
     """
     base = schedule_of(read_header(plan.model))
     _check(plan, base)
     contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
     plan = replace(plan, texts=_long_enough(plan, contexts[-1], on_event))
-    # Too short a text is told first of all, and how much the longest band misses.
-    works = [_work_on(plan, base, context, contexts) for context in reversed(contexts)][::-1]
+    # The longest band first, so that texts that are too short are reported with all that is missing.
+    jobs = [_make_job(plan, base, context, contexts) for context in reversed(contexts)][::-1]
     _make_folder(plan.folder)
     bands, found = list(base.bands), []
     start: tuple[Space, Band] | None = None
     correlation: float | None = None
-    for work in works:
-        outcome, kind = _search_band(plan, work, start, correlation, on_event)
-        found.append(FoundBand(outcome, _judge(plan, work, outcome, _judge_kind(kind), on_event)))
-        if work.space.context > base.context:
+    for job in jobs:
+        outcome, kind = _search_band(plan, job, start, correlation, on_event)
+        found.append(FoundBand(outcome, _judge(plan, job, outcome, _judge_kind(kind), on_event)))
+        if job.space.context > base.context:
             bands.append(outcome.band)
-            start, correlation = (work.space, outcome.band), outcome.correlation
-        elif outcome.beats_yarn:  # or else the model's own stays as it is
+            start, correlation = (job.space, outcome.band), outcome.correlation
+        elif outcome.beats_yarn:  # otherwise the model's own stays as it is
             bands[-1] = outcome.band
     return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
 
 
 def default_contexts(model: Path, context: int) -> tuple[int, ...]:
-    """Bands up to `context`: each for twice as much as the one before.
+    """Return contexts for bands up to `context`, each twice the one before.
 
     Raises:
         UserError: the model holds as much already, or has no RoPE.
@@ -163,16 +168,16 @@ def default_contexts(model: Path, context: int) -> tuple[int, ...]:
 def _check(plan: SearchPlan, base: Schedule) -> None:
     rising = all(a < b for a, b in zip(plan.contexts, plan.contexts[1:], strict=False))
     if not plan.contexts or not rising or plan.contexts[0] <= base.context:
-        named = ", ".join(map(str, plan.contexts)) or "none"
-        raise UserError(f"contexts: {named}, expected rising numbers above the {base.context:,} that the model holds")
+        given = ", ".join(map(str, plan.contexts)) or "none"
+        raise UserError(f"contexts: {given}, expected rising numbers above the {base.context:,} that the model holds")
     if check_kv_type(plan.kv) == "auto":
-        raise UserError("kv: 'auto', expected a type by name: what is measured must not depend on the memory left over")
+        raise UserError("kv: 'auto', expected a type by name: the losses must not depend on how much memory is free")
     if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
         raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
 
 
 def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent], None]) -> tuple[Text, ...]:
-    """The texts that hold the longest context; all, if none does, for the error to say so."""
+    """The texts that are long enough for `context`; all of them if none is, for the error message later."""
     with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as vocab:
         long = [text for text in plan.texts if len(vocab.tokenize(text.text.encode(), add_bos=True)) >= context]
     if len(long) in (0, len(plan.texts)):
@@ -184,7 +189,7 @@ def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent
 
 
 def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
-    """A band's part of the budget: evaluations evenly, time by what a reading costs."""
+    """A band's share of the budget: evaluations evenly, time in proportion to the cost of a reading."""
     total = sum(n**1.5 for n in contexts)
     return Budget(
         evaluations=None if budget.evaluations is None else budget.evaluations / len(contexts),
@@ -193,8 +198,8 @@ def _share(budget: Budget, context: int, contexts: Sequence[int]) -> Budget:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One band to be searched: where, by what, for how long, on which texts, and by which to judge."""
+class _BandJob:
+    """One band to search: its space, objective and budget, and the passages to search on and to judge by."""
 
     space: Space
     objective: str
@@ -203,8 +208,8 @@ class _Work:
     held: tuple[Passage, ...]
 
 
-def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[int]) -> _Work:
-    """Cut the texts for one band.
+def _make_job(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[int]) -> _BandJob:
+    """Cut the passages for one band.
 
     Raises:
         UserError: they are too short.
@@ -212,7 +217,7 @@ def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[
     original, seed = base.facts.original_context, plan.settings.seed
     objective = plan.objective if context > original else "all"
 
-    def make(texts: Sequence[Text], count: int | None, most: int) -> tuple[Passage, ...]:
+    def cut(texts: Sequence[Text], count: int | None, most: int) -> tuple[Passage, ...]:
         for n in [count] if count else range(most, 1, -1):
             try:
                 return make_passages(vocab, texts, context, n, objective, original, seed)
@@ -223,23 +228,23 @@ def _work_on(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence[
 
     searched, held = split_texts(plan.texts, seed)
     with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as vocab:
-        return _Work(
+        return _BandJob(
             space=Space(base.facts, base.bands[-1], context),
             objective=objective,
             budget=_share(plan.settings.budget, context, contexts),
-            passages=make(searched, plan.passages, PASSAGES),
-            held=make(held, plan.held_passages, HELD_PASSAGES),
+            passages=cut(searched, plan.passages, PASSAGES),
+            held=cut(held, plan.held_passages, HELD_PASSAGES),
         )
 
 
 def _search_band(
     plan: SearchPlan,
-    work: _Work,
+    job: _BandJob,
     start: tuple[Space, Band] | None,
     correlation: float | None,
     on_event: Callable[[SearchEvent], None],
 ) -> tuple[Outcome, Kind]:
-    space, passages, window = work.space, work.passages, _window(plan, work.space)
+    space, passages, window = job.space, job.passages, _window(plan, job.space)
     spec = EvaluatorSpec(
         model=str(plan.model),
         passages=passages,
@@ -253,10 +258,10 @@ def _search_band(
     spec = replace(spec, kind=kind)
     settings = replace(
         plan.settings,
-        budget=work.budget,
-        screen_cost=round(LATER * window / len(passages[0].tokens), 3),
-        objective=work.objective,
-        held_passages=len(work.held),
+        budget=job.budget,
+        screen_cost=round(END_COST * window / len(passages[0].tokens), 3),
+        objective=job.objective,
+        held_passages=len(job.held),
         fewer_passages=plan.passages is None and plan.held_passages is None,
     )
     seeds = [carried(start[0], start[1], space)] if start else []
@@ -268,23 +273,23 @@ def _search_band(
 
 
 def _window(plan: SearchPlan, space: Space) -> int:
-    """Screening reads at most a quarter of what lies beyond the band before (of all, where that is the band)."""
+    """The window, at most a quarter of the context beyond the band before (of all of it when readjusting)."""
     beyond = space.context - space.onto.context or space.context
     return max(64, min(plan.window, beyond // 4))
 
 
 def _choose(plan: SearchPlan, spec: EvaluatorSpec) -> tuple[Kind, dict[Kind, float]]:
-    """The evaluator to use; what `auto` has measured once holds for the whole search, killed and resumed or not."""
+    """The evaluator to use; the choice of `auto` is saved, so that a resumed search uses the same one."""
     if plan.settings.algorithm == "gradient":
         return "torch", {}
     if plan.evaluator != "auto":
         return plan.evaluator, {}
-    kept, model = plan.folder / "evaluator", model_digest(plan.model)
-    known = kept.read_text().split() if kept.is_file() else []
+    saved, model = plan.folder / "evaluator", model_digest(plan.model)
+    known = saved.read_text().split() if saved.is_file() else []
     if known in (["llama", model], ["torch", model]):
         return ("torch" if known[0] == "torch" else "llama"), {}
     kind, speeds = faster(spec)
-    _put(kept, f"{kind} {model}\n".encode())
+    _write(saved, f"{kind} {model}\n".encode())
     return kind, speeds
 
 
@@ -304,7 +309,7 @@ def _engine(plan: SearchPlan, spec: EvaluatorSpec) -> Iterator[Engine]:
 
 
 def _judge_kind(searched: Kind) -> Kind:
-    """llama.cpp judges, as it will run the band; but where torch has searched on a GPU, it judges, too."""
+    """The evaluator to judge with: llama.cpp, as it will run the band, unless torch has searched on a GPU."""
     if searched == "torch":
         import torch
 
@@ -313,30 +318,30 @@ def _judge_kind(searched: Kind) -> Kind:
 
 
 def _judge(
-    plan: SearchPlan, work: _Work, outcome: Outcome, kind: Kind, on_event: Callable[[SearchEvent], None]
+    plan: SearchPlan, job: _BandJob, outcome: Outcome, kind: Kind, on_event: Callable[[SearchEvent], None]
 ) -> Verdict:
-    """Read the held-out passages in the band found and in YaRN's; readings are kept in the plan's folder.
+    """Read the held-out passages in the band found and in YaRN's; readings are saved in the plan's folder.
 
-    Where the time was too short to search on all passages, no more of them judge than were searched on.
+    If the time was too short to search on all passages, at most as many are used to judge as were searched on.
     """
-    space, band = work.space, outcome.band
-    passages = work.held if outcome.passages == len(work.passages) else work.held[: outcome.passages]
+    space, band = job.space, outcome.band
+    passages = job.held if outcome.passages == len(job.passages) else job.held[: outcome.passages]
     yarn = space.band(space.seed("yarn"))
     spec = EvaluatorSpec(str(plan.model), passages, yarn, kind, window=0, kv=plan.kv, threads=plan.threads)
-    kept = _Kept(plan.folder, spec)
+    readings = _HeldOutReadings(plan.folder, spec)
     losses: list[tuple[Losses, Losses]] = []
     for i in range(len(passages)):
-        ours = kept.losses(band, i)
+        ours = readings.losses(band, i)
         on_event(Judging(space.context, 2 * i + 1, 2 * len(passages)))
-        theirs = ours if band_key(band) == band_key(yarn) else kept.losses(yarn, i)
+        theirs = ours if band_key(band) == band_key(yarn) else readings.losses(yarn, i)
         on_event(Judging(space.context, 2 * i + 2, 2 * len(passages)))
         losses.append((ours, theirs))
-    kept.close()
-    return verdict(losses, passages, work.objective, plan.settings.seed)
+    readings.close()
+    return verdict(losses, passages, job.objective, plan.settings.seed)
 
 
-class _Kept:
-    """An evaluator that is made when it is needed, and whose readings are kept in a folder."""
+class _HeldOutReadings:
+    """An evaluator that is created when it is needed, and whose readings are saved in a folder."""
 
     def __init__(self, folder: Path, spec: EvaluatorSpec) -> None:
         self._folder, self._spec, self._key = folder, spec, spec.key
@@ -345,7 +350,7 @@ class _Kept:
     def losses(self, band: Band, passage: int) -> Losses:
         name = hashlib.sha256(repr((self._key, band_key(band), passage)).encode()).hexdigest()[:16]
         path = self._folder / f"held-out-{name}.npy"
-        known = _load(path, len(self._spec.passages[passage].targets))
+        known = _load_losses(path, len(self._spec.passages[passage].targets))
         if known is not None:
             return known
         if self._evaluator is None:
@@ -353,7 +358,7 @@ class _Kept:
         losses = self._evaluator.losses(band, passage)
         data = io.BytesIO()
         np.save(data, losses)
-        _put(path, data.getvalue())
+        _write(path, data.getvalue())
         return losses
 
     def close(self) -> None:
@@ -365,22 +370,22 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot keep there what is found out: {error.strerror or error}") from None
+        raise UserError(f"{folder}: cannot save results there: {error.strerror or error}") from None
 
 
-def _put(path: Path, data: bytes) -> None:
-    """Write a small file, whole or not at all."""
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file, completely or not at all."""
     try:
         write_file(path, data)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 
 
-def _load(path: Path, n: int) -> Losses | None:
-    """A reading that was kept; None if there is none, or no whole one."""
+def _load_losses(path: Path, n: int) -> Losses | None:
+    """Load a saved reading; None if there is none, or not a complete one."""
     try:
         losses = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    good = losses.shape == (n,) and losses.dtype == np.float64 and bool(np.isfinite(losses).all())
-    return losses if good else None
+    valid = losses.shape == (n,) and losses.dtype == np.float64 and bool(np.isfinite(losses).all())
+    return losses if valid else None

@@ -1,6 +1,7 @@
-"""What tests of the commands share: to run one here, in this process, where torch is loaded only once.
+"""Fixtures to run a command in this process, where torch is loaded only once.
 
-A process of its own spends some three seconds of a core on that. Tests that kill, signal or need a terminal start one.
+Loading it in another process takes about three seconds of CPU time. Tests that kill, send signals or need a terminal
+start one nevertheless.
 """
 
 import os
@@ -17,8 +18,8 @@ from ropewalk.cli.main import main
 
 @contextmanager
 def standard_streams(*files):
-    """Input, output and errors are these files, for Python and for what C prints."""
-    kept, streams = [os.dup(number) for number in range(3)], (sys.stdin, sys.stdout, sys.stderr)
+    """Use these files as standard input, output and error, for Python and for what C prints."""
+    saved, streams = [os.dup(number) for number in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     for number, file in enumerate(files):
         os.dup2(file.fileno(), number)
     options = {"encoding": "utf-8", "closefd": False}
@@ -31,25 +32,25 @@ def standard_streams(*files):
             yield
     finally:
         sys.stdin, sys.stdout, sys.stderr = streams
-        for number, file in enumerate(kept):
+        for number, file in enumerate(saved):
             os.dup2(file, number)
             os.close(file)
 
 
 def run_here(*arguments, cwd=".", stdin=b""):
-    argv, folder, terminated = sys.argv, Path.cwd(), signal.getsignal(signal.SIGTERM)
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        given.write(stdin)
-        given.seek(0)
+    argv, folder, handler = sys.argv, Path.cwd(), signal.getsignal(signal.SIGTERM)
+    with tempfile.TemporaryFile() as input_file, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        input_file.write(stdin)
+        input_file.seek(0)
         try:
             os.chdir(cwd)
             sys.argv = ["ropewalk", *map(str, arguments)]
-            with standard_streams(given, out, err), pytest.raises(SystemExit) as ended:
+            with standard_streams(input_file, out, err), pytest.raises(SystemExit) as ended:
                 main()
         finally:
             sys.argv = argv
             os.chdir(folder)
-            signal.signal(signal.SIGTERM, terminated)
+            signal.signal(signal.SIGTERM, handler)
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(arguments, ended.value.code, out.read().decode(), err.read().decode())
@@ -63,12 +64,12 @@ def ropewalk_command():
 
 @pytest.fixture(scope="session")
 def mistake():
-    """``mistake(*arguments)`` is the one line that `ropewalk` says to a user's mistake."""
+    """``mistake(*arguments)`` is the one-line error message that `ropewalk` prints for a user error."""
 
-    def said(*arguments, **options):
+    def message(*arguments, **options):
         done = run_here(*arguments, **options)
         assert done.returncode == 2 and done.stdout == "", done
         assert done.stderr.startswith("ropewalk: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
 
-    return said
+    return message

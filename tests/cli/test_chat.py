@@ -1,4 +1,4 @@
-"""`ropewalk chat` as a user meets it: through a pipe, and at a real (pseudo) terminal."""
+"""`ropewalk chat` as a user runs it: through a pipe, and at a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-c", "from ropewalk.cli.main import main; main()", "
 FAST = ["--context", "1024", "--temp", "0", "--threads", "1"]
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
 
-LONG_TEXT = pydoc_data.topics.topics["with"]  # some 800 tokens
+LONG_TEXT = pydoc_data.topics.topics["with"]  # about 800 tokens
 
 TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
 
@@ -31,7 +31,7 @@ Pipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def pipe(ropewalk_command: Pipe, tmp_path: Path, smollm2: Path) -> Pipe:
-    """Run the command with something on its standard input."""
+    """Run the command with piped input."""
     return lambda stdin, *arguments: ropewalk_command("chat", smollm2, *FAST, *arguments, cwd=tmp_path, stdin=stdin)
 
 
@@ -53,7 +53,7 @@ def test_one_question_from_a_pipe(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stdin", "arguments", "words"),
+    ("stdin", "arguments", "expected"),
     [
         (b"", [], "standard input: empty; expected a question"),
         (b" \n", [], "standard input: empty"),
@@ -66,12 +66,12 @@ def test_one_question_from_a_pipe(pipe: Pipe) -> None:
     ],
 )
 def test_mistakes_in_a_pipe(
-    mistake: Callable[..., str], smollm2: Path, stdin: bytes, arguments: list[str], words: str
+    mistake: Callable[..., str], smollm2: Path, stdin: bytes, arguments: list[str], expected: str
 ) -> None:
-    assert mistake("chat", smollm2, *FAST, *arguments, stdin=stdin).startswith(f"ropewalk: {words}")
+    assert mistake("chat", smollm2, *FAST, *arguments, stdin=stdin).startswith(f"ropewalk: {expected}")
 
 
-def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:
+def test_a_text_piped_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:
     def ask(question: str, *more: str) -> dict[str, Any]:
         arguments = ("--max-tokens", "8", "--json", "--prompt-cache", "prompts", *more)
         done = pipe(f"{LONG_TEXT}\n\n{question}".encode(), *arguments)
@@ -88,9 +88,9 @@ def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
-        (["--prompt-cache", "file"], "file: is no folder"),
+        (["--prompt-cache", "file"], "file: not a folder"),
         (["--prompt-cache", "/proc/ropewalk"], "/proc/ropewalk: cannot keep prompts there: "),
         (["--prompt-cache", "p", "--prompt-cache-size", "much"], "--prompt-cache-size: 'much', expected a size like"),
         (["--prompt-cache", "p", "--prompt-cache-size", "-1"], "--prompt-cache-size: '-1'"),
@@ -98,11 +98,11 @@ def test_what_a_pipe_asked_before_is_not_read_again(pipe: Pipe, tmp_path: Path) 
     ],
 )
 def test_mistakes_about_the_prompt_cache(
-    mistake: Callable[..., str], smollm2: Path, tmp_path: Path, arguments: list[str], words: str
+    mistake: Callable[..., str], smollm2: Path, tmp_path: Path, arguments: list[str], expected: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    said = mistake("chat", smollm2, *FAST, *arguments, cwd=tmp_path, stdin=b"hello")
-    assert said.startswith(f"ropewalk: {words}")
+    message = mistake("chat", smollm2, *FAST, *arguments, cwd=tmp_path, stdin=b"hello")
+    assert message.startswith(f"ropewalk: {expected}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -110,7 +110,7 @@ def test_mistakes_about_the_prompt_cache(
     ("text", "n_bytes"),
     [("500MB", 500_000_000), ("2GiB", 2 << 30), ("4g", 4 * 10**9), ("1.5 KiB", 1536), ("700", 700), ("1tb", 10**12)],
 )
-def test_sizes_as_people_write_them(tmp_path: Path, text: str, n_bytes: int) -> None:
+def test_human_readable_sizes(tmp_path: Path, text: str, n_bytes: int) -> None:
     from ropewalk.cli.prompt_cache import open_folder
 
     folder = open_folder(tmp_path, text)
@@ -124,7 +124,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A chat at a pseudo terminal: what it shows, and keys to press."""
+    """A chat at a pseudo-terminal: what it shows, and keys to press."""
 
     def __init__(self, model: Path, home: Path, *arguments: str) -> None:
         self.shown = ""
@@ -144,7 +144,7 @@ class Terminal:
         self.press(line + "\r")
 
     def see(self, pattern: str, seconds: float = 15) -> str:
-        """Wait until `pattern` is shown, after what was waited for before; what was shown up to its end."""
+        """Wait until `pattern` is shown, after the previous match; return what was shown up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown[self._mark :])):
             left = deadline - time.monotonic()
@@ -175,7 +175,7 @@ class Terminal:
             raw = os.read(self._fd, 65536)
         except OSError:
             return False
-        for _ in range(raw.count(b"\x1b[6n")):  # where is the cursor?
+        for _ in range(raw.count(b"\x1b[6n")):  # a query of the cursor position
             self.press("\x1b[1;1R")
         self.shown += ESCAPES.sub("", raw.decode("utf-8", "replace"))
         return bool(raw)
@@ -245,7 +245,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.see(r"0/1,024 tokens")
     terminal.enter("Write a long story about a farm.")
     terminal.see(r"about a farm\.")
-    terminal.see(r"(\w+\W+){8}")  # it is writing
+    terminal.see(r"(\w+\W+){8}")  # it is generating
     terminal.press("\x03")
     terminal.see("stopped")
     terminal.see(r"[1-9]\d*/1,024 tokens")
@@ -258,7 +258,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
 
 
 def test_a_file_that_was_read_in_another_chat_is_not_read_again(smollm2: Path, tmp_path: Path) -> None:
-    (tmp_path / "with.txt").write_text(LONG_TEXT[:2600])  # some 650 tokens
+    (tmp_path / "with.txt").write_text(LONG_TEXT[:2600])  # about 650 tokens
     for shown in (r"read with.txt: \d+ tokens in", r"read with.txt: (\d+) tokens, \1 of them read before, in"):
         terminal = Terminal(smollm2, tmp_path, "--prompt-cache", "prompts")
         try:

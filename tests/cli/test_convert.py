@@ -1,4 +1,4 @@
-"""`ropewalk convert` as a user runs it: what it makes, what it says, and every mistake in one line."""
+"""`ropewalk convert` as a user runs it: the files, the output, and one-line error messages."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def source(tiny_llama, tmp_path):
 
 @pytest.fixture
 def left(tmp_path):
-    """What there is in the folder besides what was there when the test began."""
+    """Names of files in the folder that were not there when the test started."""
     return lambda *known: sorted({path.name for path in tmp_path.iterdir()} - {"in.gguf", *known})
 
 
@@ -56,13 +56,13 @@ def test_a_schedule(run, source, tmp_path):
     assert embedded_schedule(read_header(tmp_path / "out.gguf")) == schedule
 
 
-def test_only_a_type(run, source, tmp_path):
+def test_only_a_weight_type(run, source, tmp_path):
     done = run(source, tmp_path / "out.gguf", "--type", "f16")
     assert done.returncode == 0, done.stderr
     assert read_header(tmp_path / "out.gguf").get("llama.context_length") == 256
 
 
-def test_what_becomes_of_factors_is_said(run, tiny_llama, tmp_path):
+def test_notes_say_what_happens_to_existing_factors(run, tiny_llama, tmp_path):
     tiny_llama(tmp_path / "in.gguf", rope_freqs=[1.0] * 8 + [8.0] * 8)
     done = run(tmp_path / "in.gguf", tmp_path / "1.gguf", "--context", 512)
     assert "note: the model's own scaling (λ 1 to 8) is kept" in done.stdout
@@ -75,7 +75,7 @@ def test_what_becomes_of_factors_is_said(run, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ([], "nothing to do: expected --context, --schedule or --type"),
         (["--context", 256], "context: 256, expected more than the 256 tokens"),
@@ -90,7 +90,7 @@ def test_what_becomes_of_factors_is_said(run, tiny_llama, tmp_path):
         (["--context", 512, "--colour"], "colour"),
         (["--schedule", "none.json"], "none.json: cannot read the schedule: No such file"),
         (["--schedule", "."], "cannot read the schedule"),
-        (["--schedule", "s.json", "--method", "pi"], "--method pi: has no meaning with --schedule"),
+        (["--schedule", "s.json", "--method", "pi"], "--method pi: not allowed with --schedule"),
         (["--schedule", "s.json", "--context", 4096], "s.json reaches 1024 tokens"),
         (["--schedule", "broken.json"], "broken.json: not a JSON file"),
         (["--schedule", "n_rot.json"], "schedule is for n_rot 64, the model has 32"),
@@ -98,16 +98,16 @@ def test_what_becomes_of_factors_is_said(run, tiny_llama, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_mistakes_in_the_options(mistake, options, says, source, tiny_llama, tmp_path, left):
+def test_mistakes_in_the_options(mistake, options, message, source, tiny_llama, tmp_path, left):
     others = tmp_path / "others"
     others.mkdir()
     models = {"s": {}, "n_rot": {"n_embd": 128}, "base": {"freq_base": 5e5}}
-    for name, wanted in models.items():
+    for name, changes in models.items():
         if f"{name}.json" in options:
-            schedule = native_schedule(read_header(tiny_llama(others / "model.gguf", **wanted)))
+            schedule = native_schedule(read_header(tiny_llama(others / "model.gguf", **changes)))
             write_schedule(extend(schedule, 1024), others / f"{name}.json")
     (others / "broken.json").write_text("{")
-    assert says in mistake("convert", source, tmp_path / "out.gguf", *options, cwd=others)
+    assert message in mistake("convert", source, tmp_path / "out.gguf", *options, cwd=others)
     assert left("others") == []
 
 
@@ -116,14 +116,14 @@ def test_mistakes_in_the_files(mistake, source, tiny_llama, tmp_path, left):
     start = read_header(source).data_start
     wrong = {
         "empty": (b"", "empty: "),
-        "text": (b"hello, this is no model at all\n" * 10, "text: "),
+        "text": (b"hello, this is not a model at all\n" * 10, "text: "),
         "head": (model[: start // 2], "head: "),
         "data": (model[: start + 1000], "data: cut short in tensor"),
         "counts": (model[:8] + b"\xff" * 16 + model[24:], "counts: "),
     }
-    for name, (raw, says) in wrong.items():
+    for name, (raw, message) in wrong.items():
         (tmp_path / name).write_bytes(raw)
-        assert says in mistake("convert", tmp_path / name, out, "--context", 512)
+        assert message in mistake("convert", tmp_path / name, out, "--context", 512)
     assert "No such file" in mistake("convert", tmp_path / "none.gguf", out, "--context", 512)
     assert "no config.json, expected a Hugging Face checkpoint" in mistake("convert", tmp_path, out, "--context", 512)
     bert = tiny_llama(tmp_path / "bert.gguf", arch="bert")
@@ -133,7 +133,7 @@ def test_mistakes_in_the_files(mistake, source, tiny_llama, tmp_path, left):
 
 def test_mistakes_in_the_output(run, mistake, source, tmp_path, left):
     (tmp_path / "there.gguf").write_bytes(b"precious")
-    assert "exists already (--force replaces it)" in mistake(
+    assert "already exists (--force replaces it)" in mistake(
         "convert", source, tmp_path / "there.gguf", "--context", 512
     )
     assert (tmp_path / "there.gguf").read_bytes() == b"precious"
@@ -146,23 +146,23 @@ def test_mistakes_in_the_output(run, mistake, source, tmp_path, left):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(mistake, source, tmp_path):
+def test_a_folder_without_write_permission(mistake, source, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     assert "Permission denied" in mistake("convert", source, tmp_path / "closed" / "out.gguf", "--context", 512)
 
 
 def test_random_damage_to_the_head_is_a_mistake_or_harmless(source, tmp_path):
-    """In one process, to be quick; what `main` does with other errors is shown by the tests above."""
+    """In this process, to be quick; the tests above cover how `main` reports errors."""
     from ropewalk.convert import embed_schedule, plan_extension
     from ropewalk.errors import UserError
 
     whole, start = source.read_bytes(), read_header(source).data_start
-    random = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     done = 0
     for _ in range(300):
         raw = bytearray(whole)
-        for at in random.integers(0, min(start, 900) if random.random() < 0.7 else start, random.integers(1, 4)):
-            raw[at] = random.integers(0, 256)
+        for at in rng.integers(0, min(start, 900) if rng.random() < 0.7 else start, rng.integers(1, 4)):
+            raw[at] = rng.integers(0, 256)
         source.write_bytes(raw)
         try:
             schedule = plan_extension(read_header(source), 2048, "yarn").schedule

@@ -1,4 +1,4 @@
-"""`ropewalk convert` on Hugging Face checkpoints: folders and names on the hub, and every mistake in one line."""
+"""`ropewalk convert` on Hugging Face checkpoints: folders, names on the Hub, and one-line error messages."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def run(ropewalk_command):
 
 
 def offline(*arguments, **environment):
-    """In a process of its own: the hub's library reads its environment once."""
+    """In another process, since the Hub's library reads its environment only once."""
     return subprocess.run(
         [sys.executable, "-m", "ropewalk", "convert", *map(str, arguments)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -47,7 +47,7 @@ def refused(*arguments, **environment):
 def test_a_folder(run, folder, tmp_path):
     done = run(folder, tmp_path / "out.gguf")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "out.gguf: " in done.stdout and "qwen3" in done.stdout and "not extended: --context" in done.stdout
+    assert "out.gguf: " in done.stdout and "qwen3" in done.stdout and "not extended; use --context" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
@@ -64,11 +64,11 @@ def test_several_files(run, folder, tmp_path):
     done = run(folder, tmp_path / "out.gguf", "--split-max-size", "100K", "--json")
     names = json.loads(done.stdout)["files"]
     assert len(names) > 1 and sorted(names) == sorted(str(path) for path in tmp_path.iterdir())
-    said = run(folder, tmp_path / "more.gguf", "--split-max-size", "100K").stdout
-    assert f"and {len(names) - 1} more" in said
+    output = run(folder, tmp_path / "more.gguf", "--split-max-size", "100K").stdout
+    assert f"and {len(names) - 1} more" in output
 
 
-def test_a_name_on_the_hub_that_was_fetched_before(folder, tmp_path):
+def test_a_name_on_the_hub_that_was_downloaded_before(folder, tmp_path):
     cache = tmp_path / "hub" / "models--small--Qwen3-Tiny"
     (cache / "snapshots").mkdir(parents=True)
     (cache / "snapshots" / REVISION).symlink_to(folder)
@@ -78,7 +78,7 @@ def test_a_name_on_the_hub_that_was_fetched_before(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_header(tmp_path / "out.gguf").get("general.name") == "Qwen3-Tiny"
     assert offline(f"small/Qwen3-Tiny@{REVISION}", tmp_path / "2.gguf", HF_HOME=str(tmp_path)).returncode == 0
-    assert "small/Qwen3-Tiny@other: not a folder here, and cannot be fetched" in refused(
+    assert "small/Qwen3-Tiny@other: not a local folder, and cannot be downloaded" in refused(
         "small/Qwen3-Tiny@other", tmp_path / "3.gguf", HF_HOME=str(tmp_path)
     )
 
@@ -96,11 +96,11 @@ def test_mistakes(mistake, run, folder, tmp_path):
         ([folder, folder], "the output is the input itself"),
         ([folder, tmp_path / "no" / "out.gguf"], "no such folder"),
     ]
-    for arguments, says in cases:
-        assert says in mistake("convert", *arguments), arguments
+    for arguments, message in cases:
+        assert message in mistake("convert", *arguments), arguments
     assert "No such file" in mistake("convert", "none/such/place", out)
-    assert "none/such: not a folder here, and cannot be fetched from the hub: " in refused("none/such", out)
+    assert "none/such: not a local folder, and cannot be downloaded from the hub: " in refused("none/such", out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     out.write_bytes(b"precious")
-    assert "exists already (--force replaces it)" in mistake("convert", folder, out)
+    assert "already exists (--force replaces it)" in mistake("convert", folder, out)
     assert run(folder, out, "--force").returncode == 0

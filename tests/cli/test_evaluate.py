@@ -1,4 +1,4 @@
-"""`ropewalk eval`: real readings by method, kept and gone on with, as table, JSON and picture."""
+"""`ropewalk eval`: readings by method, saved and resumed, as a table, JSON and a plot."""
 
 import json
 import math
@@ -37,8 +37,8 @@ def text(tmp_path_factory):
     return path
 
 
-def test_methods_are_read_in_their_bands_and_what_is_alike_once(run, smollm2, tmp_path):
-    """The model as if it were trained for 512 tokens: it reads 768 best as it is, by PI worst."""
+def test_methods_read_in_their_bands_and_equal_readings_are_done_once(run, smollm2, tmp_path):
+    """The model as if trained for 512 tokens: it reads 768 best unscaled, and worst with PI."""
     model, kept, picture = tmp_path / "short.gguf", tmp_path / "r.jsonl", tmp_path / "r.png"
     data = bytearray(smollm2.read_bytes())
     at = data.index(CONTEXT_KEY) + len(CONTEXT_KEY)
@@ -58,12 +58,12 @@ def test_methods_are_read_in_their_bands_and_what_is_alike_once(run, smollm2, tm
     assert 3 < none < yarn < pi < 100
     assert [key["found"] for key in rows[768, "none"]["keys"]] == [True]
     assert rows[768, "pi"]["against_yarn"]["low"] > 0 > rows[768, "none"]["against_yarn"]["difference"]
-    assert len(kept.read_text().splitlines()) == 1 + 3  # what is alike is read once
+    assert len(kept.read_text().splitlines()) == 1 + 3  # equal readings are done once
     again = json.loads(run(*arguments).stdout)
     assert again == found
 
 
-def test_killed_it_goes_on_with_the_same_result(run, tiny, text, tmp_path):
+def test_a_killed_run_resumes_with_the_same_result(run, tiny, text, tmp_path):
     kept, whole = tmp_path / "r.jsonl", tmp_path / "whole.jsonl"
     arguments = [tiny, "--text", text, "--contexts", "512,1024", "--methods", "none,ntk", "--passages", 3, "--json"]
     expected = json.loads(run(*arguments, "-o", whole).stdout)
@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(mistake, tiny, text, tmp_path):
         (["--methods", "magic"], "method: 'magic', expected none, schedule"),
         (["--methods", "schedule", "--contexts", "4096"], "4096 tokens are more than the 512"),
         (["--contexts", "65536", "--methods", "yarn"], "too few for"),
-        (["--contexts", "512", "-o", str(other)], "line 1 is no reading of ropewalk eval"),
+        (["--contexts", "512", "-o", str(other)], "line 1 is not a reading of ropewalk eval"),
         (["--contexts", "512", "-o", str(tmp_path)], "is a folder"),
         (["--contexts", "20"], "expected more than"),
     ]
@@ -127,4 +127,4 @@ def test_mistakes_are_one_line(mistake, tiny, text, tmp_path):
     assert "none.txt" in mistake("eval", tiny, "--text", tmp_path / "none.txt", "--contexts", 512)
     assert other.read_text() == '{"id": "x"}\n' and not fresh.exists()
     other.write_text('{"key": "x", "reading": "abc"}\n')
-    assert "line 1 is no reading" in mistake("eval", tiny, "--text", text, "--contexts", "512", "-o", other)
+    assert "line 1 is not a reading" in mistake("eval", tiny, "--text", text, "--contexts", "512", "-o", other)

@@ -23,7 +23,7 @@ def extended(smollm2, tmp_path_factory):
     return path
 
 
-def test_facts_bands_memory_and_what_others_make_of_it(run, extended):
+def test_metadata_bands_memory_and_stock_llama_cpp(run, extended):
     result = run(extended)
     assert result.returncode == 0 and not result.stderr
     for words in (
@@ -41,7 +41,7 @@ def test_facts_bands_memory_and_what_others_make_of_it(run, extended):
     assert "\x1b[" not in result.stdout  # piped: no colours
 
 
-def test_json_is_the_same_facts(run, extended):
+def test_json_has_the_same_facts(run, extended):
     facts = json.loads(run(extended, "--json").stdout)
     assert [band["context"] for band in facts["bands"]] == [8192, 16384, 32768]
     assert facts["model"]["n_rot"] == 64 and facts["schedule"] == "embedded"
@@ -49,7 +49,7 @@ def test_json_is_the_same_facts(run, extended):
     assert all(row["total_bytes"] > row["cache_bytes"] > 0 for row in facts["memory"])
 
 
-def test_a_picture_is_drawn(run, extended, tmp_path):
+def test_a_plot_is_saved(run, extended, tmp_path):
     picture = tmp_path / "factors.png"
     result = run(extended, "--plot", picture)
     assert result.returncode == 0
@@ -59,7 +59,7 @@ def test_a_picture_is_drawn(run, extended, tmp_path):
     assert result.returncode == 2 and "its folder does not exist" in result.stderr
 
 
-def test_what_a_file_says_cannot_take_the_terminal_over(run, tiny_llama, tmp_path):
+def test_text_in_a_file_cannot_take_over_the_terminal(run, tiny_llama, tmp_path):
     def rename(writer):
         writer.kv_data[0]["general.name"].value = "[/bold]\x1b[2J"
 
@@ -68,20 +68,20 @@ def test_what_a_file_says_cannot_take_the_terminal_over(run, tiny_llama, tmp_pat
     assert result.returncode == 0 and result.stdout.startswith("[/bold][2J  llama") and "\x1b" not in result.stdout
 
 
-def test_a_reader_that_leaves_early_is_no_error(extended):
+def test_a_closed_pipe_is_not_an_error(extended):
     command = f"{sys.executable} -m ropewalk inspect --json {extended} | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert result.stdout == "{\n" and not result.stderr
 
 
-def test_files_that_carry_factors_of_their_own_show_them(run, tiny_llama, tmp_path):
+def test_native_factors_are_shown(run, tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "m.gguf", rope_freqs=[1 + i / 2 for i in range(16)])
     result = run(path)
     assert "1–8.5" in result.stdout and "native schedule" in result.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\x03\0\0\0" + b"\xff" * 40])
-def test_what_is_no_model_is_one_line(run, tmp_path, content):
+def test_a_file_that_is_not_a_model_is_a_one_line_error(run, tmp_path, content):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
     for name in (path, tmp_path, tmp_path / "missing.gguf"):
@@ -96,7 +96,7 @@ def test_an_architecture_without_rope_is_refused(run, tiny_llama, tmp_path):
     assert result.returncode == 2 and "'gpt2' has no RoPE" in result.stderr
 
 
-def test_help_is_quick_and_loads_no_engine():
+def test_help_is_fast_and_loads_no_heavy_modules():
     code = (
         "import sys; sys.argv = ['ropewalk', '--help']\n"
         "from ropewalk.cli.main import main\n"

@@ -1,4 +1,4 @@
-"""`ropewalk search`: a whole search on a small model, killed and gone on with, and judged on other texts."""
+"""`ropewalk search`: whole searches on a small model, killed and resumed, and judged on held-out texts."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def options(tiny, texts):
     return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
 
 
-def test_what_is_found_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
+def test_the_result_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
     schedule, picture = tmp_path / "s.json", tmp_path / "s.png"
     done = run(*options, "-o", schedule, "--plot", picture, "--objective", "tail+0.5*needle", "--json")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -64,11 +64,11 @@ def test_what_is_found_is_written_embedded_and_judged(ropewalk_command, run, opt
     assert ropewalk_command("convert", tiny, long, "--schedule", schedule).returncode == 0
 
 
-def kept(schedule):
-    """Bytes of what a search has found out on the way."""
+def saved_bytes(schedule):
+    """Bytes of a search's saved results."""
     total = 0
     for path in schedule.with_name(f"{schedule.name}.search").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its final name
+        with contextlib.suppress(FileNotFoundError):  # it has just been renamed to its final name
             total += path.stat().st_size
     return total
 
@@ -80,9 +80,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_schedule(run, options, tmp_p
     assert run(*options, *more, "-o", whole).returncode == 0
     rng = random.Random(0)
     shares, kills = sorted(rng.uniform(0, 0.9) for _ in range(3)), 0
-    for share in [*shares, 2]:  # of what is kept in the end; moments in seconds would be another machine's
+    for share in [*shares, 2]:  # of the saved bytes; times in seconds would depend on the machine
         job = subprocess.Popen(command(*options, *more, "-o", killed), stderr=subprocess.DEVNULL)
-        while kept(killed) <= share * kept(whole) and job.poll() is None:
+        while saved_bytes(killed) <= share * saved_bytes(whole) and job.poll() is None:
             time.sleep(0.001)
         if job.poll() is not None:
             break
@@ -92,26 +92,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_schedule(run, options, tmp_p
     assert kills
     assert job.wait() == 0
     assert killed.read_bytes() == whole.read_bytes()
-    again = run(*options, *more, "-o", killed)  # all is known
+    again = run(*options, *more, "-o", killed)  # all evaluations are in the journal
     assert again.returncode == 0 and killed.read_bytes() == whole.read_bytes()
 
 
 @pytest.fixture(scope="module")
 def plain(run, options, tmp_path_factory):
-    """A search by llama.cpp with no more options: what it said, and its schedule."""
+    """A search by llama.cpp without more options: its output, and its schedule."""
     schedule = tmp_path_factory.mktemp("plain") / "s.json"
     done = run(*options, "--evaluator", "llama", "-o", schedule)
     assert done.returncode == 0, done.stderr
     return done.stdout, schedule
 
 
-def test_a_human_is_told_plainly(plain):
+def test_the_output_is_human_readable(plain):
     where, first, *rest = plain[0].splitlines()
     assert where.endswith("s.json")
     assert re.match(
         r"up to 512 tokens: λ [\d.]+ to [\d.]+, (n̂ \d+, )?attention × [\d.]+ \((cma|yarn)\); [\d.]+ eval", first
     )
-    assert "held out" in rest[-1] or "the band is YaRN's" in rest[-1]
+    assert "held-out" in rest[-1] or "the band is YaRN's" in rest[-1]
 
 
 def test_two_workers_find_the_same(run, options, plain, tmp_path):
@@ -120,7 +120,7 @@ def test_two_workers_find_the_same(run, options, plain, tmp_path):
     assert schedule.read_bytes() == plain[1].read_bytes()
 
 
-def test_a_second_search_goes_on_from_what_the_first_embedded(ropewalk_command, run, options, plain, tiny, tmp_path):
+def test_a_second_search_continues_from_an_embedded_schedule(ropewalk_command, run, options, plain, tiny, tmp_path):
     long, schedule = tmp_path / "long.gguf", tmp_path / "s.json"
     assert ropewalk_command("convert", tiny, long, "--schedule", plain[1]).returncode == 0
     _, _, _, *rest = options
@@ -144,23 +144,23 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
         ([model, *rest, *out, "--budget", "2"], "budget: 2 evaluations, expected at least"),
         ([model, *rest, *out, "--algorithm", "magic"], "--algorithm: 'magic', expected one of cma"),
         ([model, *rest, *out, "--objective", "magic"], "objective: 'magic', expected tail"),
-        ([model, *rest, *out, "--parents", "4"], "--parents: has no meaning without --algorithm evolution"),
+        ([model, *rest, *out, "--parents", "4"], "--parents: only valid with --algorithm evolution"),
         ([model, *rest, *out, *evolution, "--mutations", "-1"], "mutations: -1, expected at least 0"),
         ([model, *rest, *out, *evolution, "--probability", "2"], "probability: 2, expected more than 0"),
         ([model, *rest, *out, "--engine", "moon"], "--engine: 'moon', expected one of local, ray"),
-        ([model, *rest, *out, "--ray-address", "x:1"], "--ray-address: has no meaning without --engine ray"),
+        ([model, *rest, *out, "--ray-address", "x:1"], "--ray-address: only valid with --engine ray"),
         ([model, *rest, *out, "--algorithm", "gradient", "--evaluator", "llama"], "llama has no gradients"),
         ([model, *rest, *out, "--context", "200"], "expected more than the 256"),
         ([model, *rest, *out, "--bands", "100,512"], "expected rising numbers above the 256"),
         ([model, *rest, *out, "--bands", "8192", "--budget", "50"], "too few for"),
-        ([model, *rest, *out, "--bands", "512,4096,8192", "--budget", "50"], "stretches of 8,191"),
+        ([model, *rest, *out, "--bands", "512,4096,8192", "--budget", "50"], "passages of 8,191"),
         ([model, *rest, *out, "--kv", "magic"], "kv: 'magic', expected"),
         ([model, *rest, *out, "--kv", "auto"], "kv: 'auto', expected a type by name"),
         ([model, *rest, *out, "--plot", "s.svg"], "--plot: 's.svg', expected a name that ends in .png"),
         ([model, *rest, *out, "--plot", tmp_path / "no" / "s.png"], "its folder does not exist"),
         ([model, *rest, "-o", tmp_path], "is a folder"),
         ([model, *rest, "-o", tmp_path / "no" / "s.json"], "its folder does not exist"),
-        ([model, *rest, "-o", model], "-o: would replace what is no schedule"),
+        ([model, *rest, "-o", model], "-o: would replace a file that is not a schedule"),
         ([tmp_path / "none.gguf", *rest, *out], "none.gguf"),
     ]
     for arguments, message in cases:
@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
     assert not (tmp_path / "s.json").exists()
 
 
-def test_evolution_as_it_is_told_without_screening_and_short_texts(run, tiny, texts, tmp_path):
+def test_evolution_with_options_without_screening_or_short_texts(run, tiny, texts, tmp_path):
     folder = shutil.copytree(texts, tmp_path / "texts")
     (folder / "short.txt").write_text(TOPICS[:300])
     schedule = tmp_path / "s.json"
@@ -179,11 +179,11 @@ def test_evolution_as_it_is_told_without_screening_and_short_texts(run, tiny, te
     assert done.returncode == 0, done.stderr
     (band,) = json.loads(done.stdout)["bands"]
     assert band["fidelity"] == "full" and band["rank_correlation"] is None
-    # Baselines, YaRN as the start and no more than a first generation of 6 and two of 3; less by racing.
+    # Baselines, YaRN as the start, and at most a first generation of 6 and two of 3; racing saves some.
     assert 6 < band["evaluations"] <= 3 + 1 + 6 + 2 * 3
 
 
-def test_a_longer_budget_goes_on_in_every_band(run, tiny, texts, tmp_path):
+def test_a_larger_budget_continues_in_every_band(run, tiny, texts, tmp_path):
     options = [tiny, "--bands", "512,768", "--text", texts, "--window", 64, "--threads", 1, "-o", tmp_path / "s.json"]
     lines = []
     for budget in (24, 40):
@@ -197,17 +197,17 @@ def test_a_longer_budget_goes_on_in_every_band(run, tiny, texts, tmp_path):
 
 def test_stopped_by_a_signal(options, tmp_path):
     job = subprocess.Popen(command(*options, "--budget", "1h", "-o", tmp_path / "s.json"), stderr=subprocess.PIPE)
-    journal, give_up = tmp_path / "s.json.search" / "512.journal", time.monotonic() + 60
+    journal, deadline = tmp_path / "s.json.search" / "512.journal", time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
-        assert time.monotonic() < give_up
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    said = f"ropewalk: stopped; the same command goes on from {tmp_path / 's.json.search'}\n"
-    assert job.communicate()[1].decode() == said and job.returncode == 130
+    expected = f"ropewalk: stopped; the same command resumes from {tmp_path / 's.json.search'}\n"
+    assert job.communicate()[1].decode() == expected and job.returncode == 130
 
 
 def test_the_journal_of_another_search_is_refused(mistake, options, plain, tmp_path):
     schedule = tmp_path / "s.json"
     shutil.copytree(f"{plain[1]}.search", f"{schedule}.search")
-    said = mistake("search", *options, "--evaluator", "llama", "-o", schedule, "--seed", 9)
-    assert "the journal of another search" in said and not schedule.exists()
+    message = mistake("search", *options, "--evaluator", "llama", "-o", schedule, "--seed", 9)
+    assert "the journal of another search" in message and not schedule.exists()

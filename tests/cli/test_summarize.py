@@ -1,4 +1,4 @@
-"""`ropewalk summarize` as a user runs it: the real model, real files, real kills."""
+"""`ropewalk summarize` as a user runs it, with a real model, real files and real kills."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ def test_documents_of_every_kind(tmp_path: Path, run: Run) -> None:
     assert good["timings"]["read_s"] > 0 and good["timings"]["write_s"] > 0
     assert 40 < good["tokens"] < 100 and good["summary"].strip()
     assert found["x7"]["source"] == "docs/r.jsonl:2"
-    assert found["x7"]["summary"] == found["docs/r.jsonl:1"]["summary"]  # nothing depends on what came before
+    assert found["x7"]["summary"] == found["docs/r.jsonl:1"]["summary"]  # independent of earlier documents
     assert found["docs/deep/b.md"]["digest"] == hashlib.sha256((folder / "deep/b.md").read_bytes()).hexdigest()
 
 
-def test_run_again_does_what_is_new(tmp_path: Path, run: Run) -> None:
+def test_a_second_run_does_only_what_is_new(tmp_path: Path, run: Run) -> None:
     (tmp_path / "a.txt").write_text(BRIDGE)
     (tmp_path / "b.txt").write_bytes(b"\xff")
     out = tmp_path / "out.jsonl"
@@ -150,7 +150,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path, model: list[str], ru
         wait_for_lines(out, n)
         process.kill()
         process.communicate()
-    with out.open("ab") as file:  # a kill in the middle of a write
+    with out.open("ab") as file:  # killed in the middle of a write
         file.write(b'{"id": "d2", "source": "in.js')
     assert run("in.jsonl", "--field", "text", "-o", "out.jsonl").returncode == 0
     expected = [(record["id"], record["summary"]) for record in records(tmp_path / "whole.jsonl")]
@@ -158,8 +158,8 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path, model: list[str], ru
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
-def test_another_question_to_a_document_does_not_read_it_again(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "with.txt").write_text(pydoc_data.topics.topics["with"])  # some 800 tokens
+def test_another_question_about_a_document_does_not_read_it_again(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "with.txt").write_text(pydoc_data.topics.topics["with"])  # about 800 tokens
 
     def ask(output: str, question: str) -> dict[str, Any]:
         options = ["--max-tokens", "16", "--context", "1024", "--threads", "1", "--prompt-cache", "prompts"]
@@ -191,10 +191,10 @@ def test_stopped_by_a_signal(tmp_path: Path, model: list[str], number: signal.Si
     _, stderr = process.communicate(timeout=20)
     n_done = len(records(tmp_path / "out.jsonl"))
     assert process.returncode == code
-    assert stderr == f"ropewalk: stopped: {n_done} of 200 documents are done; the same command goes on from here\n"
+    assert stderr == f"ropewalk: stopped: {n_done} of 200 documents are done; the same command resumes from here\n"
 
 
-def test_too_long_a_document_is_split(tmp_path: Path, run: Run) -> None:
+def test_a_document_that_is_too_long_is_split(tmp_path: Path, run: Run) -> None:
     paragraphs = [f"{BRIDGE} In the year {1900 + i} {FARM}" for i in range(5)]
     (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
     done = run("long.txt", "-o", "-")
@@ -204,7 +204,7 @@ def test_too_long_a_document_is_split(tmp_path: Path, run: Run) -> None:
     assert record["tokens"] > 480 and record["summary"]
 
 
-def test_the_bundled_model_made_long_is_the_default(
+def test_the_extended_bundled_model_is_the_default(
     ropewalk_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text(FARM)
@@ -216,21 +216,21 @@ def test_the_bundled_model_made_long_is_the_default(
         return dict(json.loads(done.stdout))
 
     first = go()
-    (made,) = (tmp_path / "cache").rglob("*.gguf")
-    before = made.read_bytes()
-    with made.open("r+b") as file:  # spoilt, and then cut short
+    (extended,) = (tmp_path / "cache").rglob("*.gguf")
+    before = extended.read_bytes()
+    with extended.open("r+b") as file:  # damaged, and then cut short
         file.seek(len(before) // 2)
         file.write(b"\0" * 64)
     assert go()["summary"] == first["summary"]
-    assert made.read_bytes() == before
-    os.truncate(made, 50_000_000)
+    assert extended.read_bytes() == before
+    os.truncate(extended, 50_000_000)
     assert go()["settings"] == first["settings"]
-    assert made.read_bytes() == before
-    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [made.name]
+    assert extended.read_bytes() == before
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [extended.name]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         ("missing.txt -o o", "missing.txt: No such file"),
         ("*.rst -o o", "*.rst: no documents"),
@@ -240,14 +240,14 @@ def test_the_bundled_model_made_long_is_the_default(
         ("a.txt --field x -o o", "--field: none of the inputs"),
         ("a.txt -o empty", "empty: is a folder"),
         ("a.txt -o nowhere/o", "nowhere/o: its folder does not exist"),
-        ("a.txt -o notes", "notes: line 1 is no result"),
-        ("a.txt -o other.jsonl", "other.jsonl: line 1 is no result"),
-        ("a.txt -o /dev/full", "/dev/full: is no regular file"),
+        ("a.txt -o notes", "notes: line 1 is not a result"),
+        ("a.txt -o other.jsonl", "other.jsonl: line 1 is not a result"),
+        ("a.txt -o /dev/full", "/dev/full: is not a regular file"),
         ("a.txt -o o -m missing.gguf", "missing.gguf: cannot read the model: No such file"),
         ("a.txt -o o -m notes", "notes: "),
         ("a.txt -o o --schedule schedule.json", "schedule.json: "),
         ("a.txt -o o --prompt=", "--prompt: empty"),
-        ("a.txt -o o --prompt-cache notes", "notes: is no folder"),
+        ("a.txt -o o --prompt-cache notes", "notes: not a folder"),
         ("a.txt -o o --prompt-cache p --prompt-cache-size 4XB", "--prompt-cache-size: '4XB'"),
         ("a.txt -o o --kv q9_9", "kv: 'q9_9'"),
         ("a.txt -o o --context 64", "a context of 64 tokens is too small"),
@@ -257,8 +257,8 @@ def test_the_bundled_model_made_long_is_the_default(
         ("a.txt", "Missing option"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
-    mistake: Callable[..., str], tmp_path: Path, model: list[str], arguments: str, words: str
+def test_mistakes_are_one_line_and_leave_no_files(
+    mistake: Callable[..., str], tmp_path: Path, model: list[str], arguments: str, expected: str
 ) -> None:
     (tmp_path / "a.txt").write_text(FARM)
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n')
@@ -269,8 +269,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     os.mkfifo(tmp_path / "pipe")
     before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     given = arguments.split()
-    said = mistake("summarize", *given, *(model if "-m" not in given else []), cwd=tmp_path)
-    assert said.startswith(f"ropewalk: {words}")
+    message = mistake("summarize", *given, *(model if "-m" not in given else []), cwd=tmp_path)
+    assert message.startswith(f"ropewalk: {expected}")
     assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
 
 

@@ -1,4 +1,4 @@
-"""What a file says of its RoPE: stock llama.cpp is the judge where it can be, the formula where it cannot."""
+"""What a file says about its RoPE: checked against stock llama.cpp where possible, else against the formula."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logits(path: Path, n_ctx: int) -> np.ndarray[Any, Any]:
         logits_all=True,
         verbose=False,
         n_threads=1,
-        yarn_beta_fast=-1.0,  # the file's: llama-cpp-python puts 32 and 1 in their place if nothing is said
+        yarn_beta_fast=-1.0,  # the file's: by default llama-cpp-python passes 32 and 1 instead
         yarn_beta_slow=-1.0,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_band_files_run_as_stock_llama_cpp_runs_them(case: str, tmp_path: Path, tiny_llama: TinyLlama) -> None:
-    """The native schedule, embedded as explicit factors, gives the logits of the file as it came."""
+    """The native schedule, embedded as explicit factors, gives the logits of the unmodified file."""
     path = tiny_llama(tmp_path / "own.gguf", context_length=512, **CASES[case])
     native = native_schedule(read_header(path))
     assert [band.context for band in native.bands] == [512]
@@ -88,7 +88,7 @@ def test_one_band_files_run_as_stock_llama_cpp_runs_them(case: str, tmp_path: Pa
     if native.facts.native_factors or native.facts.native_attention_factor != 1:
         kept = {k: v for k, v in CASES[case].items() if k in ("arch", "freq_base")}
         plain = tiny_llama(tmp_path / "plain.gguf", context_length=512, **kept)
-        assert np.abs(logits(plain, 512) - own).max() > 0.05  # or the comparison above would prove nothing
+        assert np.abs(logits(plain, 512) - own).max() > 0.05  # otherwise the comparison above would prove nothing
 
 
 @pytest.mark.parametrize("scaling", [{}, {"attn_factor": 1.2}, {"factor": 2.0}], ids=str)
@@ -182,12 +182,12 @@ def test_grok_reads_its_own_extrapolation(tmp_path: Path, tiny_llama: TinyLlama)
     assert (set(facts.native_factors), facts.native_attention_factor) == ({8.0}, 1.5)
 
 
-def test_hunyuan_works_out_its_base(tmp_path: Path, tiny_llama: TinyLlama) -> None:
+def test_hunyuan_derives_its_base(tmp_path: Path, tiny_llama: TinyLlama) -> None:
     header = read_header(tiny_llama(tmp_path / "m", arch="hunyuan-dense", scaling={"alpha": 1000.0}))
     assert rope_facts(header).freq_base == pytest.approx(10000 * 1000 ** (32 / 30), rel=1e-5)
 
 
-def test_step35_keeps_the_longest_layers_factors(tmp_path: Path, tiny_llama: TinyLlama) -> None:
+def test_step35_uses_the_first_of_the_stored_factors(tmp_path: Path, tiny_llama: TinyLlama) -> None:
     header = read_header(tiny_llama(tmp_path / "m", arch="step35", rope_freqs=[2.0] * 24))
     assert rope_facts(header).native_factors == (2.0,) * HALF
 
@@ -219,14 +219,14 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "factor": ({"scaling": {"factor": -2.0}}, "rope.scaling.factor: -2, expected"),
     "factor text": ({"scaling": {"factor": "four"}}, "rope.scaling.factor: 'four', expected a number"),
     "factor not a number": ({"scaling": {"factor": NAN}}, "rope.scaling.factor: nan, expected"),
-    "factor endless": ({"scaling": {"factor": float("inf")}}, "rope.scaling.factor: inf, expected"),
+    "factor infinite": ({"scaling": {"factor": float("inf")}}, "rope.scaling.factor: inf, expected"),
     "factor tiny": ({"scaling": {"factor": 1e-40}}, "rope.scaling.factor: 9.99995e-41, expected"),
     "yarn that shrinks": ({"scaling": yarn_of(0.5, 64)}, "rope.scaling.factor: 0.5, expected at least 1"),
     "attention factor": ({"scaling": {"attn_factor": 0.0}}, "rope.scaling.attn_factor: 0, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
     "original": ({"scaling": yarn_of(4.0, 2**32 - 1)}, "original_context_length: 4294967295, expected"),
     "freqs not a number": ({"rope_freqs": [1.0] * 15 + [NAN]}, "'rope_freqs.weight': element 15 is nan"),
-    "freqs endless": ({"rope_freqs": [1.0] * 15 + [HUGE]}, "'rope_freqs.weight': element 15 is 3e"),
+    "freqs huge": ({"rope_freqs": [1.0] * 15 + [HUGE]}, "'rope_freqs.weight': element 15 is 3e"),
     "freqs zero": ({"rope_freqs": [0.0] * 16}, "'rope_freqs.weight': element 0 is 0"),
     "freqs negative": ({"rope_freqs": [-1.0] * 16}, "'rope_freqs.weight': element 0 is -1"),
     "freqs too many": ({"rope_freqs": [1.0] * 17}, r"F32 of shape \[17\], expected F32 of \[16\]"),
@@ -281,20 +281,20 @@ def test_temperature_by_original_context_rules_native_factors_out(tmp_path: Path
     assert not takes_native_factors(read_header(tiny_llama(tmp_path / "c", arch="qwen2")))
 
 
-def test_what_stock_does_is_said(tmp_path: Path, tiny_llama: TinyLlama) -> None:
+def test_what_stock_does_is_described(tmp_path: Path, tiny_llama: TinyLlama) -> None:
     source = tiny_llama(tmp_path / "plain.gguf")
     assert what_stock_does(read_header(source)) == ["runs it as it is, up to 256 tokens."]
     schedule = extend(native_schedule(read_header(source)), 2048)
 
-    def said(schedule: Schedule, source: Path = source) -> str:
+    def described(schedule: Schedule, source: Path = source) -> str:
         embed_schedule(source, tmp_path / "long.gguf", schedule, force=True)
         return " ".join(what_stock_does(read_header(tmp_path / "long.gguf")))
 
-    three = said(schedule)
+    three = described(schedule)
     for part in ("at most 256 tokens", "longer one the last (up to 2,048)", "The 2 between are not used", "attention"):
         assert part in three
-    assert said(schedule.only(3)) == "runs it by its one band, up to 2,048 tokens."
+    assert described(schedule.only(3)) == "runs it with its only band, up to 2,048 tokens."
     late = schedule.bands[3].model_copy(update={"start_tokens": 4})
-    assert "Start tokens (4)" in said(schedule.model_copy(update={"bands": (schedule.bands[0], late)}))
+    assert "Start tokens (4)" in described(schedule.model_copy(update={"bands": (schedule.bands[0], late)}))
     other = tiny_llama(tmp_path / "qwen2.gguf", arch="qwen2")
-    assert "cannot take rescale factors for this 'qwen2' model" in said(schedule, other)
+    assert "cannot take rescale factors for this 'qwen2' model" in described(schedule, other)

@@ -1,4 +1,4 @@
-"""The head of a GGUF file: all of it is read as the gguf package reads it, and nothing hostile gets through."""
+"""The header of a GGUF file: all of it is read as the gguf package reads it, and nothing hostile gets through."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def file_of(
     n_tensors: int | None = None,
     alignment: int = 32,
 ) -> Path:
-    """A GGUF file of these parts, with counts that may lie."""
+    """A GGUF file of these parts, with counts that may be wrong."""
     head = magic + struct.pack(
         "<IQQ",
         version,
@@ -143,31 +143,31 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "more entries than fit": ({"n_entries": 9}, "number of metadata entries"),
     "many tensors": ({"n_tensors": 2**40}, "number of tensors"),
     "more tensors than fit": ({"n_tensors": 5}, "number of tensors"),
-    "endless key": ({"entries": (struct.pack("<Q", 2**60) + b"k",)}, "length of key"),
+    "huge key": ({"entries": (struct.pack("<Q", 2**60) + b"k",)}, "length of key"),
     "empty key": ({"entries": (entry("", U32, bytes(4)),)}, "printable"),
     "key with an escape": ({"entries": (entry("a\x1b[2J", U32, bytes(4)),)}, "printable"),
-    "key that is no text": ({"entries": (entry(b"\xff\xff", U32, bytes(4)),)}, "printable"),
+    "key that is not text": ({"entries": (entry(b"\xff\xff", U32, bytes(4)),)}, "printable"),
     "value type": ({"entries": (entry("k", 77, bytes(8)),)}, "k: value type 77"),
-    "endless string": ({"entries": (entry("k", STRING, struct.pack("<Q", 2**50)),)}, "length of k"),
-    "endless array": ({"entries": (entry("k", ARRAY, struct.pack("<IQ", U32, 2**61)),)}, "length of k"),
-    "endless strings": ({"entries": (entry("k", ARRAY, struct.pack("<IQ", STRING, 2**61)),)}, "length of k"),
+    "huge string": ({"entries": (entry("k", STRING, struct.pack("<Q", 2**50)),)}, "length of k"),
+    "huge array": ({"entries": (entry("k", ARRAY, struct.pack("<IQ", U32, 2**61)),)}, "length of k"),
+    "huge array of strings": ({"entries": (entry("k", ARRAY, struct.pack("<IQ", STRING, 2**61)),)}, "length of k"),
     "string in an array": ({"entries": (entry("k", ARRAY, struct.pack("<IQQ", STRING, 1, 2**62)),)}, "k at byte"),
     "array of arrays": ({"entries": (entry("k", ARRAY, struct.pack("<IQ", ARRAY, 1) + bytes(12)),)}, "array of value"),
-    "key twice": ({"entries": (entry("k", U32, bytes(4)), entry("k", U32, bytes(4)))}, "k: stands twice"),
+    "key twice": ({"entries": (entry("k", U32, bytes(4)), entry("k", U32, bytes(4)))}, "k: appears twice"),
     "alignment 0": ({"entries": (entry("general.alignment", U32, bytes(4)),)}, "power of two"),
     "alignment 24": ({"entries": (entry("general.alignment", U32, b"\x18\0\0\0"),)}, "power of two"),
     "alignment 2 MiB": ({"entries": (entry("general.alignment", U32, b"\0\0\x20\0"),)}, "power of two"),
     "alignment text": ({"entries": (entry("general.alignment", STRING, text("32")),)}, "power of two"),
-    "tensor twice": ({"tensors": (tensor(), tensor(offset=32))}, "'t': stands twice"),
+    "tensor twice": ({"tensors": (tensor(), tensor(offset=32))}, "'t': appears twice"),
     "five dimensions": ({"tensors": (tensor(shape=(1,) * 5),)}, "5 dimensions"),
     "many dimensions": ({"tensors": (text("t") + struct.pack("<I", 2**31) + bytes(64),)}, "dimensions"),
     "no elements": ({"tensors": (tensor(shape=(8, 0)),)}, "shape [8, 0]"),
     "overflowing shape": ({"tensors": (tensor(shape=(2**32, 2**32)),)}, "shape"),
     "tensor type": ({"tensors": (tensor(kind=4),)}, "type 4"),
-    "far tensor type": ({"tensors": (tensor(kind=2**32 - 1),)}, "type 4294967295"),
-    "broken rows": ({"tensors": (tensor(shape=(33,), kind=8),)}, "rows of 33, expected a multiple of 32"),
-    "crooked offset": ({"tensors": (tensor(offset=4),)}, "offset 4, expected a multiple of 32"),
-    "far offset": ({"tensors": (tensor(offset=2**62),)}, "cut short in tensor 't'"),
+    "huge tensor type": ({"tensors": (tensor(kind=2**32 - 1),)}, "type 4294967295"),
+    "incomplete rows": ({"tensors": (tensor(shape=(33,), kind=8),)}, "rows of 33, expected a multiple of 32"),
+    "unaligned offset": ({"tensors": (tensor(offset=4),)}, "offset 4, expected a multiple of 32"),
+    "huge offset": ({"tensors": (tensor(offset=2**62),)}, "cut short in tensor 't'"),
     "overlap": ({"tensors": (tensor("a", (16,)), tensor("b", offset=32))}, "overlap"),
     "long name": ({"tensors": (tensor("n" * 64),)}, "length of name of tensor 1"),
     "short data": ({"tensors": (tensor(shape=(17,)),)}, "cut short in tensor 't'"),
@@ -185,7 +185,7 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("", "a folder"), ("none", "No such file"), ("empty", "an empty file"), ("pipe", "regular")):
@@ -207,8 +207,8 @@ def test_cut_short_anywhere_is_refused(rich: Path, tmp_path: Path) -> None:
     end = header.data_start + last.offset + last.n_bytes
     edges = {e.start for e in header.entries.values()} | {e.end for e in header.entries.values()}
     edges |= {header.data_start + t.offset for t in header.tensors} | {header.data_start, end, *range(64)}
-    chosen = random.Random(1)
-    cuts = {cut + step for cut in edges for step in (-1, 0)} | {chosen.randrange(end) for _ in range(200)}
+    rng = random.Random(1)
+    cuts = {cut + step for cut in edges for step in (-1, 0)} | {rng.randrange(end) for _ in range(200)}
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole)
     for cut in sorted((cut for cut in cuts if 0 <= cut < end), reverse=True):
@@ -217,17 +217,17 @@ def test_cut_short_anywhere_is_refused(rich: Path, tmp_path: Path) -> None:
             read_header(path)
 
 
-def test_corrupted_heads_never_do_worse_than_a_refusal(rich: Path, tmp_path: Path) -> None:
+def test_corrupted_headers_are_at_worst_refused(rich: Path, tmp_path: Path) -> None:
     whole, head = rich.read_bytes(), read_header(rich).data_start
-    path, chosen, begun = tmp_path / "spoilt.gguf", random.Random(2), time.monotonic()
+    path, rng, started = tmp_path / "corrupted.gguf", random.Random(2), time.monotonic()
     refused = 0
     tracemalloc.start()
     for _ in range(400):
-        spoilt = bytearray(whole)
-        for _ in range(chosen.choice((1, 1, 4, 32))):
-            at = chosen.randrange(head) if chosen.random() < 0.7 else chosen.randrange(400)
-            spoilt[at] = chosen.choice((0, 0xFF, 0x7F, chosen.randrange(256)))
-        path.write_bytes(spoilt)
+        corrupted = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 4, 32))):
+            at = rng.randrange(head) if rng.random() < 0.7 else rng.randrange(400)
+            corrupted[at] = rng.choice((0, 0xFF, 0x7F, rng.randrange(256)))
+        path.write_bytes(corrupted)
         try:
             header = read_header(path)
             for key in header.entries:
@@ -238,11 +238,11 @@ def test_corrupted_heads_never_do_worse_than_a_refusal(rich: Path, tmp_path: Pat
     tracemalloc.stop()
     assert 100 < refused < 400  # some corruption is invisible: text, numbers
     assert peak < 50 << 20
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - started < 30
 
 
 def test_counts_that_fit_cost_no_memory_either(tmp_path: Path) -> None:
-    """A file of many tiny values, or one of much text, is as hostile as one of lies."""
+    """A file of many tiny values, or of much text, is as hostile as one with wrong counts."""
     many = b"".join(entry(f"{i:05}", 0, b"\0") for i in range(100_000))
     wide = b"".join(entry(f"{i:05}", STRING, text("x" * 60_000)) for i in range(400))
     for raw, count in ((many, 100_000), (wide, 400)):
@@ -255,12 +255,12 @@ def test_counts_that_fit_cost_no_memory_either(tmp_path: Path) -> None:
         assert peak < 50 << 20
 
 
-def test_a_large_vocabulary_is_stepped_over(tmp_path: Path) -> None:
+def test_a_large_vocabulary_is_skipped(tmp_path: Path) -> None:
     tokens = b"".join(text(f"token {i}") for i in range(250_000))
     path = file_of(tmp_path / "m.gguf", (entry("t", ARRAY, struct.pack("<IQ", STRING, 250_000) + tokens),))
     read = "import sys, time; from ropewalk.container import read_header; import resource\n"
-    read += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; begun = time.monotonic()\n"
-    read += "header = read_header(sys.argv[1]); took = time.monotonic() - begun\n"
+    read += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; started = time.monotonic()\n"
+    read += "header = read_header(sys.argv[1]); took = time.monotonic() - started\n"
     read += "print(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, header.entries['t'].count)"
     done = subprocess.run([sys.executable, "-c", read, path], capture_output=True, text=True, check=True)
     took, grown, count = done.stdout.split()

@@ -1,4 +1,4 @@
-"""The `ropewalk.` metadata: what is written is read back, and what is wrong is named."""
+"""The `ropewalk.` metadata: what is written is read back, and an error names the key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NATIVE = Schedule(facts=FACTS, bands=(native_band(FACTS),))
 
 
 def write(path: Path, values: list[Value]) -> Path:
-    """The values through the gguf package's own writer, in a file that is a model's head."""
+    """Write the values with the gguf package's own writer, in a file with a model's header."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(1024)
     writer.add_rope_dimension_count(32)
@@ -36,13 +36,13 @@ def write(path: Path, values: list[Value]) -> Path:
 
 
 def full() -> Schedule:
-    """Every field away from its default, and numbers that a float32 could not hold."""
-    chosen = np.random.default_rng(5)
+    """Every field different from its default, and numbers that a float32 could not hold."""
+    rng = np.random.default_rng(5)
     facts = RopeFacts(
         n_rot=32,
         freq_base=10000.0,
         original_context=256,
-        native_factors=tuple((1 + chosen.random(16)).tolist()),
+        native_factors=tuple((1 + rng.random(16)).tolist()),
         native_attention_factor=1.1 + 1e-12,
     )
     found = Provenance(
@@ -56,7 +56,7 @@ def full() -> Schedule:
     bands = [
         Band(
             context=256 * (i + 2),
-            rescale_factors=tuple((10 ** chosen.uniform(-3, 6, 16)).tolist()),
+            rescale_factors=tuple((10 ** rng.uniform(-3, 6, 16)).tolist()),
             start_tokens=(4, 7)[i],
             attention_factor=math.pi / 3,
             force_start_tokens=bool(i),
@@ -121,7 +121,7 @@ def f64(value: float) -> Value:
     return Value("", F64, value)
 
 
-def words(value: str) -> Value:
+def text(value: str) -> Value:
     return Value("", STRING, value)
 
 
@@ -132,25 +132,25 @@ def floats(*values: float) -> Value:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no version": ({"format_version": None}, "format_version"),
     "newer version": ({"format_version": u32(2)}, "format_version 2 is newer"),
-    "version text": ({"format_version": words("1")}, "format_version"),
+    "version text": ({"format_version": text("1")}, "format_version"),
     "no count": ({"band_count": None}, "ropewalk.band_count: None, expected 1 to 64"),
-    "count of none": ({"band_count": u32(0)}, "ropewalk.band_count: 0"),
+    "zero count": ({"band_count": u32(0)}, "ropewalk.band_count: 0"),
     "high count": ({"band_count": u32(2**32 - 1)}, "ropewalk.band_count: 4294967295"),
     "count too low": ({"band_count": u32(2)}, "ropewalk.band.2.context: expected bands 0 to 1"),
     "count too high": ({"band_count": u32(4)}, "bands.3.context"),
     "band without a number": ({"band__x__context": u32(3)}, "ropewalk.band.x.context: expected bands"),
     "band that is a value": ({"band__0": u32(3)}, "ropewalk.band.0: expected bands"),
-    "value that is a group": ({"facts": words("x"), "facts__n_rot": u32(32)}, "ropewalk.facts"),
+    "value that is a group": ({"facts": text("x"), "facts__n_rot": u32(32)}, "ropewalk.facts"),
     "other key": ({"facts__hue": u32(3)}, "facts.hue"),
     "no facts": ({"facts__n_rot": None}, "facts.n_rot"),
     "odd n_rot": ({"facts__n_rot": u32(33)}, "facts.n_rot"),
-    "endless base": ({"facts__freq_base": f64(math.inf)}, "facts.freq_base"),
+    "infinite base": ({"facts__freq_base": f64(math.inf)}, "facts.freq_base"),
     "context 0": ({"band__1__context": u32(0)}, "bands.1.context"),
-    "contexts that fall": ({"band__1__context": u32(100)}, "bands.1.context: 100, expected more than 256"),
+    "decreasing contexts": ({"band__1__context": u32(100)}, "bands.1.context: 100, expected more than 256"),
     "factor nan": ({"band__1__rescale_factors": floats(*[1.0] * 15, math.nan)}, "bands.1.rescale_factors.15"),
     "factor 0": ({"band__1__rescale_factors": floats(*[1.0] * 15, 0.0)}, "bands.1.rescale_factors.15"),
     "too few factors": ({"band__1__rescale_factors": floats(1.0)}, "bands.1.rescale_factors: 1 numbers"),
-    "factors that are one": ({"band__1__rescale_factors": f64(1.0)}, "bands.1.rescale_factors"),
+    "a number for factors": ({"band__1__rescale_factors": f64(1.0)}, "bands.1.rescale_factors"),
     "start tokens": ({"band__1__start_tokens": u32(5)}, "start_tokens: 5, expected one of"),
     "attention factor": ({"band__1__attention_factor": f64(-1.0)}, "bands.1.attention_factor"),
     "method": ({"band__1__found__method": u32(5)}, "bands.1.found.method"),
@@ -182,13 +182,13 @@ def test_a_schedule_for_another_model_is_refused(tmp_path: Path) -> None:
             schedule_of(read_header(path))
 
 
-def test_a_seed_too_long_for_the_format_is_refused() -> None:
+def test_a_seed_too_large_for_the_format_is_refused() -> None:
     band = native_band(FACTS).model_copy(update={"found": Provenance(seed=2**63)})
     with pytest.raises(UserError, match=r"ropewalk.band.0.found.seed: \d+, expected"):
         schedule_values(Schedule(facts=FACTS, bands=(band,)))
 
 
-def test_a_model_that_was_made_long_says_so_in_both_forms(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+def test_an_extended_model_says_so_in_both_forms(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
     source = tiny_llama(tmp_path / "a.gguf")
     schedule = extend(schedule_of(read_header(source)), 1024)
     embed_schedule(source, tmp_path / "b.gguf", schedule)

@@ -1,6 +1,6 @@
-"""What a GGUF file holds, short enough to be kept: equal for two files exactly if they hold the same.
+"""A digest of a GGUF file's contents, short enough to be kept: equal for two files exactly if their contents are.
 
-Reads with gguf's own reader, and needs nothing else, so that whoever wrote the file can be checked with it.
+It uses gguf's own reader and nothing else, so that it can check the files of any writer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 SHORT_ARRAY, SHORT_STRING = 16, 100
-"""Arrays and strings up to these lengths are kept as they are, longer ones as a digest."""
+"""Arrays and strings up to these lengths are kept whole, longer ones as a digest."""
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader with the items of an array in one part; its own takes seconds to make a part of every string."""
+    """gguf's reader with the items of an array in one part; the original takes seconds to split off every string."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type != ARRAY:
@@ -36,19 +36,19 @@ class _Reader(gguf.GGUFReader):
 
 
 def gguf_digest(path: Path) -> dict[str, dict[str, Any]]:
-    """Metadata and tensors of a file, in the file's order, as values that JSON keeps.
+    """Metadata and tensors of a file, in the file's order, as JSON values.
 
     Returns:
         ``metadata``: key → [type, value]; ``tensors``: name → [type, shape as GGUF has it, digest of the numbers].
-        An array's type is that of its items and ``[]``. What is long is ``{"length": …, "sha256": …}``: of a string
-        over its bytes, of an array over its items as GGUF stores them (strings with 8 bytes of length before each).
+        An array's type is that of its items and ``[]``. A long value is ``{"length": …, "sha256": …}``, with the
+        digest of a string's bytes, or of an array's items as GGUF stores them (each string after 8 bytes of length).
         Digests are the first half of a SHA-256.
     """
     reader = _Reader(path)
     return {
         "metadata": {
             name: _value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")
-        },  # "GGUF." are the reader's own, of the file's head
+        },  # "GGUF." fields are the reader's own, about the file's header
         "tensors": {
             tensor.name: [tensor.tensor_type.name, [int(n) for n in tensor.shape], _sha256(tensor.data.tobytes())]
             for tensor in reader.tensors
@@ -57,7 +57,7 @@ def gguf_digest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def string_arrays(path: Path) -> dict[str, tuple[str, ...]]:
-    """All metadata that is arrays of strings."""
+    """All metadata values that are arrays of strings."""
     return {
         name: tuple(_items(field.parts[5].tobytes(), STRING, int(field.parts[4][0])))
         for name, field in _Reader(path).fields.items()
@@ -66,7 +66,7 @@ def string_arrays(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """A line on each entry that two parts of a digest do not share."""
+    """One line for each entry that differs between two parts of a digest."""
     lines = [f"{name}: missing, expected {expected[name]}" for name in expected if name not in found]
     lines += [f"{name}: {found[name]}, expected none" for name in found if name not in expected]
     both = [name for name in expected if name in found and found[name] != expected[name]]

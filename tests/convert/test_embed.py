@@ -1,4 +1,4 @@
-"""A schedule put into a file: everything else is as it was, and stock llama.cpp runs what comes out as planned."""
+"""A schedule embedded in a file: everything else is unchanged, and stock llama.cpp runs the result as planned."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ def test_all_else_is_copied_byte_for_byte(name, tiny_llama, gguf_contents, tmp_p
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_llama_cpp_runs_it(name, tiny_llama, tmp_path):
-    """Short: as the original, bit for bit or nearly. Long: as our runtime with the last band on the original."""
+    """Short: like the original, up to rounding. Long: like our runtime with the last band on the original."""
     import ropewalk
 
     source = tiny_llama(tmp_path / "in.gguf", **MODELS[name])
     schedule = plan(source)
     embed_schedule(source, tmp_path / "out.gguf", schedule)
-    exact = {"type_k": 0, "type_v": 0}  # a cache of F32: in F16, a last bit's difference would grow
+    exact = {"type_k": 0, "type_v": 0}  # a cache of F32, as in F16 a difference in the last bit would grow
     short = logits(source, 128, **exact)
     assert np.abs(logits(tmp_path / "out.gguf", 128, **exact) - short).max() < 1e-3
     far = logits(tmp_path / "out.gguf", 2048, 400)
@@ -137,7 +137,7 @@ def test_an_architecture_that_takes_no_native_factors(options, tiny_llama, gguf_
     assert set(after) - ours == set(before) | added
     assert read_header(tmp_path / "out.gguf").get("qwen2.context_length") == 2048
     assert schedule_of(read_header(tmp_path / "out.gguf")) == schedule
-    assert (logits(tmp_path / "out.gguf", 128) == logits(source, 128)).all(), "stock llama.cpp runs it as it was"
+    assert (logits(tmp_path / "out.gguf", 128) == logits(source, 128)).all(), "stock llama.cpp runs it as before"
 
 
 def test_the_alignment_of_the_file_is_kept(tiny_llama, gguf_contents, tmp_path):
@@ -160,7 +160,7 @@ def test_embedding_again_replaces_what_was_embedded(tiny_llama, gguf_contents, t
     assert again == once
 
 
-def test_ours_goes_through_any_number_of_times(tiny_llama, tmp_path):
+def test_embedding_the_same_schedule_again_changes_nothing(tiny_llama, tmp_path):
     source = tiny_llama(tmp_path / "0.gguf")
     schedule = plan(source)
     for i in range(3):
@@ -228,9 +228,9 @@ def test_stock_llama_cpp_gives_the_bundled_model_more_context(smollm2, tmp_path)
 def test_a_broken_source_leaves_no_output(tiny_llama, tmp_path):
     source = tiny_llama(tmp_path / "in.gguf")
     schedule, whole = plan(source), source.read_bytes()
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     start = read_header(source).data_start
-    for cut in {0, 3, 4, 23, 24, start - 1, start, len(whole) - 1, *map(int, random.integers(0, len(whole), 30))}:
+    for cut in {0, 3, 4, 23, 24, start - 1, start, len(whole) - 1, *map(int, rng.integers(0, len(whole), 30))}:
         source.write_bytes(whole[:cut])
         with pytest.raises(UserError) as caught:
             embed_schedule(source, tmp_path / "out.gguf", schedule)

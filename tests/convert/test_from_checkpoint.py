@@ -1,4 +1,4 @@
-"""A checkpoint to a file in one go: with a schedule, requantised, in little memory, whole or not at all."""
+"""A checkpoint converted in one pass: with a schedule, requantised, in little memory, whole or not at all."""
 
 import json
 import random
@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A case's folder, to be changed: ``copy(name, **config)`` with these values in config.json (None: without)."""
+    """A case's folder, to be changed: ``copy(name, **config)`` with these values in config.json (None removes one)."""
 
-    def made(name, **config):
+    def write(name, **config):
         folder = tmp_path / name
         shutil.copytree(checkpoint(name), folder)
         values = json.loads((folder / "config.json").read_text())
@@ -35,11 +35,11 @@ def copy(checkpoint, tmp_path):
         (folder / "config.json").write_text(json.dumps(values))
         return folder
 
-    return made
+    return write
 
 
-def refused(folder, target, words, **options):
-    with pytest.raises(UserError, match=words) as error:
+def refused(folder, target, message, **options):
+    with pytest.raises(UserError, match=message) as error:
         convert_checkpoint(folder, target, **options)
     assert "\n" not in str(error.value)
     assert not target.exists() and not [path for path in target.parent.iterdir() if path.name.endswith(".part")]
@@ -84,7 +84,7 @@ def test_a_schedule_onto_factors_that_are_tensors(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q5_1"])
-def test_types_that_llama_cpp_makes(checkpoint, tmp_path, kind):
+def test_types_to_which_llama_cpp_quantises(checkpoint, tmp_path, kind):
     folder = checkpoint("llama")
     convert_checkpoint(folder, tmp_path / "16.gguf")
     convert_model(tmp_path / "16.gguf", tmp_path / "two.gguf", weight_type=kind)
@@ -130,7 +130,7 @@ def test_dynamic_ntk_becomes_bands(checkpoint, tmp_path):
     assert header.number("llama.context_length") == trained
 
 
-def test_yarn_with_ends_and_attention_of_its_own_answers_as_transformers_does(checkpoint, tmp_path):
+def test_yarn_with_its_own_betas_and_attention_factor_gives_transformers_logits(checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = checkpoint("llama-yarn-all")
@@ -151,7 +151,7 @@ def test_yarn_with_ends_and_attention_of_its_own_answers_as_transformers_does(ch
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
@@ -159,10 +159,10 @@ def test_yarn_with_ends_and_attention_of_its_own_answers_as_transformers_does(ch
         ),
         ({"architectures": None}, "architectures: None, expected a list"),
         ({"hidden_size": "64"}, "config.json: hidden_size: '64', expected a positive whole number"),
-        ({"hidden_size": 128}, r"shape \[512, 64\], expected \[\*, 128\] by config.json"),
+        ({"hidden_size": 128}, r"shape \[512, 64\], expected \[\*, 128\] from config.json"),
         (
             {"num_attention_heads": 7},
-            r"shape \[64, 128\], expected \[64, 224\] by config.json",
+            r"shape \[64, 128\], expected \[64, 224\] from config.json",
         ),
         ({"num_hidden_layers": 3}, "layer 2 has no tensor for"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, expected at most the"),
@@ -179,8 +179,8 @@ def test_yarn_with_ends_and_attention_of_its_own_answers_as_transformers_does(ch
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: .*gptq.*, expected none"),
     ],
 )
-def test_a_config_of_nonsense(copy, tmp_path, config, words):
-    refused(copy("qwen3", **config), tmp_path / "out.gguf", words)
+def test_an_invalid_config(copy, tmp_path, config, message):
+    refused(copy("qwen3", **config), tmp_path / "out.gguf", message)
 
 
 def test_a_missing_tensor_and_an_unknown_one(copy, tmp_path):
@@ -188,14 +188,14 @@ def test_a_missing_tensor_and_an_unknown_one(copy, tmp_path):
     whole = weights(folder)
     norm = "model.layers.1.self_attn.q_norm.weight"
     save_file({n: t for n, t in whole.items() if n != norm}, folder / "model.safetensors")
-    refused(folder, tmp_path / "out.gguf", "layer 1 has no tensor for attn_q_norm.weight, others have")
+    refused(folder, tmp_path / "out.gguf", "layer 1 has no tensor for attn_q_norm.weight, which other layers have")
     save_file({n: t for n, t in whole.items() if n != "model.norm.weight"}, folder / "model.safetensors")
     refused(folder, tmp_path / "out.gguf", r"no tensor for output_norm.weight, expected one \(config.json\)")
     save_file({**whole, "model.layers.0.magic.weight": torch.ones(3)}, folder / "model.safetensors")
     refused(folder, tmp_path / "out.gguf", "model.layers.0.magic.weight: not a tensor of Qwen3ForCausalLM")
 
 
-def test_nans_are_told(copy, tmp_path):
+def test_nans_are_reported(copy, tmp_path):
     folder = copy("qwen3")
     whole = weights(folder)
     whole["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
@@ -203,11 +203,11 @@ def test_nans_are_told(copy, tmp_path):
     for kind in ("bf16", "f16", "q8_0"):
         notes = convert_checkpoint(folder, tmp_path / f"{kind}.gguf", weight_type=kind)
         assert [note for note in notes if "NaN" in note] == [
-            "model.layers.0.mlp.up_proj.weight: has NaNs in it, and the model will answer with noise"
+            "model.layers.0.mlp.up_proj.weight: contains NaNs; the model will generate noise"
         ]
 
 
-def test_what_llama_cpp_runs_otherwise_is_told(copy, tmp_path):
+def test_what_llama_cpp_runs_differently_is_reported(copy, tmp_path):
     notes = convert_checkpoint(copy("qwen3", hidden_act="relu"), tmp_path / "out.gguf")
     assert notes == ("hidden_act relu: llama.cpp computes silu",)
 
@@ -219,7 +219,7 @@ def test_a_tokeniser_that_is_missing(copy, tmp_path):
     refused(folder, tmp_path / "out.gguf", "tokenizer")
 
 
-# --- memory, and ends at any moment
+# --- memory, and kills at any moment
 
 CONVERT = """import sys
 from ropewalk.convert import convert_checkpoint
@@ -227,7 +227,7 @@ convert_checkpoint(*sys.argv[1:3], weight_type=sys.argv[3])"""
 
 
 def large(folder: Path, small: Path, layers: int, hidden: int) -> int:
-    """A checkpoint of zeros that take no space on the disk, with `small`'s tokeniser: the largest tensor's bytes."""
+    """Write a checkpoint of zeros that take no disk space, with `small`'s tokeniser; return its largest tensor size."""
     folder.mkdir()
     for file in small.iterdir():
         if not file.name.startswith("model"):
@@ -259,7 +259,7 @@ import pathlib, re
 print(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])"""
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_is_bounded_by_the_largest_tensor(checkpoint, tmp_path):
     largest = large(tmp_path / "large", checkpoint("llama"), layers=24, hidden=1024)
     assert (tmp_path / "large" / "model.safetensors").stat().st_size > 750 << 20
@@ -270,7 +270,7 @@ def test_memory_is_bounded_by_the_largest_tensor(checkpoint, tmp_path):
         (tmp_path / "out.gguf").unlink()
 
 
-def test_killed_at_any_moment_nothing_is_under_the_name(checkpoint, tmp_path):
+def test_killed_at_any_moment_it_leaves_no_partial_output(checkpoint, tmp_path):
     large(tmp_path / "large", checkpoint("llama"), layers=6, hidden=1024)
     command = [sys.executable, "-c", CONVERT, tmp_path / "large", tmp_path / "out.gguf", "q8_0"]
     started = time.monotonic()

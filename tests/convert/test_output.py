@@ -1,4 +1,4 @@
-"""The output is there whole or not at all: refusals, full disks, two runs at once, signals at any moment, memory."""
+"""The output appears whole or not at all: refusals, full disks, two runs at once, signals at any moment, memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def names(folder):
 
 
 def sparse_model(path, n_bytes):
-    """A file that llama.cpp would take for a model of one huge tensor, of zeros that take no space on the disk."""
+    """A file that llama.cpp would take for a model of one huge tensor, of zeros that take no disk space."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(64)
@@ -76,8 +76,8 @@ def test_what_cannot_be_an_output_is_refused(source, schedule, place, force):
         place / ("x" * 300): "File name too long",
     }
     before, whole = names(place), source.read_bytes()
-    for target, says in wrong.items():
-        with pytest.raises(UserError, match=says) as caught:
+    for target, message in wrong.items():
+        with pytest.raises(UserError, match=message) as caught:
             embed_schedule(source, target, schedule, force=force)
         assert "\n" not in str(caught.value)
     assert names(place) == before and source.read_bytes() == whole
@@ -86,7 +86,7 @@ def test_what_cannot_be_an_output_is_refused(source, schedule, place, force):
 def test_an_existing_output_is_replaced_with_force_only(source, schedule, place):
     target = place / "out.gguf"
     target.write_bytes(b"precious")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         embed_schedule(source, target, schedule)
     assert target.read_bytes() == b"precious"
     embed_schedule(source, target, schedule, force=True)
@@ -94,9 +94,9 @@ def test_an_existing_output_is_replaced_with_force_only(source, schedule, place)
     assert names(place) == ["out.gguf"]
 
 
-def test_an_output_that_appears_meanwhile_is_not_touched(source, place):
+def test_an_output_that_appears_in_the_meantime_is_not_touched(source, place):
     target = place / "out.gguf"
-    with pytest.raises(UserError, match="exists by now"), output_file(target, source=source) as output:
+    with pytest.raises(UserError, match="exists now"), output_file(target, source=source) as output:
         output.part.write_bytes(b"ours")
         target.write_bytes(b"theirs")
     assert target.read_bytes() == b"theirs" and names(place) == ["out.gguf"]
@@ -111,7 +111,7 @@ def test_a_second_run_on_the_same_output_is_refused_and_harms_nothing(source, sc
     assert target.read_bytes() == b"ours" and names(place) == ["out.gguf"]
 
 
-def test_a_run_that_begins_while_another_ends_keeps_its_part(source, place):
+def test_a_run_that_starts_while_another_ends_keeps_its_part(source, place):
     """The first has published, and still holds its lock, when the second claims the same name."""
     target = place / "out.gguf"
     with output_file(target, source=source, force=True) as first:
@@ -182,7 +182,7 @@ def test_a_full_disk(source, schedule, place, kind):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        with pytest.raises(UserError, match=r"not enough space on the disk: .* are needed, .* are free"):
+        with pytest.raises(UserError, match=r"not enough disk space: .* needed, .* free"):
             convert_model(source, place / "out.gguf", schedule=schedule, weight_type=kind or None)
         assert names(place) == []
     finally:
@@ -229,24 +229,24 @@ def test_memory_does_not_grow_with_the_metadata(tiny_llama, place):
 @pytest.mark.parametrize("kind", ["", "q8_0"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_moment(smollm2, place, end, kind):
-    """No output, or a whole one; after SIGTERM and Ctrl-C nothing else; and the next run is not in its way."""
+    """No output, or a whole one; nothing else after SIGTERM and Ctrl-C; and no leftover stops the next run."""
     target = place / "out.gguf"
     options = ["convert", smollm2, target, "--context", "16384", *(["--type", kind] if kind else [])]
     command = [sys.executable, "-c", "from ropewalk.cli.main import main; main()", *map(str, options)]
-    moments = random.Random(f"{end} {kind}")
+    rng = random.Random(f"{end} {kind}")
     for _ in range(2):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 20
         while not any(place.iterdir()) and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 2.0 if kind else 0.25))
+        time.sleep(rng.uniform(0, 2.0 if kind else 0.25))
         run.send_signal(end)
-        _, said = run.communicate(timeout=30)
+        _, errors = run.communicate(timeout=30)
         if run.returncode == 0 or target.exists():
             assert read_header(target).get("llama.context_length") == 16384
             target.unlink()
         else:
-            assert run.returncode in (-end, 128 + end) and b"Traceback" not in said, said
+            assert run.returncode in (-end, 128 + end) and b"Traceback" not in errors, errors
         if end != signal.SIGKILL:
             assert names(place) == []
     schedule = plan_extension(read_header(smollm2), 16384, "yarn").schedule
@@ -258,21 +258,21 @@ def test_two_runs_at_once(smollm2, place):
     code = CONVERT.replace("1024", "16384")
     command = [sys.executable, "-c", code, smollm2, place / "out.gguf", ""]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [run.communicate(timeout=60)[1] for run in runs]
+    errors = [run.communicate(timeout=60)[1] for run in runs]
     codes = sorted(run.returncode for run in runs)
-    assert codes == [0, 1, 1], said
-    assert all(text == "" or "another run is writing it" in text or "exists" in text for text in said)
+    assert codes == [0, 1, 1], errors
+    assert all(text == "" or "another run is writing it" in text or "exists" in text for text in errors)
     assert names(place) == ["out.gguf"]
     assert read_header(place / "out.gguf").get("llama.context_length") == 16384
 
 
-def test_a_source_that_shrinks_meanwhile(source, schedule, place):
+def test_a_source_that_shrinks_while_it_is_read(source, schedule, place):
     def cut(done, total):
         with source.open("rb+") as file:
             file.truncate(read_header_start + 10)
 
     read_header_start = read_header(source).data_start
-    with pytest.raises(GGUFError, match="has become shorter"):
+    with pytest.raises(GGUFError, match="became shorter"):
         embed_schedule(source, place / "out.gguf", schedule, on_progress=cut)
     assert names(place) == []
 

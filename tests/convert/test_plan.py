@@ -1,4 +1,4 @@
-"""What becomes of factors that a model carries already: never lost without a word."""
+"""What happens to the factors that a model already has: they are never lost without a note."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def llama_3(tiny_llama, tmp_path):
 
 @pytest.fixture
 def extended(tiny_llama, tmp_path):
-    """A tiny model of 256 tokens, extended to 1,024 by YaRN before."""
+    """A tiny model of 256 tokens that was extended to 1,024 by YaRN."""
     source = tiny_llama(tmp_path / "tiny.gguf")
     embed_schedule(source, tmp_path / "extended.gguf", plan_extension(read_header(source), 1024, "yarn").schedule)
     return read_header(tmp_path / "extended.gguf")
@@ -59,7 +59,7 @@ def test_factors_of_known_origin_are_replaced_from_there(tiny_llama, tmp_path):
     assert "is dropped" in plan.note
 
 
-def test_an_embedded_schedule_is_started_again(extended):
+def test_an_embedded_schedule_is_replaced_by_default(extended):
     plan = plan_extension(extended, 2048, "pi")
     assert [band.context for band in plan.schedule.bands] == [256, 512, 1024, 2048]
     assert set(plan.schedule.bands[-1].rescale_factors) == {8.0}
@@ -118,7 +118,7 @@ def test_a_huge_context(tiny_llama, tmp_path, context):
 
 
 @pytest.mark.parametrize(("method", "existing"), [("magic", None), ("yarn", "maybe")])
-def test_what_is_no_option_is_refused(tiny_llama, tmp_path, method, existing):
+def test_an_unknown_option_is_refused(tiny_llama, tmp_path, method, existing):
     with pytest.raises(UserError, match="expected"):
         plan_extension(read_header(tiny_llama(tmp_path / "tiny.gguf")), 512, method, existing)
 
@@ -130,14 +130,14 @@ def test_a_given_schedule_is_taken_whole_or_cut(tiny_llama, tmp_path):
     cut = plan_given(header, given, "s.json", 700).schedule
     assert [band.context for band in cut.bands] == [256, 512, 700]
     assert cut.bands[-1].rescale_factors == given.bands[2].rescale_factors
-    for context, says in ((255, "at least the 256"), (2049, "s.json reaches 2048")):
-        with pytest.raises(UserError, match=says):
+    for context, message in ((255, "at least the 256"), (2049, "s.json reaches 2048")):
+        with pytest.raises(UserError, match=message):
             plan_given(header, given, "s.json", context)
-    with pytest.raises(UserError, match="whose factors are whole"):
+    with pytest.raises(UserError, match="whose factors are complete"):
         plan_given(header, given, "s.json", None, "compose")
 
 
-def test_a_given_schedule_must_know_of_trained_factors(llama_3, tmp_path):
+def test_a_given_schedule_must_include_trained_factors(llama_3, tmp_path):
     facts = RopeFacts(n_rot=32, freq_base=10000.0, original_context=256)
     plain = Schedule(facts=facts, bands=(Band(context=512, rescale_factors=(2.0,) * 16),))
     with pytest.raises(UserError, match=r"s\.json: facts\.native_factors.*λ 1 to 8.*replace"):

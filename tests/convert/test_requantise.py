@@ -1,4 +1,4 @@
-"""Weights brought to another type by llama.cpp's quantiser, in a process of its own."""
+"""Weights converted to another type by llama.cpp's quantiser, in a separate process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ropewalk.errors import UserError
 
 @pytest.fixture
 def wide(tiny_llama, tmp_path):
-    """A tiny model whose rows are long enough for every type (k-quants go by blocks of 256)."""
+    """A tiny model whose rows are long enough for every type (k-quants have blocks of 256)."""
     return tiny_llama(tmp_path / "wide.gguf", n_embd=256, n_head=4, n_head_kv=2)
 
 
@@ -92,7 +92,7 @@ def test_quantised_weights_may_be_quantised_again(wide, tmp_path):
 def test_what_llama_cpp_refuses_is_one_line(tiny_llama, tmp_path):
     unknown = tiny_llama(tmp_path / "unknown.gguf", arch="nosucharch")
     with pytest.raises(
-        UserError, match=r"unknown\.gguf: llama\.cpp cannot bring it to q8_0: unknown model arch"
+        UserError, match=r"unknown\.gguf: llama\.cpp cannot convert it to q8_0: unknown model arch"
     ) as caught:
         convert_model(unknown, tmp_path / "out.gguf", weight_type="q8_0")
     assert "\n" not in str(caught.value)
@@ -102,7 +102,7 @@ def test_what_llama_cpp_refuses_is_one_line(tiny_llama, tmp_path):
     with nan.open("rb+") as file:
         file.seek(header.data_start + tensor.offset)
         file.write(np.full(8, np.nan, dtype="<f4").tobytes())
-    with pytest.raises(UserError, match=r"nan\.gguf: llama\.cpp cannot bring it to q8_0: .*"):
+    with pytest.raises(UserError, match=r"nan\.gguf: llama\.cpp cannot convert it to q8_0: .*"):
         convert_model(nan, tmp_path / "out.gguf", weight_type="q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.gguf", "unknown.gguf"]
 
@@ -133,9 +133,9 @@ def test_progress_is_shown_in_bytes(wide, tmp_path):
 CONVERT = "import sys; from ropewalk.convert import convert_model; convert_model(*sys.argv[1:3], weight_type='q4_k_m')"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_the_quantiser_ends_when_we_are_killed(smollm2, tmp_path):
-    """Even by SIGKILL, which lets us do nothing; and it goes on no longer."""
+    """Even by SIGKILL, after which we can do nothing."""
     out = tmp_path / "out.gguf"
     run = subprocess.Popen([sys.executable, "-c", CONVERT, smollm2, out])
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")

@@ -1,4 +1,4 @@
-"""Several files instead of one: what llama.cpp makes of them, their sizes, and what is left when it fails."""
+"""Several files instead of one: how llama.cpp reads them, their sizes, and what is left after a failure."""
 
 import gguf
 import llama_cpp
@@ -48,7 +48,7 @@ def test_mistakes(model, tmp_path):
     limit = max(t.n_bytes for t in read_header(model).tensors)
     n = len(split_model(model, tmp_path / "out.gguf", limit))
     (tmp_path / f"out-00001-of-{n:05d}.gguf").unlink()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         split_model(model, tmp_path / "out.gguf", limit)
     assert not (tmp_path / f"out-00001-of-{n:05d}.gguf").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
@@ -61,12 +61,12 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2T", "1.5G", "G"])
-def test_sizes_that_are_none(text):
+def test_invalid_sizes(text):
     with pytest.raises(UserError, match="expected a number like 500M or 2G"):
         parse_size(text)
 
 
-def test_parts_are_run_and_weighed_as_one_model(model, tmp_path):
+def test_parts_are_run_and_measured_as_one_model(model, tmp_path):
     limit = max(t.n_bytes for t in read_header(model).tensors)
     names = split_model(model, tmp_path / "out.gguf", limit)
     whole, first = read_header(model), read_header(names[0])

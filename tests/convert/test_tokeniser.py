@@ -1,4 +1,4 @@
-"""Converted tokenisers give the tokens that the original ones give, for every kind; broken ones are told in a line."""
+"""Converted tokenisers of every kind give the original's tokens; a broken one is a one-line error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ropewalk.errors import UserError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 N_LINES = 10_000
-N_SLOW = 1_000  # llama.cpp cuts by some definitions at 20 kB/s
+N_SLOW = 1_000  # by some definitions, llama.cpp splits only 20 kB/s
 SENTENCEPIECE = {
     "v1": tokenisers.SentencePiece("tokenizer.model.v1", 32000, 32000),
     "v3": tokenisers.SentencePiece("mistral_instruct_tokenizer_240323.model.v3", 32768, 32768),
@@ -37,8 +37,8 @@ def llama_tokens(file: Path, lines: Sequence[str], special: bool = False) -> lis
         llm.close()
 
 
-def unlike(file: Path, lines: Sequence[str], encode: Callable[[list[str]], list[list[int]]]) -> list[str]:
-    """Lines that llama.cpp, with a converted file, takes apart otherwise than the original tokeniser."""
+def differing_lines(file: Path, lines: Sequence[str], encode: Callable[[list[str]], list[list[int]]]) -> list[str]:
+    """Lines that llama.cpp, with a converted file, tokenises differently from the original tokeniser."""
     wanted = encode(list(lines))
     assert len({len(tokens) for tokens in wanted}) > 20
     return [line for line, a, b in zip(lines, llama_tokens(file, lines), wanted, strict=True) if a != b]
@@ -48,7 +48,7 @@ def encoder(tokeniser: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
     return lambda lines: [found.ids for found in tokeniser.encode_batch(lines, add_special_tokens=False)]
 
 
-def made(folder: Path, tokeniser: Any, size: int, files: str = "model") -> Path:
+def write_model(folder: Path, tokeniser: Any, size: int, files: str = "model") -> Path:
     """A tiny Llama with a tokeniser of `size` tokens."""
     config = {**checkpoints.LLAMA, "vocab_size": size}
     case = checkpoints.Case("tiny", config, tokeniser=tokeniser, tokeniser_files=files)
@@ -65,7 +65,7 @@ def trained(
     ignore_merges: bool = False,
     added: Sequence[str] = (),
 ) -> tuple[Path, Tokenizer]:
-    """A checkpoint with byte-level BPE learnt from some of the lines, that cuts text as `definition` says."""
+    """A checkpoint with byte-level BPE trained on some of the lines, that splits text as `definition` says."""
     steps = [_step(part) for part in definition]
     if GPT2 not in definition:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -82,10 +82,10 @@ def trained(
     )
     tokeniser.train_from_iterator(varied.varied_lines(N_LINES)[::4], trainer)
     tokeniser.add_tokens(list(added))
-    place = made(folder, checkpoints.NEW_BPE, tokeniser.get_vocab_size())
+    place = write_model(folder, checkpoints.NEW_BPE, tokeniser.get_vocab_size())
     tokeniser.save(str(place / "tokenizer.json"))
-    words = {"bos_token": END, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (place / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    config = {"bos_token": END, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (place / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return place, tokeniser
 
 
@@ -110,16 +110,16 @@ def test_sentencepiece(name, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
     which = SENTENCEPIECE[name]
-    folder = made(tmp_path, which, which.size)
+    folder = write_model(tmp_path, which, which.size)
     convert_checkpoint(folder, tmp_path / "out.gguf")
     original = SentencePieceProcessor(str(folder / "tokenizer.model"))
-    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), original.encode) == []
+    assert differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES), original.encode) == []
 
 
 def as_bpe(folder: Path, change: Callable[[dict[str, Any]], Any]) -> tuple[Path, Callable[..., Any]]:
-    """A SentencePiece vocabulary in tokenizer.json, bytes beside, changed somehow; and how it encodes."""
+    """A SentencePiece vocabulary in tokenizer.json, with byte fallback, after a `change`; and its encoder."""
     which = SENTENCEPIECE["v3"]
-    place = made(folder, which, which.size, "json")
+    place = write_model(folder, which, which.size, "json")
     file = place / "tokenizer.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     change(data)
@@ -130,7 +130,7 @@ def as_bpe(folder: Path, change: Callable[[dict[str, Any]], Any]) -> tuple[Path,
 def test_sentencepiece_as_bpe(tmp_path):
     folder, encode = as_bpe(tmp_path, lambda data: None)
     assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
-    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+    assert differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
 
 
 def test_sentencepiece_as_bpe_without_a_space_before_the_text(tmp_path):
@@ -142,11 +142,11 @@ def test_sentencepiece_as_bpe_without_a_space_before_the_text(tmp_path):
 
     folder, encode = as_bpe(tmp_path, change)
     assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
-    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+    assert differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
 
 
 def test_sentencepiece_as_bpe_with_a_space_where_there_is_none(tmp_path):
-    """llama.cpp cannot leave out the space before a text that begins with one."""
+    """llama.cpp cannot leave out the space before a text that starts with one."""
 
     def change(data: dict[str, Any]) -> None:
         data["normalizer"] = None
@@ -154,17 +154,17 @@ def test_sentencepiece_as_bpe_with_a_space_where_there_is_none(tmp_path):
 
     folder, encode = as_bpe(tmp_path, change)
     (note,) = convert_checkpoint(folder, tmp_path / "out.gguf")
-    assert "tokeniser: llama.cpp takes" in note
-    differing = unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode)
+    assert "tokeniser: llama.cpp tokenises" in note
+    differing = differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode)
     assert differing
     assert all(line.startswith((" ", "▁")) for line in differing)
 
 
 def test_smollm2(tmp_path):
-    folder = made(tmp_path, checkpoints.BPE, 49152)
+    folder = write_model(tmp_path, checkpoints.BPE, 49152)
     assert convert_checkpoint(folder, tmp_path / "out.gguf") == ()
     encode = encoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
+    assert differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES), encode) == []
     assert pre_of(tmp_path / "out.gguf") == "smollm"
 
 
@@ -185,39 +185,39 @@ def test_bpe_over_bytes(pre, definition, options, n_lines, tmp_path):
     lines = varied.varied_lines(N_LINES)[:n_lines]
     if options.get("nfc"):
         lines = varied.composed(lines)  # llama.cpp leaves text as it is
-    assert unlike(tmp_path / "out.gguf", lines, encoder(tokeniser)) == []
+    assert differing_lines(tmp_path / "out.gguf", lines, encoder(tokeniser)) == []
     assert pre_of(tmp_path / "out.gguf") == pre
 
 
 @pytest.mark.parametrize(
-    ("pre", "definition", "told", "share"),
+    ("pre", "definition", "noted", "share"),
     [
         ("gpt-4o", (GPT4O,), True, 0.1),
         ("tekken", (TEKKEN,), True, 0.1),
         ("deepseek-coder", DEEPSEEK_CODER, False, 0.01),
     ],
 )
-def test_where_llama_cpp_cuts_more_simply(pre, definition, told, share, tmp_path):
-    """For GPT-4o and Tekken its expressions take letters of other scripts for either case, and no marks for letters.
+def test_where_llama_cpp_splits_more_simply(pre, definition, noted, share, tmp_path):
+    """For GPT-4o and Tekken, its expressions treat letters of other scripts as either case, and no marks as letters.
 
-    For DeepSeek Coder's, wide blanks are kept apart from signs.
+    For DeepSeek Coder, they separate wide spaces from punctuation.
     """
     folder, tokeniser = trained(tmp_path, definition, ignore_merges=pre == "tekken")
     notes = convert_checkpoint(folder, tmp_path / "out.gguf")
-    assert [pre in note for note in notes] == [True] * told
+    assert [pre in note for note in notes] == [True] * noted
     assert pre_of(tmp_path / "out.gguf") == pre
     lines = varied.varied_lines(N_LINES)[:N_SLOW]
-    differing = unlike(tmp_path / "out.gguf", lines, encoder(tokeniser))
+    differing = differing_lines(tmp_path / "out.gguf", lines, encoder(tokeniser))
     assert not any(line.isascii() for line in differing)
     assert len(differing) < share * len(lines)
 
 
-def test_another_definition_that_cuts_like_one_that_is_known(tmp_path):
-    """Llama 3's, said otherwise: found by trying."""
-    said = LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[stmd]|re|ve|ll)")
-    folder, tokeniser = trained(tmp_path, (said,), ignore_merges=True)
+def test_another_definition_that_splits_like_a_known_one(tmp_path):
+    """Llama 3's, written differently: found by trying."""
+    expression = LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[stmd]|re|ve|ll)")
+    folder, tokeniser = trained(tmp_path, (expression,), ignore_merges=True)
     convert_checkpoint(folder, tmp_path / "out.gguf")
-    assert unlike(tmp_path / "out.gguf", varied.varied_lines(N_LINES)[:N_SLOW], encoder(tokeniser)) == []
+    assert differing_lines(tmp_path / "out.gguf", varied.varied_lines(N_LINES)[:N_SLOW], encoder(tokeniser)) == []
 
 
 def test_a_definition_that_llama_cpp_lacks(tmp_path):
@@ -238,11 +238,11 @@ def good(tmp_path_factory):
     return folder
 
 
-def refused(folder: Path, tmp_path: Path, *words: str) -> None:
-    with pytest.raises(UserError) as told:
+def refused(folder: Path, tmp_path: Path, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
         convert_checkpoint(folder, tmp_path / "out.gguf")
-    assert all(word in str(told.value) for word in words), told.value
-    assert "\n" not in str(told.value)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -259,7 +259,7 @@ def changed(good: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any])
 
 
 def _named_like_a_gap(data: dict[str, Any]) -> None:
-    """The last token goes, and the first is called what the gap is filled with."""
+    """The last token is removed, and the first gets the text with which the gap is filled."""
     vocabulary = data["model"]["vocab"]
     last = max(vocabulary, key=lambda text: vocabulary[text])
     assert vocabulary.pop(last) == 2999
@@ -270,18 +270,18 @@ def _named_like_a_gap(data: dict[str, Any]) -> None:
 
 MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
     "no model": (lambda data: data.pop("model"), ("model: missing",)),
-    "a model of words": (lambda data: data["model"].update(type="Unigram"), ("model.type", "'Unigram'", "'BPE'")),
-    "a word list": (lambda data: data["model"].update(vocab=["a", "b"]), ("model.vocab",)),
-    "no words": (lambda data: data["model"].update(vocab={}, merges=[]), ("tokenizer.json", "llama.cpp")),
-    "two words alike": (_named_like_a_gap, ("tokens 0 and 2,999", "[PAD2999]")),
-    "a number below 0": (lambda data: data["model"]["vocab"].update(A=-1), ("model.vocab", "from 0")),
-    "a number beyond the model": (lambda data: data["model"]["vocab"].update(qqq=5000), ("5,000", "vocab_size")),
-    "a number of nonsense": (lambda data: data["model"]["vocab"].update(qqq=1 << 40), ("model.vocab",)),
-    "merges that are none": (lambda data: data["model"].update(merges={"a": "b"}), ("tokenizer.json",)),
+    "another kind of model": (lambda data: data["model"].update(type="Unigram"), ("model.type", "'Unigram'", "'BPE'")),
+    "a list of tokens": (lambda data: data["model"].update(vocab=["a", "b"]), ("model.vocab",)),
+    "no tokens": (lambda data: data["model"].update(vocab={}, merges=[]), ("tokenizer.json", "llama.cpp")),
+    "two equal tokens": (_named_like_a_gap, ("tokens 0 and 2,999", "[PAD2999]")),
+    "an id below 0": (lambda data: data["model"]["vocab"].update(A=-1), ("model.vocab", "from 0")),
+    "an id beyond the model": (lambda data: data["model"]["vocab"].update(qqq=5000), ("5,000", "vocab_size")),
+    "a huge id": (lambda data: data["model"]["vocab"].update(qqq=1 << 40), ("model.vocab",)),
+    "invalid merges": (lambda data: data["model"].update(merges={"a": "b"}), ("tokenizer.json",)),
     "a merge of three": (lambda data: data["model"]["merges"].append("a b c"), ("tokenizer.json",)),
-    "added tokens that are none": (lambda data: data.update(added_tokens={"a": 1}), ("added_tokens", "list")),
+    "invalid added tokens": (lambda data: data.update(added_tokens={"a": 1}), ("added_tokens", "list")),
     "an added token without text": (lambda data: data["added_tokens"].append({"id": 3}), ("added token", "content")),
-    "an added token without number": (
+    "an added token without an id": (
         lambda data: data["added_tokens"].append({"content": "<x>"}),
         ("added token", "'<x>'", "number from 0"),
     ),
@@ -290,11 +290,11 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_tokeniser(mistake, good, tmp_path):
-    change, words = MISTAKES[mistake]
-    refused(changed(good, tmp_path, change), tmp_path, *words)
+    change, parts = MISTAKES[mistake]
+    refused(changed(good, tmp_path, change), tmp_path, *parts)
 
 
-def test_no_json_and_half_of_it(good, tmp_path):
+def test_invalid_and_truncated_json(good, tmp_path):
     folder = changed(good, tmp_path, lambda data: None)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     for content in (text[: len(text) // 2], "", "[]", "[" * 100_000):
@@ -302,8 +302,8 @@ def test_no_json_and_half_of_it(good, tmp_path):
         refused(folder, tmp_path, "tokenizer.json")
 
 
-def test_a_sentencepiece_model_that_is_none(tmp_path):
-    folder = made(tmp_path, SENTENCEPIECE["v1"], 32000)
+def test_an_invalid_sentencepiece_model(tmp_path):
+    folder = write_model(tmp_path, SENTENCEPIECE["v1"], 32000)
     raw = (folder / "tokenizer.model").read_bytes()
     for content in (b"", b"no model", raw[: len(raw) // 2 + 1]):
         (folder / "tokenizer.model").write_bytes(content)
@@ -317,7 +317,7 @@ def test_tekken_alone(good, tmp_path):
 
 
 @pytest.mark.parametrize("template", [3, [{"name": "default"}], {"a": "b"}])
-def test_a_template_that_is_none(template, good, tmp_path):
+def test_an_invalid_template(template, good, tmp_path):
     folder = changed(good, tmp_path, lambda data: None)
     config = {"bos_token": END, "eos_token": END, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Tiny random Hugging Face checkpoints, one entry a case, of every architecture that is converted.
+"""Tiny random Hugging Face checkpoints, one entry per case, of every architecture that is converted.
 
-Configs are written out in the form that models on the hub have them, with what real ones leave out left out. What
-`write_checkpoint` makes is the same everywhere, whichever version of transformers is installed.
+Configs are written out in the form that they have on the hub, and omit what real ones omit. `write_checkpoint` writes
+the same files everywhere, whichever version of transformers is installed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class Case:
     """One checkpoint.
 
     Attributes:
-        name: the folder's; converters take the model's name from it.
-        config: of config.json.
+        name: the folder's name; converters take the model's name from it.
+        config: the contents of config.json.
         tokeniser: a SentencePiece model, or BPE or NEW_BPE.
         tokeniser_files: see `write_sentencepiece`.
-        added: tokens behind the tokeniser's own, special ones if they begin with ``<``.
-        dtype: of weights; `dtypes` has exceptions, by a part of the name.
+        added: tokens after the tokeniser's own; those that start with ``<`` are special.
+        dtype: the type of weights; `dtypes` has exceptions, by a part of the name.
         layout: "single", "sharded", "bin" or "sharded bin".
         fused_experts: see `weight_shapes`.
-        prefix: of parameters' names.
-        extra: tensors that no parameter corresponds to, by name.
-        files: more files, by path; what is no text becomes JSON.
-        types: what it is converted to.
-        reads: how many tokens are read to compare logits, and in a context of what size, each time.
+        prefix: a prefix of the parameters' names.
+        extra: tensors that correspond to no parameter, by name.
+        files: more files, by path; content that is not text becomes JSON.
+        types: the types to which it is converted.
+        reads: for each comparison of logits, how many tokens are read and in how large a context.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case:
 
 
 def write_checkpoint(case: Case, parent: Path) -> Path:
-    """Make a case's folder under `parent`, and return it."""
+    """Create a case's folder under `parent`, and return it."""
     folder = parent / case.name
     folder.mkdir(parents=True)
     for name, content in {"config.json": case.config, **case.files}.items():
@@ -520,7 +520,7 @@ CASES = (
             "sliding_window": 256,
         },
         added=PHI3_TOKENS,
-        reads=(),  # transformers 5 does not load such a config any more
+        reads=(),  # transformers 5 no longer loads such a config
     ),
     Case(
         "phi3-longrope",

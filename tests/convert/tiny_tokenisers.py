@@ -1,6 +1,6 @@
-"""Real tokenisers for tiny checkpoints, from installed packages; SentencePiece's cut down to a few hundred pieces.
+"""Real tokenisers for tiny checkpoints, from installed packages; SentencePiece's are cut to a few hundred pieces.
 
-Byte-level BPE is SmolLM2's, whole: llama.cpp's converter knows such a tokeniser by what it makes of a certain text.
+Byte-level BPE is SmolLM2's, complete: llama.cpp's converter recognises a tokeniser by its tokens for a certain text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word":
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A model of mistral-common's, of which the first pieces stay, and all of one ASCII character."""
+    """A model from mistral-common, cut to its first pieces and all pieces of one ASCII character."""
 
     file: str
     first: int
@@ -41,13 +41,13 @@ WHOLE = SentencePiece("tokenizer.model.v1", 32000, 32000)
 
 
 def token_entry(content: str) -> dict[str, Any]:
-    """An added token; special ones are known by how they begin."""
+    """An added token; special ones are recognised by how they start."""
     special = content.startswith("<") and content != "<think>"
     return {"content": content, **OPTIONS, "special": special}
 
 
 def package_folder(name: str) -> Path | None:
-    """Where a package lies, without importing it; None if it is not installed."""
+    """A package's folder, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -70,7 +70,7 @@ def sentencepiece_model(which: SentencePiece) -> tuple[bytes, tuple[str, ...]]:
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """A protobuf message's fields: number, the whole field, and its value where that has a length."""
+    """A protobuf message's fields: number, the whole field, and its value if that has a length."""
     at = 0
     while at < len(raw):
         start = at
@@ -100,9 +100,9 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 def write_sentencepiece(
     folder: Path, which: SentencePiece, *, files: str = "model", added: tuple[str, ...] = ()
 ) -> None:
-    """Write `tokenizer.model` ("model"), `tokenizer.json` ("json"), both ("both"), or one of the first days ("old").
+    """Write `tokenizer.model` ("model"), `tokenizer.json` ("json"), both ("both"), or the earliest form ("old").
 
-    `added` are tokens behind the model's own.
+    `added` are tokens after the model's own.
     """
     raw, pieces = sentencepiece_model(which)
     if files != "json":
@@ -136,7 +136,7 @@ def write_sentencepiece(
 
 
 def _fast_tokeniser(pieces: tuple[str, ...], added: dict[int, str]) -> dict[str, Any]:
-    """`tokenizer.json` as transformers makes it from a SentencePiece model."""
+    """`tokenizer.json` as transformers creates it from a SentencePiece model."""
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     merges = [
         f"{piece[:cut]} {piece[cut:]}"
@@ -203,9 +203,9 @@ def _smollm2() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def write_bpe(folder: Path, *, newer: bool = False, added: tuple[str, ...] = ()) -> None:
-    """Write SmolLM2's `tokenizer.json`, with tokens `added` behind its own.
+    """Write SmolLM2's `tokenizer.json`, with the tokens `added` after its own.
 
-    A `newer` one has its merges in pairs, and the chat template in a file of its own.
+    A `newer` one has its merges as pairs, and the chat template in a file of its own.
     """
     tokens, merges = _smollm2()
     specials = dict(enumerate(tokens[:17])) | dict(enumerate(added, len(tokens)))

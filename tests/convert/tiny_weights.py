@@ -19,7 +19,7 @@ NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def weight_shapes(config: dict[str, Any], fused_experts: bool = False) -> Shapes:
-    """Every parameter of the model that `config` describes; `fused_experts` is how transformers 5 holds them."""
+    """Every parameter of the model that `config` describes; `fused_experts` stores experts as transformers 5 does."""
     hidden = config["hidden_size"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
@@ -88,17 +88,19 @@ def _feed_forward(config: dict[str, Any], fused_experts: bool) -> Shapes:
 
 
 def random_weight(name: str, shape: tuple[int, ...], dtype: str, seed: str, norm: float = 1.0) -> np.ndarray:
-    """Numbers of a weight in `dtype`, as safetensors calls it (BF16 as 16-bit integers); norms lie about `norm`.
+    """The numbers of a weight in `dtype`, as safetensors calls it (BF16 as 16-bit integers); norms are around `norm`.
 
-    Sizes are such that activations and logits are of the order of 1, and that attention, and so position, matters.
+    They are scaled so that activations and logits are of order 1, and that attention, and so position, matters.
     """
     lanes = np.random.PCG64(zlib.crc32(f"{seed} {name}".encode())).random_raw(int(np.prod(shape))).astype("<u8")
-    bell = lanes.view("<u2").reshape(-1, 4).astype(np.int64).sum(axis=1) - 2 * 65535  # about 1.15 · 2¹⁵ wide
+    bell = (
+        lanes.view("<u2").reshape(-1, 4).astype(np.int64).sum(axis=1) - 2 * 65535
+    )  # a standard deviation of about 1.15 · 2¹⁵
     values = bell.reshape(shape).astype(np.float64) * 2.0 ** -(15 + _fineness(name, shape))
     if "norm" in name:
         values += norm
     elif "_proj" in name and len(shape) > 1:
-        # A block of zeros, and numbers below float16's normal ones, for the sake of the quantisers.
+        # A row of zeros, and one of numbers that are subnormal in float16, to test the quantisers.
         values[..., 0, :] = 0
         values[..., 1, :] *= 2.0**-14
     single = values.astype("<f4")
@@ -106,7 +108,7 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: str, seed: str, norm
 
 
 def _fineness(name: str, shape: tuple[int, ...]) -> int:
-    """Twice the number is half the size."""
+    """The power of two by which numbers are scaled down."""
     if len(shape) == 1:
         return 3
     if "embed" in name or "lm_head" in name:
@@ -129,7 +131,7 @@ def write_safetensors(path: Path, weights: dict[str, tuple[str, np.ndarray]]) ->
 
 
 def write_bin(path: Path, weights: dict[str, tuple[str, np.ndarray]]) -> None:
-    """The same by torch; equal in what it holds, though not byte for byte, with another version of torch."""
+    """Write the same with torch; with another version of torch the contents are equal, but not the bytes."""
     import torch
 
     def tensor(dtype: str, values: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Lines of text of many kinds: English, source code, many scripts, emoji, numbers, runs of blanks."""
+"""Lines of text of many kinds: English, source code, many scripts, emoji, numbers, runs of spaces."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ENGLISH = ("The", "quick", "fox's", "jumping", "it;", "DON'T", "we'll", "THEY'RE
 
 @cache
 def varied_lines(count: int) -> tuple[str, ...]:
-    """`count` different lines, the kinds in turn; always the same ones with the same Python."""
+    """`count` different lines, of each kind in turn; always the same lines with the same Python."""
     rng = random.Random(5)
     kinds = [_english(), _code(), _scripts(rng), _mixtures(rng)]
     lines: dict[str, None] = {}
@@ -96,7 +96,7 @@ def _scripts(rng: random.Random) -> Iterator[str]:
 
 
 def _mixtures(rng: random.Random) -> Iterator[str]:
-    """Words of any script, numbers, marks and emoji, with any blanks between them."""
+    """Words of any script, numbers, marks and emoji, with any spaces between them."""
     words = [word for text in SCRIPTS.values() for word in text.split()]
     while True:
         parts = []
@@ -108,5 +108,5 @@ def _mixtures(rng: random.Random) -> Iterator[str]:
 
 
 def composed(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """The lines with every letter and its accents in one, where Unicode has that (NFC)."""
+    """The lines in NFC: a letter and its accents are one code point where Unicode has one."""
     return tuple(unicodedata.normalize("NFC", line) for line in lines)

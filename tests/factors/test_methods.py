@@ -25,7 +25,7 @@ MODELS = [(64, 1e4, 4096), (128, 5e5, 8192), (96, 1e6, 32768), (32, 1e4, 2048)]
 SCALES = [1.5, 2.0, 4.0, 32.0]
 
 
-def peer(kind, n_rot, base, original, scale, seq_len=None, **more):
+def reference(kind, n_rot, base, original, scale, seq_len=None, **more):
     """(λ, attention factor) as transformers computes them."""
     config = PretrainedConfig(hidden_size=4 * n_rot, num_attention_heads=4, max_position_embeddings=original)
     config.rope_theta = base
@@ -44,25 +44,25 @@ def peer(kind, n_rot, base, original, scale, seq_len=None, **more):
 @pytest.mark.parametrize("n_rot, base, original", MODELS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_pi_and_yarn_and_ntk_agree_with_transformers(n_rot, base, original, scale):
-    factors, _ = peer("linear", n_rot, base, original, scale)
+    factors, _ = reference("linear", n_rot, base, original, scale)
     np.testing.assert_allclose(pi(n_rot, scale), factors, rtol=1e-5)
 
-    factors, attention = peer("yarn", n_rot, base, original, scale, beta_fast=32.0, beta_slow=1.0)
+    factors, attention = reference("yarn", n_rot, base, original, scale, beta_fast=32.0, beta_slow=1.0)
     np.testing.assert_allclose(yarn(n_rot, scale, base, original), factors, rtol=1e-5)
     assert yarn_attention_factor(scale) == pytest.approx(attention)
 
     length = int(original * scale)
-    factors, _ = peer("dynamic", n_rot, base, original, scale, seq_len=length)
+    factors, _ = reference("dynamic", n_rot, base, original, scale, seq_len=length)
     np.testing.assert_allclose(dynamic_ntk(n_rot, scale, length, original), factors, rtol=1e-4)
-    # NTK-aware is the dynamic form where the length's own ratio comes out as the scale.
-    factors, _ = peer("dynamic", n_rot, base, original, 1.0, seq_len=length)
+    # Dynamic NTK at scale 1 is NTK-aware at the ratio of the lengths.
+    factors, _ = reference("dynamic", n_rot, base, original, 1.0, seq_len=length)
     np.testing.assert_allclose(ntk(n_rot, length / original), factors, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale, original", [(8.0, 4096), (32.0, 4096), (1.0, 4096)])
 def test_longrope_attention_factor_agrees_with_transformers(scale, original):
     ones = [1.0] * 32
-    _, attention = peer("longrope", 64, 1e4, original, scale, long_factor=ones, short_factor=ones)
+    _, attention = reference("longrope", 64, 1e4, original, scale, long_factor=ones, short_factor=ones)
     assert longrope_attention_factor(scale, original) == pytest.approx(attention)
 
 
@@ -79,7 +79,7 @@ def test_dynamic_ntk_leaves_short_text_alone():
 
 
 @pytest.mark.parametrize("scale", [0.5, 0, -1, math.nan, math.inf])
-def test_a_scale_that_is_none_is_refused(scale):
+def test_an_invalid_scale_is_refused(scale):
     for method in (pi, ntk):
         with pytest.raises(ScheduleError, match="scale"):
             method(64, scale)
@@ -99,7 +99,7 @@ def test_extend_doubles_up_to_the_context():
     assert schedule.bands[0] == base.bands[0]
 
 
-def test_extend_multiplies_onto_what_the_model_has():
+def test_extend_multiplies_onto_the_models_own_factors():
     own = tuple(np.linspace(1, 8, 32).tolist())
     base = Schedule(facts=facts(native_factors=own), bands=(native_band(facts(native_factors=own)),))
     band = extend(base, 8192, "pi").bands[-1]
@@ -108,7 +108,7 @@ def test_extend_multiplies_onto_what_the_model_has():
 
 
 @pytest.mark.parametrize("context", [4096, 100, 0, -5])
-def test_extend_refuses_a_context_the_model_has(context):
+def test_extend_refuses_a_context_the_model_already_has(context):
     base = Schedule(facts=facts(), bands=(native_band(facts()),))
     with pytest.raises(ScheduleError, match=f"context: {context}, expected more than the 4096"):
         extend(base, context)

@@ -1,4 +1,4 @@
-"""The schedule as data: what is refused and in which words, and its file."""
+"""The schedule as data: what is refused and with which message, and its file."""
 
 import json
 
@@ -46,13 +46,13 @@ def test_json_round_trip_is_exact(tmp_path):
     assert json.loads(path.read_text())["format_version"] == 1
 
 
-def test_it_cannot_be_changed():
+def test_a_schedule_cannot_be_changed():
     with pytest.raises(ValueError):
         schedule().bands[0].context = 5
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         (lambda d: d["facts"].update(n_rot=7), "facts.n_rot"),
         (lambda d: d["facts"].update(n_rot=10), "bands.0.rescale_factors: 4 numbers, expected n_rot/2 = 5"),
@@ -73,14 +73,14 @@ def test_it_cannot_be_changed():
         (lambda d: d.pop("facts"), "facts: Field required"),
     ],
 )
-def test_what_is_wrong_is_named_in_one_line(tmp_path, change, words):
+def test_an_error_names_what_is_wrong_in_one_line(tmp_path, change, message):
     data = as_dict()
     change(data)
     path = tmp_path / "s.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ScheduleError) as caught:
         read_schedule(path)
-    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_start_tokens_outside_the_set_can_be_forced():
@@ -89,7 +89,7 @@ def test_start_tokens_outside_the_set_can_be_forced():
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100000, b"\xff\xfe", b"[1, 2]", b"null", b'"x"'])
-def test_what_is_no_schedule_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_schedule_is_refused(tmp_path, content):
     path = tmp_path / "s.json"
     path.write_bytes(content)
     with pytest.raises(ScheduleError, match=r"s\.json"):

@@ -1,4 +1,4 @@
-"""Whole searches on losses like real ones: smooth and small on the slow pairs, ragged on the fast ones."""
+"""Whole searches on synthetic losses: smooth around an optimum near YaRN, with noise."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ SPACE = Space(FACTS, native_band(FACTS), 32768)
 
 
 class Valley:
-    """A smooth loss around an optimum near YaRN's curve, with an offset and noise of each passage's own."""
+    """A smooth loss around an optimum near YaRN's curve, with a separate offset and noise for each passage."""
 
     key = "valley"
 
@@ -99,10 +99,10 @@ def test_each_algorithm_beats_yarn_and_keeps_its_budget(algorithm, budget):
 def test_a_descent_ends_when_hardly_anything_is_gained(monkeypatch):
     steps = GradientSettings(steps=200)
     ended, reader, _ = run("gradient", 5000, descent=steps)
-    monkeypatch.setattr("ropewalk.factors.search.gradient.WORTH_GOING_ON", 0)
-    whole, all_, _ = run("gradient", 5000, descent=steps)
-    assert len(reader.asked) < len(all_.asked)
-    assert ended.loss - whole.loss < 0.1 * (ended.yarn - whole.loss)
+    monkeypatch.setattr("ropewalk.factors.search.gradient.MIN_GAIN_SHARE", 0)
+    full, full_reader, _ = run("gradient", 5000, descent=steps)
+    assert len(reader.asked) < len(full_reader.asked)
+    assert ended.loss - full.loss < 0.1 * (ended.yarn - full.loss)
 
 
 def test_cma_needs_a_tenth_of_evolutions_evaluations():
@@ -112,23 +112,23 @@ def test_cma_needs_a_tenth_of_evolutions_evaluations():
     assert cma.loss <= evolution.loss
 
 
-def test_the_same_seed_finds_the_same_and_another_one_another():
+def test_the_same_seed_finds_the_same_band_and_another_seed_another():
     first, again, other = (run("cma", 60, seed=seed)[0] for seed in (1, 1, 2))
     assert replace(first, seconds=0) == replace(again, seconds=0)
     assert first.band.rescale_factors != other.band.rescale_factors
 
 
-def test_racing_finds_as_good_a_band_and_reads_less():
+def test_racing_finds_as_good_a_band_with_fewer_readings():
     raced, reader, _ = run("evolution", 500, Valley(8, noise=0.002), evolution=Evolution(generations=10))
-    plain, all_, _ = run(
+    plain, plain_reader, _ = run(
         "evolution", 500, Valley(8, noise=0.002), evolution=Evolution(generations=10), racing=Racing(on=False)
     )
     assert raced.dropped > 0 and plain.dropped == 0
-    assert len(reader.asked) < len(all_.asked)
+    assert len(reader.asked) < len(plain_reader.asked)
     assert raced.loss <= plain.loss + 0.005
 
 
-def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
+def test_screening_is_used_only_if_it_ranks_bands_like_full_readings():
     good, evaluator, events = run(budget=100, evaluator=Valley(screen_noise=0.0005), screening=Screening(allowed=True))
     assert good.fidelity == "screen" and good.correlation > 0.8 and good.beats_yarn
     assert any(isinstance(event, Note) and "it is used" in event.text for event in events)
@@ -142,7 +142,7 @@ def test_screening_is_used_where_it_ranks_alike_and_not_where_it_does_not():
 
 
 @pytest.mark.parametrize(("correlation", "fidelity"), [(0.9, "screen"), (0.7, "full")])
-def test_a_correlation_that_is_known_is_not_measured_again(correlation, fidelity):
+def test_a_known_correlation_is_not_measured_again(correlation, fidelity):
     evaluator = Valley()
     settings = Settings(budget=Budget(evaluations=60), screening=Screening(allowed=True))
     outcome = search(InProcess(evaluator), SPACE, settings, correlation=correlation)
@@ -152,7 +152,7 @@ def test_a_correlation_that_is_known_is_not_measured_again(correlation, fidelity
         assert len(full) <= 1 + settings.finalists
 
 
-def test_what_does_not_beat_yarn_is_yarns():
+def test_the_result_is_yarn_if_nothing_beats_it():
     class Yarn(Valley):
         def evaluate(self, task):
             return Result(3.0 + (task.band != SPACE.band(SPACE.seed("yarn"))), 0.001)
@@ -162,7 +162,7 @@ def test_what_does_not_beat_yarn_is_yarns():
     np.testing.assert_allclose(outcome.band.rescale_factors, SPACE.band(SPACE.seed("yarn")).rescale_factors)
 
 
-def test_losses_that_are_no_numbers_never_win():
+def test_losses_that_are_not_numbers_never_win():
     class Holes(Valley):
         def evaluate(self, task):
             result = super().evaluate(task)
@@ -181,47 +181,47 @@ def test_mistakes_are_named():
         Settings(budget=Budget())
 
 
-def test_too_short_a_time_is_told_as_soon_as_it_is_known(tmp_path):
+def test_too_short_a_time_is_reported_as_soon_as_it_is_known(tmp_path):
     journal, evaluator = tmp_path / "journal", Slow()
     with pytest.raises(UserError, match=r"budget: 0.001 minutes for 32,768 tokens, expected at least 1 on"):
         search(InProcess(evaluator), SPACE, Settings(budget=Budget(seconds=0.06)), journal)
     read = set(evaluator.asked)
-    evaluator = Valley()  # a longer time goes on from there
+    evaluator = Valley()  # a longer time resumes from there
     assert search(InProcess(evaluator), SPACE, Settings(budget=Budget(evaluations=60)), journal).beats_yarn
     assert read and not read.intersection(evaluator.asked)
 
 
 def in_time(seconds, evaluator, **settings):
-    """A search by the clock, with what it said."""
+    """Search with a time budget; return the outcome and the notes."""
     events = []
     settings = Settings(budget=Budget(seconds=seconds), screening=Screening(allowed=True), **settings)
     outcome = search(InProcess(evaluator), SPACE, settings, on_event=events.append)
     return outcome, [event.text for event in events if isinstance(event, Note)]
 
 
-def test_where_the_time_is_short_fewer_documents_are_read():
+def test_fewer_passages_are_read_if_time_is_short():
     class Long(Valley):
         def evaluate(self, task):
             time.sleep(0.1 if task.fidelity == "full" else 0.01)
             return super().evaluate(task)
 
     reader = Long(passages=3)
-    outcome, said = in_time(2, reader, fewer_passages=True, held_passages=2, screen_cost=0.1)
-    assert outcome.passages in (1, 2) and f"{outcome.passages} of 3 stretches" in said[0]
+    outcome, notes = in_time(2, reader, fewer_passages=True, held_passages=2, screen_cost=0.1)
+    assert outcome.passages in (1, 2) and f"{outcome.passages} of 3 passages" in notes[0]
     assert {asked[1] for asked in reader.asked} == set(range(outcome.passages))
-    assert outcome.seconds < 2 - 2 * outcome.passages * 0.1  # what is kept for judging
+    assert outcome.seconds < 2 - 2 * outcome.passages * 0.1  # what is reserved for judging
     with pytest.raises(UserError, match="minutes"):
         in_time(0.5, Long(passages=3), held_passages=2)
-    whole, said = in_time(60, Valley(), fewer_passages=True, covariance=CmaSettings(smallest_step=0.03))
-    assert whole.passages == 3 and not any("stretches" in text for text in said)
+    whole, notes = in_time(60, Valley(), fewer_passages=True, covariance=CmaSettings(smallest_step=0.03))
+    assert whole.passages == 3 and not any("passages" in text for text in notes)
 
 
-def test_screening_is_used_untried_where_the_budget_is_too_small_for_anything_else():
+def test_screening_is_used_untested_if_the_budget_is_too_small_for_anything_else():
     evaluator, events = Valley(passages=1), []
     settings = Settings(budget=Budget(evaluations=7), screening=Screening(allowed=True), screen_cost=0.05)
     outcome = search(InProcess(evaluator), SPACE, settings, on_event=events.append)
     assert outcome.fidelity == "screen" and outcome.correlation is None and outcome.evaluations <= 7
-    assert any(isinstance(event, Note) and "untried; the best are read in full" in event.text for event in events)
+    assert any(isinstance(event, Note) and "untested; the best are read in full" in event.text for event in events)
     assert sum(asked[2] == "screen" for asked in evaluator.asked) > 60
     assert outcome.beats_yarn and sum(asked[2] == "full" for asked in evaluator.asked) >= 2
 
@@ -240,7 +240,7 @@ def test_a_band_is_carried_to_a_longer_context():
     assert with_seed.loss <= outcome.loss
 
 
-def test_a_second_search_goes_on_top_of_the_first():
+def test_a_second_search_extends_the_first():
     first, _, _ = run(budget=60)
     onto = Space(FACTS, first.band, 65536)
     assert onto.scale == 2 and onto.onto_method == "cma"
@@ -273,7 +273,7 @@ RUN = """
 
 
 @pytest.mark.parametrize("algorithm", ["cma", "gradient"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, algorithm):
+def test_killed_at_any_moment_a_search_resumes_to_the_same_result(tmp_path, algorithm):
     def start(name):
         paths = {"log": str(tmp_path / f"{name}.log"), "journal": str(tmp_path / f"{name}.journal")}
         code = textwrap.dedent(RUN).format(algorithm=algorithm, **paths)

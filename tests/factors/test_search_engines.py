@@ -21,7 +21,7 @@ from ropewalk.factors.search.pool import InWorker
 BAND = native_band(RopeFacts(n_rot=8, freq_base=10000.0, original_context=64))
 
 TRIAL = '''
-    """An evaluator that does with each passage what it is told to; workers import it by name."""
+    """An evaluator that does what it is told to with each passage; workers import it by name."""
 
     import os, signal, time
     from pathlib import Path
@@ -64,7 +64,7 @@ TRIAL = '''
             if what == "exit":
                 os._exit(7)
             if what == "user error":
-                raise UserError(f"passage {passage}: is no good")
+                raise UserError(f"passage {passage}: is bad")
             if what == "odd error":
                 raise Odd("very ", "odd")
             if what == "meet":  # returns only once as many tasks are under way at the same time
@@ -105,8 +105,8 @@ def cluster(trial):
 
 
 @pytest.fixture
-def crew(request, trial, tmp_path):
-    """``crew(does, n_workers)`` makes an engine; what its evaluators do to passage -1 they do when they are made."""
+def make_engine(request, trial, tmp_path):
+    """``make_engine(does, n_workers)`` creates an engine; what evaluators do for passage -1, they do when created."""
     kind = getattr(request, "param", Processes)
     if kind is Ray:
         request.getfixturevalue("cluster")
@@ -121,7 +121,7 @@ def crew(request, trial, tmp_path):
         engine.close()
 
 
-each_crew = pytest.mark.parametrize("crew", [Processes, Ray], indirect=True)
+on_each_engine = pytest.mark.parametrize("make_engine", [Processes, Ray], indirect=True)
 
 
 def tasks(n):
@@ -165,42 +165,42 @@ def test_in_process(trial, tmp_path):
     with InProcess(evaluator) as engine:
         assert (engine.key, engine.weights) == ("trial", [1, 2.5])
         assert losses(engine, 1) == {0: 0.25}
-        with pytest.raises(UserError, match="passage 1: is no good"):
+        with pytest.raises(UserError, match="passage 1: is bad"):
             list(engine.run(tasks(2)))
     assert evaluator.closed
     InProcess(trial.Trial(tmp_path, {})).close()
 
 
-@each_crew
-def test_two_workers_at_once_give_every_result_once(crew, tmp_path):
-    engine = crew({0: "meet", 1: "meet"})
+@on_each_engine
+def test_two_workers_give_every_result_once(make_engine, tmp_path):
+    engine = make_engine({0: "meet", 1: "meet"})
     assert (engine.key, tuple(engine.weights)) == ("trial", (1.0, 2.5))
     assert losses(engine, 9) == {i: i + 0.25 for i in range(9)}
     assert len(log(tmp_path)) == 9
     pids = {pid for _, pid in log(tmp_path)}
     assert len(pids) == 2 and os.getpid() not in pids
-    assert losses(engine, 2) == {0: 0.25, 1: 1.25}  # by the same workers, with their evaluators
+    assert losses(engine, 2) == {0: 0.25, 1: 1.25}  # by the same workers and evaluators
     assert {pid for _, pid in log(tmp_path)} == pids
     assert list(engine.run([])) == []
     engine.close()
     assert gone(pids)
 
 
-def test_results_do_not_depend_on_the_workers(crew):
+def test_results_do_not_depend_on_the_workers(make_engine):
     expected = {i: i + 0.25 for i in range(5)}
-    assert losses(crew(n_workers=1), 5) == losses(crew(n_workers=3), 5) == expected
+    assert losses(make_engine(n_workers=1), 5) == losses(make_engine(n_workers=3), 5) == expected
 
 
-@each_crew
-def test_a_lost_workers_task_is_evaluated_again(crew, tmp_path):
-    assert losses(crew({2: "die once"}), 5) == {i: i + 0.25 for i in range(5)}
+@on_each_engine
+def test_a_lost_workers_task_is_evaluated_again(make_engine, tmp_path):
+    assert losses(make_engine({2: "die once"}), 5) == {i: i + 0.25 for i in range(5)}
     assert sorted(passage for passage, _ in log(tmp_path)) == [0, 1, 2, 2, 3, 4]
 
 
-@each_crew
-def test_a_task_that_always_kills_is_named(crew, tmp_path):
-    engine = crew({1: "die"})
-    with pytest.raises(UserError, match=r"passage 1 \(full, context 64\): 3 workers ended while they read it") as found:
+@on_each_engine
+def test_a_task_that_always_kills_its_worker_is_named(make_engine, tmp_path):
+    engine = make_engine({1: "die"})
+    with pytest.raises(UserError, match=r"passage 1 \(full, context 64\): 3 workers ended while reading it") as found:
         list(engine.run(tasks(3)))
     assert "\n" not in str(found.value)
     assert [passage for passage, _ in log(tmp_path)].count(1) == 3
@@ -208,27 +208,27 @@ def test_a_task_that_always_kills_is_named(crew, tmp_path):
     engine.close()
 
 
-def test_workers_that_end_before_they_are_ready(crew, tmp_path):
-    with pytest.raises(UserError, match="3 in a row ended before they had made their evaluator"):
-        list(crew({-1: "exit"}, 1).run(tasks(1)))
+def test_workers_that_end_before_they_are_ready(make_engine, tmp_path):
+    with pytest.raises(UserError, match="3 in a row ended before they had created their evaluator"):
+        list(make_engine({-1: "exit"}, 1).run(tasks(1)))
     (tmp_path / "mark-1").unlink()
-    assert losses(crew({-1: "die once"}), 2) == {0: 0.25, 1: 1.25}
+    assert losses(make_engine({-1: "die once"}), 2) == {0: 0.25, 1: 1.25}
 
 
-@each_crew
-def test_exceptions_arrive_as_they_are(crew):
-    with pytest.raises(UserError, match=r"^passage 1: is no good$") as found:
-        list(crew({1: "user error"}).run(tasks(3)))
+@on_each_engine
+def test_exceptions_arrive_unmodified(make_engine):
+    with pytest.raises(UserError, match=r"^passage 1: is bad$") as found:
+        list(make_engine({1: "user error"}).run(tasks(3)))
     assert type(found.value) is UserError
     assert isinstance(found.value.__cause__, InWorker) and "in evaluate" in str(found.value.__cause__)
     with pytest.raises(RuntimeError, match=r"^Odd: very odd$"):  # an exception that cannot be sent
-        list(crew({0: "odd error"}).run(tasks(1)))
-    with pytest.raises(UserError, match=r"^passage -1: is no good$"):  # while the evaluator is made
-        assert crew({-1: "user error"}).key
+        list(make_engine({0: "odd error"}).run(tasks(1)))
+    with pytest.raises(UserError, match=r"^passage -1: is bad$"):  # while the evaluator is created
+        assert make_engine({-1: "user error"}).key
 
 
-def test_after_a_run_that_was_left_the_next_one_begins_anew(crew, tmp_path):
-    engine = crew({1: "sleep"})
+def test_a_run_after_an_abandoned_one_starts_fresh(make_engine, tmp_path):
+    engine = make_engine({1: "sleep"})
     left = engine.run(tasks(2))
     assert next(left)[0].passage == 0
     left.close()
@@ -309,11 +309,11 @@ def answering(answer):
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve():
-        with server, server.accept()[0] as line:
-            line.recv(1000)
-            line.sendall(answer)
+        with server, server.accept()[0] as connection:
+            connection.recv(1000)
+            connection.sendall(answer)
             if not answer:
-                line.recv(1000)
+                connection.recv(1000)
 
     threading.Thread(target=serve, daemon=True).start()
     return f"127.0.0.1:{server.getsockname()[1]}"
@@ -321,7 +321,7 @@ def answering(answer):
 
 def test_ray_addresses_that_do_not_answer(trial, monkeypatch):
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr("ropewalk.factors.search.on_ray.PATIENCE", 0.5)
+    monkeypatch.setattr("ropewalk.factors.search.on_ray.TIMEOUT_S", 0.5)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the other tests' cluster may be up
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"127.0.0.1:{server.getsockname()[1]}"
@@ -329,7 +329,7 @@ def test_ray_addresses_that_do_not_answer(trial, monkeypatch):
         closed: "does not answer",
         f"ray://{closed}": "does not answer",
         answering(b""): "does not answer",
-        answering(b"HTTP/1.1 400 Bad Request\r\n\r\n"): "what answers there is not Ray",
+        answering(b"HTTP/1.1 400 Bad Request\r\n\r\n"): "the server that answers there is not Ray",
         "somewhere:": "expected host:port",
     }
     started = time.monotonic()
@@ -344,7 +344,7 @@ def test_ray_addresses_that_do_not_answer(trial, monkeypatch):
     assert time.monotonic() - started < 10
 
 
-def test_without_ray_it_says_how_to_get_it(trial, monkeypatch):
+def test_without_ray_the_error_says_how_to_install_it(trial, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^ray: not installed; pip install 'ropewalk\[ray\]'$"):
         Ray(trial.Spec(), 1)

@@ -1,4 +1,4 @@
-"""The parts of a search by themselves: its space, its generator of candidates, its race and its journal."""
+"""The parts of a search alone: its space, evolution as a generator of candidates, its race and its journal."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from ropewalk.factors.search.algorithm import Response, Score, Start
 from ropewalk.factors.search.evolution import search as evolve
 from ropewalk.factors.search.journal import digest_of, key_of_task
 from ropewalk.factors.search.race import race
-from ropewalk.factors.search.space import FAST_TURNS, non_decreasing
+from ropewalk.factors.search.space import FAST_ROTATIONS, non_decreasing
 
 FACTS = RopeFacts(n_rot=64, freq_base=100000.0, original_context=8192)
 SPACE = Space(FACTS, native_band(FACTS), 32768)
@@ -40,11 +40,11 @@ SMALL = Space(
 
 
 def nearest_by_trying_all(values, low, high):
-    """Least squares over every way to cut the values into stretches that are constant."""
+    """Least squares over all ways to cut the values into constant segments."""
     best = None
     for cuts in itertools.product([False, True], repeat=len(values) - 1):
-        stretches = np.split(values, np.flatnonzero(cuts) + 1)
-        level = np.concatenate([np.full(len(part), np.clip(part.mean(), low, high)) for part in stretches])
+        segments = np.split(values, np.flatnonzero(cuts) + 1)
+        level = np.concatenate([np.full(len(part), np.clip(part.mean(), low, high)) for part in segments])
         if np.all(np.diff(level) >= 0) and (
             best is None or np.sum((level - values) ** 2) < np.sum((best - values) ** 2)
         ):
@@ -75,7 +75,7 @@ def test_non_decreasing_moves_both_sides_of_a_violation():
     np.testing.assert_allclose(non_decreasing(np.array([3.0, 1.0, 2.0, 7.0, 5.0])), [2, 2, 2, 6, 6])
 
 
-def test_closed_forms_are_as_they_are_and_seeds_within_the_space():
+def test_closed_forms_are_unmodified_and_seeds_are_within_the_space():
     forms = {"pi": (pi(64, 4), 1.0), "ntk": (ntk(64, 4), 1.0)}
     forms["yarn"] = (yarn(64, 4, 100000.0, 8192), yarn_attention_factor(4))
     for method, (factors, attention) in forms.items():
@@ -85,18 +85,18 @@ def test_closed_forms_are_as_they_are_and_seeds_within_the_space():
         seed = SPACE.seed(method)
         assert seed == SPACE.project(seed)
         np.testing.assert_allclose(np.exp(seed.log_factors[SPACE.n_fixed :]), factors[SPACE.n_fixed :])
-    assert SPACE.seed("yarn") == SPACE.closed_form("yarn")  # it is in the space as it is
+    assert SPACE.seed("yarn") == SPACE.closed_form("yarn")  # it is within the space already
 
 
-def test_pairs_that_turn_often_are_not_searched():
-    turns = 8192 / (2 * np.pi * 100000.0 ** (np.arange(32) / 32))
-    assert SPACE.n_fixed == np.sum(turns > FAST_TURNS) > 0
+def test_pairs_that_rotate_often_are_not_searched():
+    rotations = 8192 / (2 * np.pi * 100000.0 ** (np.arange(32) / 32))
+    assert SPACE.n_fixed == np.sum(rotations > FAST_ROTATIONS) > 0
     assert replace(SPACE, fixed_pairs=0).n_fixed == 0
     fast = RopeFacts(n_rot=4, freq_base=2.0, original_context=1 << 20)
     assert Space(fast, native_band(fast), 1 << 21).n_fixed == 1  # never all of them
 
 
-def test_a_band_composes_onto_the_one_that_is_extended():
+def test_a_band_is_multiplied_onto_the_one_that_is_extended():
     factors = tuple(np.linspace(1, 6, 32))
     onto = Band(context=16384, rescale_factors=factors, start_tokens=7, force_start_tokens=True, attention_factor=1.1)
     space = Space(FACTS, onto, 32768)
@@ -108,7 +108,7 @@ def test_a_band_composes_onto_the_one_that_is_extended():
     assert space.onto_method == "unknown" and SPACE.onto_method is None
 
 
-def test_band_and_genes_round_trip():
+def test_band_and_candidate_round_trip():
     rng = np.random.default_rng(0)
     onto = SPACE.band(SPACE.seed("yarn"))
     for space in (SPACE, Space(FACTS, onto, 65536)):
@@ -122,7 +122,7 @@ def test_band_and_genes_round_trip():
             assert band_key(space.band(back)) == band_key(space.band(candidate))
 
 
-def test_a_bands_name_is_of_all_that_a_loss_depends_on():
+def test_a_bands_key_depends_on_all_that_a_loss_depends_on():
     band = SPACE.band(SPACE.seed("yarn"))
     factors = np.array(band.rescale_factors)
     others = [
@@ -131,8 +131,8 @@ def test_a_bands_name_is_of_all_that_a_loss_depends_on():
         {"attention_factor": band.attention_factor + 2e-6},
         {"rescale_factors": tuple(factors + 2e-6 * (np.arange(32) == 31))},
     ]
-    names = {band_key(band), *(band_key(band.model_copy(update=other)) for other in others)}
-    assert len(names) == 5
+    keys = {band_key(band), *(band_key(band.model_copy(update=other)) for other in others)}
+    assert len(keys) == 5
     assert band_key(band.model_copy(update={"rescale_factors": tuple(factors + 1e-10)})) == band_key(band)
 
 
@@ -167,19 +167,19 @@ def hill(candidate):
 
 
 def drive(loss=hill, seed=0, space=None, extra=(), **settings):
-    """Run the generator by hand: its questions, and the lowest loss after each."""
+    """Run the generator by hand; return its requests and the lowest loss after each."""
     space = space or replace(SPACE, fixed_pairs=1)
     settings = Settings("evolution", seed=seed, budget=Budget(evaluations=1), evolution=Evolution(**settings))
     seeds = tuple(Score(candidate, loss(candidate), 1, True) for candidate in (space.seed("yarn"), *extra))
-    generator, answer, asks, best = evolve(Start(space, settings, seeds, math.inf)), None, [], math.inf
+    generator, answer, requests, best = evolve(Start(space, settings, seeds, math.inf)), None, [], math.inf
     lowest = []
     while True:
         try:
-            asks.append(next(generator) if answer is None else generator.send(answer))
+            requests.append(next(generator) if answer is None else generator.send(answer))
         except StopIteration:
-            return asks, lowest
+            return requests, lowest
         answer = Response(
-            tuple(Score(candidate, loss(candidate), 1, True) for candidate in asks[-1].candidates), math.inf
+            tuple(Score(candidate, loss(candidate), 1, True) for candidate in requests[-1].candidates), math.inf
         )
         best = min([best, *(score.loss for score in answer.scores)])
         lowest.append(best)
@@ -187,29 +187,31 @@ def drive(loss=hill, seed=0, space=None, extra=(), **settings):
 
 def test_evolution_asks_as_published_and_improves():
     space = replace(SPACE, fixed_pairs=1)
-    asks, lowest = drive(generations=12)
-    assert [len(ask.candidates) for ask in asks] == [64] + [32] * 12  # 16 mutations and 16 crossovers each
-    assert [len(ask.rivals) for ask in asks] == [0] + [32] * 12 and {ask.places for ask in asks} == {32}
-    for method, candidate in zip(("pi", "ntk", "yarn"), asks[0].candidates, strict=False):
+    requests, lowest = drive(generations=12)
+    assert [len(request.candidates) for request in requests] == [64] + [32] * 12  # 16 mutations and 16 crossovers each
+    assert [len(request.rivals) for request in requests] == [0] + [32] * 12 and {
+        request.places for request in requests
+    } == {32}
+    for method, candidate in zip(("pi", "ntk", "yarn"), requests[0].candidates, strict=False):
         np.testing.assert_allclose(np.exp(candidate.log_factors), np.exp(space.seed(method).log_factors), atol=0.005001)
-    everyone = [candidate for ask in asks for candidate in ask.candidates]
-    assert len(set(everyone)) == len(everyone)  # nobody twice
-    for candidate in everyone:
+    candidates = [candidate for request in requests for candidate in request.candidates]
+    assert len(set(candidates)) == len(candidates)  # none twice
+    for candidate in candidates:
         factors = np.array(space.band(candidate).rescale_factors)
         assert np.all(np.diff(factors) >= 0) and factors[-1] <= 1.25 * 4
         assert all(factor == round(factor, 2) for factor in factors[1:])
         assert factors[0] == space.band(space.seed("yarn")).rescale_factors[0]
         assert candidate.start_tokens in START_TOKENS
-    attention = [candidate.attention_factor for candidate in everyone]
+    attention = [candidate.attention_factor for candidate in candidates]
     assert set(attention) == {space.seed(method).attention_factor for method in ("pi", "yarn")}
     assert lowest[-1] < lowest[0] < hill(space.seed("yarn")) + 1e-3 and lowest == sorted(lowest, reverse=True)
     assert hill(space.seed("yarn")) - lowest[-1] > 0.2 * (hill(space.seed("yarn")) - 3)
 
 
 def test_evolutions_parents_are_the_best_so_far():
-    asks, _ = drive(generations=4)
+    requests, _ = drive(generations=4)
     seen = []
-    for before, after in itertools.pairwise(asks):
+    for before, after in itertools.pairwise(requests):
         seen += before.candidates
         assert sorted(map(hill, after.rivals)) == sorted(map(hill, seen))[:32]
 
@@ -218,29 +220,33 @@ def test_evolution_is_deterministic_by_seed():
     assert drive(generations=3) == drive(generations=3) != drive(generations=3, seed=1)
 
 
-def test_evolution_takes_seeds_searches_attention_and_keeps_to_small_settings():
+def test_evolution_takes_seeds_searches_attention_and_respects_small_settings():
     space = replace(SPACE, fixed_pairs=1)
     brought = space.moved(space.seed("yarn"), np.full(31, 0.03))
-    asks, _ = drive(extra=[brought], generations=2, search_attention=True)
-    np.testing.assert_allclose(np.exp(asks[0].candidates[3].log_factors), np.exp(brought.log_factors), atol=0.005001)
-    factors = {candidate.attention_factor for ask in asks for candidate in ask.candidates}
+    requests, _ = drive(extra=[brought], generations=2, search_attention=True)
+    np.testing.assert_allclose(
+        np.exp(requests[0].candidates[3].log_factors), np.exp(brought.log_factors), atol=0.005001
+    )
+    factors = {candidate.attention_factor for request in requests for candidate in request.candidates}
     assert len(factors) > 10 and min(factors) >= 1 and max(factors) <= space.attention_bounds[1]
-    asks, _ = drive(generations=3, population=3, parents=1, mutations=2, crossovers=2)
-    assert [len(ask.candidates) for ask in asks] == [3, 4, 4, 4]
+    requests, _ = drive(generations=3, population=3, parents=1, mutations=2, crossovers=2)
+    assert [len(request.candidates) for request in requests] == [3, 4, 4, 4]
 
 
-def test_evolution_ends_where_there_is_nobody_new():
+def test_evolution_ends_if_there_is_no_new_candidate():
     facts = RopeFacts(n_rot=2, freq_base=10000.0, original_context=64)
     space = Space(facts, native_band(facts), 65, fixed_pairs=0, headroom=1, start_tokens=(0,))
-    asks, _ = drive(lambda candidate: candidate.log_factors[0], space=space, generations=2, tries=5)
-    assert {round(math.exp(candidate.log_factors[0]), 2) for ask in asks for candidate in ask.candidates} <= {1.0, 1.01}
+    requests, _ = drive(lambda candidate: candidate.log_factors[0], space=space, generations=2, tries=5)
+    assert {
+        round(math.exp(candidate.log_factors[0]), 2) for request in requests for candidate in request.candidates
+    } <= {1.0, 1.01}
 
 
 # --- race
 
 
 def run_race(losses, places=1, rivals=None, weights=None, order=None, racing=None):
-    """Race rows of a table; the result, and what was read: (candidates, passages) each time."""
+    """Race the rows of a table; return the result and what was read: (candidates, passages) each time."""
     losses, read = np.array(losses, dtype=float), []
     n = losses.shape[1]
 
@@ -255,7 +261,7 @@ def run_race(losses, places=1, rivals=None, weights=None, order=None, racing=Non
 
 
 def table(candidates, passages, noise=0.002, seed=0):
-    """Losses that differ much between passages, and by 0.02 a candidate; the first is the best."""
+    """Losses that differ much between passages, and by 0.02 between candidates; the first is the best."""
     rng = np.random.default_rng(seed)
     return (
         rng.normal(3, 0.5, passages)
@@ -285,7 +291,7 @@ def test_rungs_double_and_follow_the_order():
     assert all(candidates == [0, 1, 2] for candidates, _ in read)
 
 
-def test_nobody_is_dropped_while_places_are_free_or_when_racing_is_off():
+def test_no_candidate_is_dropped_while_places_are_free_or_when_racing_is_off():
     losses = table(6, 8) + 10.0 * np.arange(6)[:, None]
     assert not np.isnan(run_race(losses, places=6)[0]).any()
     result, read = run_race(losses, racing=Racing(on=False))
@@ -296,22 +302,22 @@ def test_nobody_is_dropped_while_places_are_free_or_when_racing_is_off():
 def test_rivals_hold_places():
     losses = table(4, 8)
     result, _ = run_race(losses, rivals=losses[:1] - 1.0)
-    assert np.isnan(result).any(axis=1).all()  # all are behind somebody who has run before
+    assert np.isnan(result).any(axis=1).all()  # all are behind an earlier candidate
     result, _ = run_race(losses, rivals=losses[:1] + 1.0)
     assert not np.isnan(result[0]).any()
 
 
-def test_without_places_candidates_are_up_against_the_rivals_alone():
+def test_without_places_candidates_compete_with_the_rivals_only():
     losses, incumbent = table(4, 8), table(1, 8, seed=0) + 0.03  # two are better, one is not, one is far behind
     result, _ = run_race(losses, places=0, rivals=incumbent)
     assert not np.isnan(result[:2]).any() and np.isnan(result[3]).any()
     for alone in range(4):
         result_alone, _ = run_race(losses[alone : alone + 1], rivals=incumbent)
         assert np.isnan(result_alone).any() == np.isnan(result[alone]).any()
-    assert not np.isnan(run_race(losses, places=0)[0]).any()  # nobody to be behind
+    assert not np.isnan(run_race(losses, places=0)[0]).any()  # no rival to be behind
 
 
-def test_documents_without_weight_do_not_decide():
+def test_passages_without_weight_do_not_decide():
     losses = table(4, 8)
     misleading = losses.copy()
     misleading[0, 0] += 100
@@ -323,11 +329,11 @@ def test_documents_without_weight_do_not_decide():
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("passage", [0, 1, 5])
-def test_losses_that_are_no_numbers_drop_their_candidate_only(bad, passage):
+def test_losses_that_are_not_numbers_drop_only_their_candidate(bad, passage):
     losses = table(6, 8, noise=0.0001)
     losses[2, passage] = bad
     result, _ = run_race(losses, places=5)
-    assert not np.isnan(result[[0, 1, 3, 4]]).any()  # whoever holds a place
+    assert not np.isnan(result[[0, 1, 3, 4]]).any()  # those that hold a place
     assert np.isnan(result[2, 6:]).all() or passage == 5
     result, read = run_race(np.full((3, 4), bad))
     assert result.shape == (3, 4) and not np.isfinite(result).any() and read
@@ -356,7 +362,7 @@ def write(path, n=4, digest="a"):
 
 def results(path, digest="a"):
     with Journal(path, digest) as journal:
-        return {name.passage: line.result for name, line in journal.lines.items()}
+        return {key.passage: line.result for key, line in journal.lines.items()}
 
 
 def test_a_journal_keeps_numbers_exactly(tmp_path):
@@ -367,12 +373,12 @@ def test_a_journal_keeps_numbers_exactly(tmp_path):
     with Journal(path, "a") as journal:
         assert journal.found == 4
         size = path.stat().st_size
-        journal.add(tasks(1)[0], Result(99, 99))  # known already
+        journal.add(tasks(1)[0], Result(99, 99))  # already known
         assert path.stat().st_size == size and journal.lines[key_of_task(tasks(1)[0])].result == RESULTS[0]
     assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
 
 
-def test_a_journal_goes_on_where_it_was_and_its_clock_too(tmp_path):
+def test_a_journal_and_its_clock_resume_where_they_were(tmp_path):
     path = tmp_path / "journal"
     write(path, 2)
     data = path.read_bytes()
@@ -388,7 +394,7 @@ def test_a_journal_goes_on_where_it_was_and_its_clock_too(tmp_path):
         assert len(journal.lines) == 1 and journal.found == 0
 
 
-def test_torn_at_any_byte_it_is_mended(tmp_path):
+def test_a_journal_torn_at_any_byte_is_repaired(tmp_path):
     path = tmp_path / "journal"
     write(path)
     data = path.read_bytes()
@@ -399,7 +405,7 @@ def test_torn_at_any_byte_it_is_mended(tmp_path):
             whole = sum(end <= cut for end in ends[1:])
             with Journal(path, "a") as journal:
                 assert whole <= journal.found <= whole + (cut + 1 in ends), (cut, tail)
-                if cut % 16 == 0 or cut + 1 in ends:  # going on costs writing to the disk
+                if cut % 16 == 0 or cut + 1 in ends:  # resuming is slow: it writes to disk
                     for task, result in zip(tasks(4), RESULTS, strict=True):
                         journal.add(task, result)
             if cut % 16 == 0 or cut + 1 in ends:
@@ -419,7 +425,7 @@ def test_another_searchs_journal_is_refused(tmp_path):
         Journal(path, "a")
 
 
-def test_a_journal_without_an_evaluation_is_nobodys(tmp_path):
+def test_a_journal_without_evaluations_can_be_taken_over(tmp_path):
     path = tmp_path / "journal"
     write(path, 0, "of a search that was refused")
     write(path, 2, "b")
@@ -432,24 +438,24 @@ def test_a_journal_without_an_evaluation_is_nobodys(tmp_path):
     "content",
     [b"dear diary\n", b"dear diary", b"{}\n", b"[1, 2]\n", b'{"a": 1}\n', b"\x89PNG\r\n\x1a\n\0\0", b"\n", b"3\n"],
 )
-def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path, content):
+def test_a_foreign_file_is_refused_and_left_unchanged(tmp_path, content):
     path = tmp_path / "journal"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: is no journal of ropewalk search"):
+    with pytest.raises(UserError, match=f"{path}: is not a journal of ropewalk search"):
         Journal(path, "a")
     assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("line", [b"what\n", b"{}\n", b'{"band": "x"}\n', b"\n", b"what"])
-def test_a_line_that_is_no_evaluation_is_named_and_left(tmp_path, line):
+def test_a_line_that_is_not_an_evaluation_is_named_and_left(tmp_path, line):
     path = tmp_path / "journal"
     write(path, 2)
     data = path.read_bytes() + line
     path.write_bytes(data)
-    with pytest.raises(UserError, match="line 4 is no evaluation"):
+    with pytest.raises(UserError, match="line 4 is not an evaluation"):
         Journal(path, "a")
     assert path.read_bytes() == data
-    with pytest.raises(UserError, match="line 4"):  # and the lock is let go
+    with pytest.raises(UserError, match="line 4"):  # and the lock is released
         Journal(path, "a")
 
 

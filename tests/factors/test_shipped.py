@@ -1,4 +1,4 @@
-"""Schedules that come with Ropewalk: whole, in their place, and told by name and facts."""
+"""Schedules that come with Ropewalk: complete, installed, and found by the model's name and facts."""
 
 from importlib.resources import files
 
@@ -31,19 +31,19 @@ def folder(tmp_path):
         ("Not-Small-1B.gguf", None),
     ],
 )
-def test_a_model_is_told_by_its_name(folder, model, found):
+def test_a_schedule_is_found_by_the_models_name(folder, model, found):
     file = shipped_file(model, folder)
     assert (file.stem if file else None) == found
 
 
-def test_and_by_its_facts(folder):
+def test_a_schedule_must_have_the_models_facts(folder):
     assert shipped_schedule("Small-1B.Q8_0.gguf", FACTS, folder) == EXTENDED
     other = FACTS.model_copy(update={"freq_base": 500000.0})
     assert shipped_schedule("Small-1B.Q8_0.gguf", other, folder) is None
     assert shipped_schedule("Else.gguf", FACTS, folder) is None
 
 
-def test_all_that_come_are_searched_and_judged():
+def test_all_shipped_schedules_are_searched_and_better_than_yarn():
     names = [file.name for file in files("ropewalk.factors").joinpath("schedules").iterdir()]
     assert names and sorted(names) == sorted(path.name for path in SCHEDULES.iterdir())
     for name in names:

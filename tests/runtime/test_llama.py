@@ -60,12 +60,12 @@ def last(llm, tokens):
     return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
 
 
-# What a cache type can keep: an f32 cache shows that the turns are exact, the others add their own rounding.
+# What a cache type can keep: an f32 cache shows that rotations are exact, the others add their own rounding.
 PRECISION = {"f32": 2e-3, "f16": 2e-2, "q8_0": 0.25, "q4_0": 2.5}
 
 
 @pytest.mark.parametrize("kv", PRECISION)
-def test_up_and_down_again_is_as_if_never_switched(tiny, load, kv):
+def test_moving_up_and_down_again_changes_nothing(tiny, load, kv):
     schedule = three_bands(tiny)
     moved, stayed = load(tiny, schedule=schedule, kv=kv), load(tiny, schedule=schedule, kv=kv)
     changes = []
@@ -85,17 +85,17 @@ def test_up_and_down_again_is_as_if_never_switched(tiny, load, kv):
 
 
 @pytest.mark.parametrize("kv", PRECISION)
-def test_keys_turned_to_a_band_are_those_read_in_it(tiny_llama, tmp_path, load, kv):
-    # With one layer the keys depend on the tokens alone: a turned cache must be the one that the band itself writes.
+def test_keys_rotated_to_a_band_are_those_read_in_it(tiny_llama, tmp_path, load, kv):
+    # With one layer the keys depend on the tokens alone: a rotated cache must be the one that the band itself writes.
     path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
     schedule = three_bands(path)
-    turned = load(path, schedule=schedule, kv=kv)
-    turned.eval(TOKENS[:90])
-    turned.eval(TOKENS[90:170])
+    rotated = load(path, schedule=schedule, kv=kv)
+    rotated.eval(TOKENS[:90])
+    rotated.eval(TOKENS[90:170])
     direct = load(path, schedule=schedule.only(2), kv=kv)
     direct.eval(TOKENS[:170])
-    a, b = last(turned, TOKENS[170:200]), last(direct, TOKENS[170:200])
-    assert turned.band_index == 2
+    a, b = last(rotated, TOKENS[170:200]), last(direct, TOKENS[170:200])
+    assert rotated.band_index == 2
     assert np.abs(a - b).max() < PRECISION[kv]
 
 
@@ -106,7 +106,7 @@ def test_new_factors_over_old_keys_would_be_another_model(tiny_llama, tmp_path, 
     b = last(direct, TOKENS[:200])
     stale = load(path, schedule=schedule, kv="f32")
     stale.eval(TOKENS[:90])
-    stale.band = schedule.bands[2]  # what must not happen, so that the tests around this one can fail
+    stale.band = schedule.bands[2]  # must not happen; shows that the tests around this one can fail
     assert np.abs(last(stale, TOKENS[90:200]) - b).max() > 5 * PRECISION["f32"]
 
 
@@ -123,7 +123,7 @@ def test_the_short_band_is_the_original_model(smollm2, load):
     stock.close()
 
 
-def test_generation_moves_up_by_itself(tiny, load):
+def test_generation_moves_up_on_its_own(tiny, load):
     llm = load(tiny, schedule=three_bands(tiny))
     changes = []
     llm.on_band_change = changes.append
@@ -140,7 +140,7 @@ def test_a_longer_prompt_starts_in_its_own_band(tiny, load):
     assert llm.band_index == 2 and not changes
     llm.reset()
     llm.eval(TOKENS[:20])
-    assert llm.band_index == 0 and not changes  # nothing was cached that could be turned
+    assert llm.band_index == 0 and not changes  # nothing was cached that could be rotated
 
 
 def test_too_many_tokens_are_refused_before_any_work(tiny, load):
@@ -153,7 +153,7 @@ def test_too_many_tokens_are_refused_before_any_work(tiny, load):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"n_ctx": 257}, "n_ctx: 257 tokens, expected at most 256, which the model's last band holds"),
         ({"n_ctx": -1}, "n_ctx: -1, expected a number of tokens"),
@@ -164,13 +164,13 @@ def test_too_many_tokens_are_refused_before_any_work(tiny, load):
         ({"schedule": "nowhere.json"}, "nowhere.json: cannot read"),
     ],
 )
-def test_mistakes_are_one_line(tiny, options, words):
+def test_mistakes_give_one_line(tiny, options, message):
     with pytest.raises(UserError) as caught:
         ropewalk.Llama(tiny, **{**QUIET, "n_ctx": 256, **options})
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_llama_cpp_refuses_is_one_line_with_its_reason(tiny_llama, tmp_path, capfd):
+def test_what_llama_cpp_refuses_gives_one_line_with_the_reason(tiny_llama, tmp_path, capfd):
     path = tiny_llama(tmp_path / "m.gguf", arch="falcon")  # llama's tensors under another name
     with pytest.raises(UserError, match=r"m\.gguf: llama\.cpp cannot run it: .*key not found in model") as caught:
         ropewalk.Llama(path, n_ctx=256, **QUIET)
@@ -191,7 +191,7 @@ def test_llama_cpps_own_rope_options_still_work(tiny, load):
     expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),))
     np.testing.assert_array_equal(last(ours, TOKENS), expected)
     stock.close()
-    with pytest.raises(UserError, match="rope_freq_base: the model runs by a rescale schedule"):
+    with pytest.raises(UserError, match="rope_freq_base: the model has a rescale schedule"):
         ropewalk.Llama(tiny, schedule=three_bands(tiny), rope_freq_base=5e4, **QUIET)
 
 
@@ -213,7 +213,7 @@ def test_state_is_saved_with_its_band_and_loaded_into_another(tiny, load):
 
     only_long = load(tiny, schedule=schedule.only(2), kv="f32")
     only_long.load_state(short)
-    assert only_long.band == schedule.bands[2]  # turned from the band it was saved in
+    assert only_long.band == schedule.bands[2]  # rotated from the band it was saved in
     foreign = llama_cpp.Llama(str(tiny), n_ctx=250, **QUIET)
     foreign.eval(TOKENS[:10])
     with pytest.raises(UserError, match="not saved by ropewalk"):
@@ -264,11 +264,11 @@ def test_losses_are_those_of_all_logits(tiny, load):
         np.testing.assert_allclose(found, losses[np.array(chosen) - 50], atol=1e-5)
     assert len(llm.token_losses(TOKENS[:200], targets=[7])) == 1
     for wrong in ([], [0, 3], [5, 5], [9, 8], [200]):
-        with pytest.raises(UserError, match="rising targets"):
+        with pytest.raises(UserError, match="ascending targets"):
             llm.token_losses(TOKENS[:200], targets=wrong)
 
 
-def test_another_schedule_at_run_time_turns_the_cache(tiny_llama, tmp_path, load):
+def test_another_schedule_at_run_time_rotates_the_cache(tiny_llama, tmp_path, load):
     path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
     schedule = three_bands(path)
     llm, direct = load(path, schedule=schedule, kv="f32"), load(path, schedule=schedule.only(2), kv="f32")
@@ -278,13 +278,13 @@ def test_another_schedule_at_run_time_turns_the_cache(tiny_llama, tmp_path, load
     np.testing.assert_allclose(last(llm, TOKENS[90:100]), last(direct, TOKENS[90:100]), atol=2e-3)
 
 
-def test_another_schedule_after_a_rollback_turns_what_is_left(tiny_llama, tmp_path, load):
+def test_another_schedule_after_a_rollback_rotates_what_is_left(tiny_llama, tmp_path, load):
     path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
     schedule = three_bands(path)
     other = schedule.model_copy(update={"bands": (schedule.bands[1].model_copy(update={"context": 250}),)})
     llm, direct = load(path, schedule=schedule.only(2), kv="f32"), load(path, schedule=other, kv="f32")
     llm.eval(TOKENS[:90])
-    llm.n_tokens = 60  # the cache holds 90 still
+    llm.n_tokens = 60  # the cache still holds 90
     llm.set_schedule(other)
     direct.eval(TOKENS[:60])
     np.testing.assert_allclose(last(llm, TOKENS[60:70]), last(direct, TOKENS[60:70]), atol=2e-3)
@@ -324,8 +324,8 @@ def test_an_error_inside_the_callback_surfaces(tiny, load, monkeypatch):
     assert np.isfinite(last(llm, TOKENS[:10])).all()
 
 
-def test_models_that_carry_factors_of_their_own(tiny_llama, tmp_path, load):
-    """What the file does natively is what we do from its facts: Llama 3's factors, linear scaling, YaRN, longrope."""
+def test_models_with_factors_of_their_own(tiny_llama, tmp_path, load):
+    """The native schedule does what llama.cpp does with the file: Llama 3's factors, linear scaling, YaRN, longrope."""
     half = 32
     ramp = [1 + 7 * i / half for i in range(half)]
     kinds = {
@@ -351,8 +351,8 @@ def test_models_that_carry_factors_of_their_own(tiny_llama, tmp_path, load):
         assert load(path, n_ctx=256, kv="f32", schedule=extended).schedule.bands[0] == native.bands[0]
 
 
-def test_sliding_window_layers_of_another_base_keep_theirs(tiny_llama, tmp_path, load):
-    """Gemma 3: five of six layers have a window and base 10,000; llama.cpp, too, scales the sixth alone."""
+def test_sliding_window_layers_with_another_base_keep_theirs(tiny_llama, tmp_path, load):
+    """Gemma 3: five of six layers have a window and base 10,000; llama.cpp, too, scales only the sixth."""
     n_layer, n_embd, size = 6, 128, 64
 
     def gemma(writer):
@@ -387,7 +387,7 @@ def test_sliding_window_layers_of_another_base_keep_theirs(tiny_llama, tmp_path,
     stayed.eval(TOKENS[:60])
     assert np.abs(last(moved, TOKENS[60:95]) - last(stayed, TOKENS[60:95])).max() < PRECISION["f32"]
 
-    # A saved state puts llama.cpp's search for free cells back to the first: old cells of the window are reused.
+    # A saved state resets llama.cpp's search for free cells to the first: old cells of the window are reused.
     restored = load(path, n_ctx=256, schedule=schedule, kv="f32")
     stayed.eval(TOKENS[95:98])
     restored.load_state(stayed.save_state())
@@ -397,8 +397,8 @@ def test_sliding_window_layers_of_another_base_keep_theirs(tiny_llama, tmp_path,
     assert np.abs(last(restored, TOKENS[60:95]) - last(stayed, TOKENS[60:95])).max() < PRECISION["f32"]
 
 
-def test_a_signal_while_writing_is_never_lost(tiny, load):
-    """Python's handlers run between two steps of Python code: inside a callback from C what they raise is gone."""
+def test_a_signal_while_decoding_is_never_lost(tiny, load):
+    """Python's handlers run between two bytecodes: an exception that one raises inside a callback from C is lost."""
     llm = load(tiny, schedule=three_bands(tiny))
 
     class Stop(Exception):

@@ -18,7 +18,7 @@ llama_cpp.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_batch=512, type_k=int(sys
 
 
 def allocated(path, n_ctx, type_k, type_v, flash_attn):
-    """(cache, compute) in MiB, as llama.cpp's log says."""
+    """(cache, compute) in MiB, as reported in llama.cpp's log."""
     arguments = [sys.executable, "-c", ALLOCATED, str(path), *map(str, (n_ctx, type_k, type_v, flash_attn))]
     log = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr
     cache = re.search(r"llama_kv_cache: size = +([\d.]+) MiB", log)
@@ -30,7 +30,7 @@ def allocated(path, n_ctx, type_k, type_v, flash_attn):
     "n_ctx, kv, types",
     [(4096, "f16", (1, 1)), (16000, "q8_0:f16", (8, 1)), (16384, "q8_0", (8, 8)), (1024, "q4_0", (2, 2))],
 )
-def test_the_plan_is_what_llama_cpp_takes(smollm2, n_ctx, kv, types):
+def test_the_plan_matches_what_llama_cpp_allocates(smollm2, n_ctx, kv, types):
     plan = plan_memory(read_header(smollm2), n_ctx, kv)
     cache, compute = allocated(smollm2, n_ctx, *types, plan.flash_attn)
     assert plan.cache_bytes / 2**20 == pytest.approx(cache, abs=0.01)
@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("kv", ["q8", "", "f16:", "f16:q8_0:f16", "auto:f16", None, 8])
-def test_a_cache_type_that_is_none_is_refused(smollm2, kv):
+def test_an_unknown_cache_type_is_refused(smollm2, kv):
     with pytest.raises(UserError, match=r"kv: .* expected auto, one of f32, f16"):
         plan_memory(read_header(smollm2), 512, kv)
 
@@ -67,7 +67,7 @@ def test_heads_that_do_not_divide_into_blocks(tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "m.gguf", n_embd=48, n_head=2)
     header = read_header(path)
     assert choose_kv(header, 256, "auto").kv_type == "f16"
-    with pytest.raises(UserError, match="head size 24 is no multiple of q8_0's block, 32"):
+    with pytest.raises(UserError, match="head size 24 is not a multiple of q8_0's block, 32"):
         choose_kv(header, 256, "q8_0")
 
 

@@ -1,4 +1,4 @@
-"""Prompts on disk: taken up by whatever begins the same way; never trusted, never in the way."""
+"""Prompts on disk: reused by prompts that start the same way; never trusted, never in the way."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def tiny(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def load(tiny: Path) -> Iterator[Load]:
-    """Load a model as if in a new process: nothing is shared with those before."""
-    made: list[Llama] = []
+    """Load a model as if in a new process: nothing is shared with earlier ones."""
+    opened: list[Llama] = []
 
     def load(path: Path = tiny, **options: Any) -> Llama:
         options = {"n_ctx": 4096, "kv": "q8_0", "flash_attn": True, "n_threads": 2, "verbose": False, **options}
         if "schedule" not in options:
             options["schedule"] = extend(native_schedule(read_header(path)), 4096)
-        made.append(Llama(path, **options))
-        return made[-1]
+        opened.append(Llama(path, **options))
+        return opened[-1]
 
     yield load
-    for llm in made:
+    for llm in opened:
         llm.close()
 
 
-def cache(llm: Llama, folder: Path, limit: int = GIB, said: list[str] | None = None) -> PromptCache:
-    return PromptCache(llm, PromptFolder(folder, limit), [].append if said is None else said.append)
+def cache(llm: Llama, folder: Path, limit: int = GIB, notes: list[str] | None = None) -> PromptCache:
+    return PromptCache(llm, PromptFolder(folder, limit), [].append if notes is None else notes.append)
 
 
 def next_logits(llm: Llama, tokens: list[int]) -> np.ndarray:
@@ -71,7 +71,7 @@ def entries(folder: Path) -> set[Path]:
     return set(folder.glob("prompt-*.safetensors"))
 
 
-def test_what_was_read_is_taken_up_after_a_restart_and_gives_the_same(load: Load, tmp_path: Path) -> None:
+def test_a_kept_prompt_is_reused_after_a_restart_with_the_same_logits(load: Load, tmp_path: Path) -> None:
     first, second = load(), load()
     assert cache(first, tmp_path / "new" / "folder").read(TOKENS[:1500]) == 1500
     expected = next_logits(first, TOKENS[1500:1520])
@@ -80,7 +80,7 @@ def test_what_was_read_is_taken_up_after_a_restart_and_gives_the_same(load: Load
     assert len(names(tmp_path / "new" / "folder")) == 1
 
 
-def test_a_prompt_that_begins_alike_reads_only_the_rest(load: Load, tmp_path: Path) -> None:
+def test_a_prompt_that_starts_the_same_reads_only_the_rest(load: Load, tmp_path: Path) -> None:
     cache(load(), tmp_path).read(TOKENS[:1500])
     llm = load()
     other = [*TOKENS[:1200], *TOKENS[2000:2100]]
@@ -90,11 +90,11 @@ def test_a_prompt_that_begins_alike_reads_only_the_rest(load: Load, tmp_path: Pa
     plain = load()
     plain.eval(TOKENS[:1000])
     np.testing.assert_allclose(next_logits(llm, TOKENS[9:19]), next_logits(plain, TOKENS[9:19]), atol=0.05)
-    assert cache(load(), tmp_path).read([*TOKENS[:400], *TOKENS[2000:2100]]) == 500  # too little to pay
-    assert len(entries(tmp_path)) == 1  # what reads little is not kept
+    assert cache(load(), tmp_path).read([*TOKENS[:400], *TOKENS[2000:2100]]) == 500  # too few to pay off
+    assert len(entries(tmp_path)) == 1  # what is read quickly is not kept
 
 
-def test_what_saves_most_is_taken_up_whatever_its_band(load: Load, tmp_path: Path) -> None:
+def test_the_entry_that_saves_most_is_loaded_from_any_band(load: Load, tmp_path: Path) -> None:
     kept = cache(load(), tmp_path)
     kept.read(TOKENS[:700])
     kept.read(TOKENS[:2600])  # moves to the long band
@@ -102,11 +102,11 @@ def test_what_saves_most_is_taken_up_whatever_its_band(load: Load, tmp_path: Pat
     llm = load()
     loaded: list[int] = []
     llm.on_band_change = lambda change: loaded.append(change.n_tokens)
-    assert cache(llm, tmp_path).read(TOKENS[:710]) == 10  # by the short one, as it loads in no time
+    assert cache(llm, tmp_path).read(TOKENS[:710]) == 10  # from the short entry, which loads faster
     assert not loaded
     assert cache(llm, tmp_path).read(TOKENS[:1500]) == 0
     llm.eval(TOKENS[1500:1510])
-    assert llm.band_index == 0 and loaded == [1500]  # turned back, once what is past the beginning was dropped
+    assert llm.band_index == 0 and loaded == [1500]  # rotated back, after the rest was dropped
 
 
 def test_another_model_schedule_cache_or_way_of_computing_is_a_miss(
@@ -146,7 +146,7 @@ def test_short_prompts_are_not_kept_and_kept_ones_not_written_again(load: Load, 
     assert path.stat().st_ino == before and path.stat().st_mtime > 1
 
 
-def test_beyond_the_limit_what_was_unused_longest_goes(load: Load, tmp_path: Path) -> None:
+def test_beyond_the_limit_the_least_recently_used_entry_is_removed(load: Load, tmp_path: Path) -> None:
     llm = load()
     cache(llm, tmp_path).read(TOKENS[:800])
     (first,) = entries(tmp_path)
@@ -169,12 +169,12 @@ def test_beyond_the_limit_what_was_unused_longest_goes(load: Load, tmp_path: Pat
     limited.read(TOKENS[200:1000])
     left = entries(tmp_path)
     assert first in left and second not in left and len(left - set(foreign)) == 2
-    said: list[str] = []
-    small = cache(llm, tmp_path, size - 1, said)
+    notes: list[str] = []
+    small = cache(llm, tmp_path, size - 1, notes)
     for start in (300, 400):
-        assert small.read(TOKENS[start : start + 800]) == 800  # one that never fits pushes nothing out
+        assert small.read(TOKENS[start : start + 800]) == 800  # one that never fits removes nothing
     assert entries(tmp_path) == left and all(path.read_bytes() == content for path, content in foreign.items())
-    assert len(said) == 1 and said[0].startswith("800 tokens are not kept: ")
+    assert len(notes) == 1 and notes[0].startswith("800 tokens are not kept: ")
 
 
 def test_a_damaged_entry_is_removed_and_the_prompt_read(load: Load, tmp_path: Path) -> None:
@@ -200,18 +200,18 @@ def test_a_damaged_entry_is_removed_and_the_prompt_read(load: Load, tmp_path: Pa
 
 
 def rewrite(path: Path, *, tokens: Any = None, state: Any = None, facts: dict[str, str] | None = None) -> None:
-    """Replace parts of an entry by hostile ones, with a digest that is right."""
+    """Replace parts of an entry with hostile ones, with a correct digest."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
     with safe_open(path, framework="numpy") as file:
         old = {name: file.get_tensor(name) for name in ("tokens", "state")}
-        said = file.metadata()
+        metadata = file.metadata()
     tokens = old["tokens"] if tokens is None else tokens
     state = old["state"] if state is None else state
     if tokens.dtype == np.int32 and state.dtype == np.uint8:
-        said["digest"] = session._digest(tokens, state)
-    save_file({"tokens": tokens, "state": state}, path, metadata={**said, **(facts or {})})
+        metadata["digest"] = session._digest(tokens, state)
+    save_file({"tokens": tokens, "state": state}, path, metadata={**metadata, **(facts or {})})
 
 
 def state_with(path: Path, at: int, values: list[int]) -> np.ndarray:
@@ -248,14 +248,14 @@ HOSTILE: dict[str, Callable[[Path, Llama], None]] = {
 }
 
 
-@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_entry_is_a_miss(load: Load, tmp_path: Path, spoil: Callable[[Path, Llama], None]) -> None:
+@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_entry_is_a_miss(load: Load, tmp_path: Path, damage: Callable[[Path, Llama], None]) -> None:
     llm = load()
     kept = cache(llm, tmp_path)
     kept.read(TOKENS[:800])
     expected = next_logits(llm, TOKENS[800:810])
     (path,) = tmp_path.iterdir()
-    spoil(path, llm)
+    damage(path, llm)
     llm.reset()
     assert kept.read(TOKENS[:800]) == 800
     np.testing.assert_array_equal(next_logits(llm, TOKENS[800:810]), expected)
@@ -272,7 +272,7 @@ def test_an_entry_that_another_process_removes_is_a_miss(load: Load, tmp_path: P
     assert len(entries(tmp_path)) == 1
 
 
-def test_hundreds_of_entries_are_looked_through_at_once(load: Load, tmp_path: Path) -> None:
+def test_hundreds_of_entries_are_searched_quickly(load: Load, tmp_path: Path) -> None:
     llm = load()
     kept = cache(llm, tmp_path)
     kept.read(TOKENS[:800])
@@ -287,9 +287,9 @@ def test_hundreds_of_entries_are_looked_through_at_once(load: Load, tmp_path: Pa
     assert time.perf_counter() - started < 2
 
 
-def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place, reason in (("file", "is no folder"), ("file/below", "cannot keep prompts there: ")):
+    for place, reason in (("file", "not a folder"), ("file/below", "cannot keep prompts there: ")):
         with pytest.raises(UserError, match=f"{place}: {reason}") as refused:
             PromptFolder(tmp_path / place, GIB)
         assert "\n" not in str(refused.value)
@@ -297,14 +297,14 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         PromptFolder("/proc/ropewalk", GIB)
 
 
-def test_a_folder_that_goes_away_is_told_once(load: Load, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_folder_that_disappears_is_reported_once(load: Load, tmp_path: Path) -> None:
+    notes: list[str] = []
     llm = load()
-    kept = cache(llm, tmp_path / "folder", GIB, said)
+    kept = cache(llm, tmp_path / "folder", GIB, notes)
     (tmp_path / "folder").rmdir()
     assert kept.read(TOKENS[:800]) == 800
     assert kept.read(TOKENS[100:900]) == 800
-    assert len(said) == 1 and said[0].startswith("prompts are no longer kept: ") and "\n" not in said[0]
+    assert len(notes) == 1 and notes[0].startswith("prompts are no longer kept: ") and "\n" not in notes[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,7 +336,7 @@ def job(model: Path, folder: Path, limit: int, n_prompts: int, entry_bytes: int 
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_at_any_moment_leaves_nothing_that_hurts(load: Load, tiny: Path, tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_nothing_harmful(load: Load, tiny: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for _ in range(3):
         jobs = [job(tiny, tmp_path, 2_000_000, 10_000) for _ in range(2)]  # two at once
@@ -360,7 +360,7 @@ def test_killed_at_any_moment_leaves_nothing_that_hurts(load: Load, tiny: Path, 
         assert kept.read(tokens) == 0
 
 
-def test_a_part_of_a_living_run_stays(tmp_path: Path) -> None:
+def test_the_part_file_of_a_live_run_stays(tmp_path: Path) -> None:
     name = ".prompt-" + "-".join(["0" * 16] * 3) + ".safetensors.0000000000000000.part"
     with (tmp_path / name).open("wb") as file:
         files.lock(file.fileno())
@@ -370,7 +370,7 @@ def test_a_part_of_a_living_run_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_several_processes_keep_to_one_limit(tiny: Path, tmp_path: Path) -> None:
+def test_several_processes_share_one_limit(tiny: Path, tmp_path: Path) -> None:
     jobs = [job(tiny, tmp_path, 1_000_000, 12) for _ in range(2)]
     assert [one.communicate()[0] for one in jobs] == ["ready\ndone\n"] * 2
     sizes = [path.stat().st_size for path in entries(tmp_path)]
@@ -378,15 +378,15 @@ def test_several_processes_keep_to_one_limit(tiny: Path, tmp_path: Path) -> None
     assert sum(sizes) <= 1_000_000 + max(sizes)
 
 
-def test_a_full_disk_is_told_and_the_work_goes_on(tiny: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_work_continues(tiny: Path, tmp_path: Path) -> None:
     output, _ = job(tiny, tmp_path, GIB, 2, entry_bytes=20_000).communicate()
-    ready, told, done = output.splitlines()
+    ready, note, done = output.splitlines()
     assert (ready, done) == ("ready", "done")
-    assert told.startswith("prompts are no longer kept: ") and told.endswith("File too large")
+    assert note.startswith("prompts are no longer kept: ") and note.endswith("File too large")
     assert names(tmp_path) == []
 
 
-def test_an_interrupt_while_a_prompt_is_read_leaves_nothing(load: Load, tmp_path: Path) -> None:
+def test_an_interrupt_while_a_prompt_is_read_leaves_no_file(load: Load, tmp_path: Path) -> None:
     llm = load()
 
     def interrupt(done: int, total: int) -> None:
@@ -404,7 +404,7 @@ def test_an_interrupt_while_a_prompt_is_read_leaves_nothing(load: Load, tmp_path
 # --- in conversations and summaries
 
 DOCUMENT = pydoc_data.topics.topics["with"]  # some 800 tokens
-TEXT = DOCUMENT[:1200]  # about as many of the tiny model's
+TEXT = DOCUMENT[:1200]  # about as many for the tiny model
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def test_another_question_to_a_document_reads_only_the_question(model: Callable[
     assert len(names(tmp_path)) == 1
 
 
-def test_a_long_question_is_taken_up_as_far_as_it_is_the_same(load: Load, tmp_path: Path) -> None:
+def test_the_common_start_of_a_long_question_is_reused(load: Load, tmp_path: Path) -> None:
     def ask(question: str) -> Answer:
         llm = load(kv="f16")
         return Conversation(llm, cache=cache(llm, tmp_path)).ask(question, Sampling(max_tokens=8))
@@ -442,7 +442,7 @@ def test_a_long_question_is_taken_up_as_far_as_it_is_the_same(load: Load, tmp_pa
     assert len(names(tmp_path)) == 1
 
 
-def test_an_interrupted_long_question_was_never_asked(load: Load, tmp_path: Path) -> None:
+def test_an_interrupted_long_question_is_dropped(load: Load, tmp_path: Path) -> None:
     llm = load()
     talk = Conversation(llm, cache=cache(llm, tmp_path))
 

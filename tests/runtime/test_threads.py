@@ -7,10 +7,10 @@ import sys
 import pytest
 from ropewalk.runtime.threads import default_threads
 
-TOLD = "import os, ropewalk; ropewalk.Llama; print(os.environ.get('GOMP_SPINCOUNT'))"
+PRINT_SPINCOUNT = "import os, ropewalk; ropewalk.Llama; print(os.environ.get('GOMP_SPINCOUNT'))"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no process to some cores")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot bind a process to cores")
 def test_no_more_than_the_cores_it_may_use():
     allowed = os.sched_getaffinity(0)
     assert 1 <= default_threads() <= len(allowed)
@@ -22,10 +22,12 @@ def test_no_more_than_the_cores_it_may_use():
 
 
 @pytest.mark.parametrize(
-    ("mine", "expected"),
+    ("settings", "expected"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
-def test_a_waiting_thread_sleeps_unless_the_user_wants_otherwise(mine, expected):
+def test_a_waiting_thread_sleeps_unless_the_user_wants_otherwise(settings, expected):
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", TOLD], env=environment | mine, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_SPINCOUNT], env=environment | settings, capture_output=True, text=True
+    )
     assert done.stdout.strip() == expected, done.stderr

@@ -1,4 +1,4 @@
-"""Schedule to loss, for the search: by llama.cpp on the file itself, or by torch on its weights."""
+"""Evaluators for the search: a band's loss, by llama.cpp on the file itself or by torch on its weights."""
 
 from .choice import EvaluatorRecipe, faster, make_evaluator
 from .spec import EvaluatorSpec, Kind

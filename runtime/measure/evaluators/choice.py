@@ -1,9 +1,9 @@
-"""Schedule → loss: a band's loss on passages, by llama.cpp on the file itself or by torch on its weights.
+"""The choice of an evaluator, which computes a band's loss on passages: llama.cpp on the file, or torch on its weights.
 
-Two fidelities. `full` reads a passage from its first token in the band. `screen` reads all but the last `window` tokens
-once, in a base band, and keeps keys and values; for each candidate the kept keys are turned to its λ and only the
-window is read. What lies deeper than the keys' rotation keeps the base's values, so screening ranks bands that are
-near the base and does not measure them; it costs a tenth or less.
+There are two fidelities. `full` reads a passage from its first token in the band. `screen` reads all but the last
+`window` tokens once, in a base band, and keeps their keys and values; for each candidate, these keys are rotated by its
+λ and only the window is read. Apart from that rotation the prefix stays as read in the base band, so screening ranks
+bands near the base but does not measure them; it costs a tenth or less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_evaluator(spec: EvaluatorSpec) -> LlamaEvaluator | TorchEvaluator:
     """Load the model.
 
     Raises:
-        UserError: it does not load, or not into memory.
+        UserError: it cannot be loaded, or does not fit into memory.
     """
     if spec.kind == "torch":
         from .torch import TorchEvaluator
@@ -40,7 +40,7 @@ def make_evaluator(spec: EvaluatorSpec) -> LlamaEvaluator | TorchEvaluator:
 
 @dataclass(frozen=True)
 class EvaluatorRecipe:
-    """Makes an evaluator, in any process that it is sent to; its key and weights are known before."""
+    """Creates an evaluator, in any process that it is sent to; key and weights are known without creating one."""
 
     spec: EvaluatorSpec
 
@@ -57,9 +57,9 @@ class EvaluatorRecipe:
 
 
 def faster(spec: EvaluatorSpec, n_tokens: int = TRIAL_TOKENS) -> tuple[Kind, dict[Kind, float]]:
-    """Which of the two reads faster here, measured on the beginning of the first passage, and both speeds (tokens/s).
+    """Measure which evaluator is faster on this machine, on the start of the first passage; and both speeds (tokens/s).
 
-    A model that torch's reader does not cover has no speed there.
+    If torch's reader does not cover the model, it has no speed.
 
     Raises:
         UserError: neither can run it.
@@ -68,7 +68,7 @@ def faster(spec: EvaluatorSpec, n_tokens: int = TRIAL_TOKENS) -> tuple[Kind, dic
     tokens = passage.tokens[: min(n_tokens, len(passage.tokens))]
     targets = tuple(range(len(tokens) // 2, len(tokens)))
     trial = Passage(passage.name, tokens, targets, (1 / len(targets),) * len(targets))
-    trials = replace(spec, passages=(trial, *spec.passages), window=0)  # all of them, as the longest must fit, too
+    trials = replace(spec, passages=(trial, *spec.passages), window=0)  # all of them, as the longest must fit as well
     kinds: tuple[Kind, ...] = ("llama", "torch")
     speeds: dict[Kind, float] = {}
     for kind in kinds:

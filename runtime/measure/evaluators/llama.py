@@ -1,6 +1,6 @@
-"""llama.cpp's losses for the search; for screening, the state before the window is kept, and its keys turned.
+"""llama.cpp's losses for the search; for screening, the state before the window is kept, and its keys are rotated.
 
-See `evaluators`.
+See `choice`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .spec import EvaluatorSpec
 
 
 class LlamaEvaluator:
-    """llama.cpp's losses: any architecture with RoPE, the quantised file itself. No reload between bands.
+    """llama.cpp's losses: any architecture with RoPE, the quantised file itself, no reload between bands.
 
     Attributes:
         key, weights: as in `Evaluator`.
@@ -37,7 +37,7 @@ class LlamaEvaluator:
         longest = max(len(passage.tokens) for passage in spec.passages)
         self._llm = Llama(
             spec.model,
-            schedule=self._alone(spec.base, longest),
+            schedule=self._schedule(spec.base, longest),
             n_ctx=longest,
             kv=spec.kv,
             flash_attn=True,
@@ -60,18 +60,18 @@ class LlamaEvaluator:
         return Result(float(losses @ np.array(passage.weights)), time.perf_counter() - started)
 
     def losses(self, band: Band, index: int, fidelity: Fidelity = "full") -> Losses:
-        """Losses in nats of each target of a passage, by its index; in its window only, when screening."""
+        """Losses (nats) of each target of passage `index`; when screening, only of those in its window."""
         if fidelity == "screen":
             self._prepare(index)
         passage, llm = self._passage(index, fidelity), self._llm
         llm.reset()
-        llm.set_schedule(self._alone(band, len(passage.tokens)))
+        llm.set_schedule(self._schedule(band, len(passage.tokens)))
         if fidelity == "screen":
             prefix = np.array(passage.tokens[: -self._spec.window], dtype=np.int32)
-            llm.restore(prefix, self._states[index], self._alone(self._spec.base, len(passage.tokens)).bands[0])
+            llm.restore(prefix, self._states[index], self._schedule(self._spec.base, len(passage.tokens)).bands[0])
         losses = llm.token_losses(passage.tokens, targets=passage.targets)
         if fidelity == "full" and self._windows and self._spec.is_base(band) and index not in self._states:
-            self._keep(index)
+            self._save_state(index)
         return losses
 
     def close(self) -> None:
@@ -80,21 +80,21 @@ class LlamaEvaluator:
     def _passage(self, index: int, fidelity: Fidelity) -> Passage:
         return self._spec.passages[index] if fidelity == "full" else self._windows[index]
 
-    def _alone(self, band: Band, context: int) -> Schedule:
-        """A schedule of this band only, that serves at least `context` tokens."""
+    def _schedule(self, band: Band, context: int) -> Schedule:
+        """A schedule of this band only, that holds at least `context` tokens."""
         band = band.model_copy(update={"context": max(band.context, context)})
         return Schedule(facts=self._facts, bands=(band,))
 
     def _prepare(self, index: int) -> None:
-        """Read a passage in the base band, unless that is kept.
+        """Read a passage in the base band, unless its state is kept already.
 
-        In full, just as its loss is read: in other batches the state would differ in its last bits, and a search that
-        was killed could go another way.
+        It is read in full, in the same batches as for its loss: in others the state would differ in its last bits, and
+        a resumed search could take another course.
         """
         if index not in self._states:
             self.losses(self._spec.base, index)
 
-    def _keep(self, index: int) -> None:
+    def _save_state(self, index: int) -> None:
         llm, tokens = self._llm, self._spec.passages[index].tokens
         llm.rewind(len(tokens) - self._spec.window)
         check_room(llm.plan.cache_bytes, len(self._spec.passages) - len(self._states), available_memory())

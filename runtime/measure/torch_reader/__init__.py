@@ -1,1 +1,1 @@
-"""A GGUF's model in torch, to read texts with and to differentiate: losses under any band, on a CPU or a GPU."""
+"""A GGUF model in torch, for differentiable losses in any band, on a CPU or a GPU."""

@@ -1,9 +1,9 @@
-"""Causal attention in torch, forward and backward, without a matrix of scores and without repeated keys.
+"""Causal attention in torch, forward and backward, without a score matrix and without repeated keys.
 
-Query rows are the last of the text: row *i* of `rows` sees the first ``keys - rows + i + 1`` keys. On a CPU torch's
-fused kernel is called as such, since it hands out the log-sum-exp: with it, what comes of earlier keys and of the
-rows' own is put together (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1), and a backward pass needs no
-forward one again. Elsewhere torch chooses the kernel; on a GPU there is a far faster one for 16 bits (`half`).
+Query rows are the last of the text: row *i* of `rows` sees the first ``keys - rows + i + 1`` keys. On a CPU, torch's
+fused kernel is called directly, since it returns the log-sum-exp: with it, the results over earlier keys and over the
+rows' own keys are combined (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1), and the backward pass need
+not repeat the forward pass. Elsewhere torch chooses the kernel; a GPU has a far faster one for 16 bits (`half`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 ROWS = 1024
-"""Query rows at a time where there is no kernel of our choice: a mask of so many rows is made for each."""
+"""Query rows at a time where torch chooses the kernel: it needs a mask of that many rows."""
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -24,7 +24,7 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Attended:
     """Attention's result, shape ``(kv heads, group, rows, head size)``, and the log-sum-exp of each row's scores.
 
-    Without a log-sum-exp, a backward pass computes the forward one again.
+    Without a log-sum-exp, the backward pass repeats the forward pass.
     """
 
     out: torch.Tensor
@@ -34,7 +34,7 @@ class Attended:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, half: bool = False) -> Attended:
     """Attention of `q` ``(kv heads, group, rows, size)`` over `k` and `v` ``(kv heads, 1, keys, size)``.
 
-    Not differentiable; see `attend_backward`. `half`: in float16, on a GPU; the result is as `q` is.
+    Not differentiable; see `attend_backward`. `half`: in float16, on a GPU; the result has the type of `q`.
     """
     with torch.no_grad():
         if half:
@@ -61,7 +61,7 @@ def attend_backward(
     scale: float,
     half: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `q`, `k` and `v` (in their shapes) for the gradient `grad` of ``attended.out``.
+    """Gradients with respect to `q`, `k` and `v` (of their shapes), given the gradient `grad` of ``attended.out``.
 
     `half`: in bfloat16, on a GPU, as gradients can be too small for float16.
     """
@@ -73,7 +73,7 @@ def attend_backward(
         k, v = _for_group(q, k, v)
         first = k.shape[2] - q.shape[2]
         saved = (attended.out, attended.log_sum, 0.0)
-        # With the result and log-sum-exp over all keys, each part's gradients are exact on their own, and add up.
+        # With the result and log-sum-exp over all keys, each part's gradients are exact, and their sum is the whole.
         of_q, of_k, of_v = _fused_backward(grad, q, k[:, :, first:], v[:, :, first:], *saved, True, scale=scale)
         of_k, of_v = of_k.sum(1, keepdim=True), of_v.sum(1, keepdim=True)
         if first:
@@ -87,7 +87,7 @@ def attend_backward(
 
 
 def _for_group(q: torch.Tensor, *cells: torch.Tensor) -> list[torch.Tensor]:
-    """Keys or values as all heads of a group see them: the same memory with a stride of zero."""
+    """Keys or values expanded to all heads of a group: the same memory with a stride of zero."""
     return [x.expand(-1, q.shape[1], -1, -1) for x in cells]
 
 
@@ -126,7 +126,7 @@ def _plain_backward(
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """The GPU's fused kernel for 16 bits, called as such: torch's own choice would not take rows that are the last."""
+    """The GPU's fused kernel for 16 bits, called directly: torch would not choose it for rows after earlier keys."""
     k, v = _for_group(q, k, v)
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
     return out

@@ -1,8 +1,8 @@
-"""A Llama-family decoder in torch: a text forward, and back again to the rotation, with memory that is bounded.
+"""A Llama-family decoder in torch: forward over a text, and backward to the rotation tables, with bounded memory.
 
-Layer by layer, all rows of a text at once: no cache is kept. What is wide (a feed-forward's middle, logits) is
-computed for some rows at a time. A gradient keeps each layer's input and what its attention gave, and computes the
-rest of a layer again on the way back; weights are constants.
+Each layer processes all rows of a text at once, without a cache. Wide intermediate results (of the feed-forward, and
+logits) are computed for some rows at a time. A gradient keeps each layer's input and attention output, and recomputes
+the rest of a layer in the backward pass; weights are constants.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rope import rotate
 from .weights import Layer, Weights
 
 CHUNK_BYTES = 64 << 20
-"""Of logits, or of a feed-forward's middle, at a time."""
+"""Size of the logits, or of the feed-forward's intermediate result, that is computed at a time."""
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -28,10 +28,10 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """What is read: embedded rows ``(rows, n_embd)``, and the keys and values of what stands before them, by layer.
+    """The input: embedded rows ``(rows, n_embd)``, and for each layer the keys and values of the tokens before them.
 
-    Earlier keys are as they were before rotation, and have shape ``(kv heads, 1, earlier, head size)``, as have
-    values; `cos` and `sin`, ``(earlier + rows, n_rot/2)``, turn all of them.
+    Earlier keys are not yet rotated; keys and values have shape ``(kv heads, 1, earlier, head size)``. `cos` and
+    `sin`, ``(earlier + rows, n_rot/2)``, rotate all of them.
     """
 
     rows: torch.Tensor
@@ -43,7 +43,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Targets:
-    """Rows of the last hidden states, the tokens that should follow them, and their weights, each ``(targets,)``.
+    """Rows of the last hidden states, the tokens to predict from them, and their weights, each ``(targets,)``.
 
     Weights add up to 1, float64.
     """
@@ -54,7 +54,7 @@ class Targets:
 
 
 class Decoder:
-    """Computes with one model's weights; nothing of a text is kept.
+    """The computation with one model's weights; it keeps no state of a text.
 
     Attributes:
         half: whether attention is computed in 16 bits (on a GPU; see `attention`).
@@ -66,9 +66,9 @@ class Decoder:
         self._scale = self._shape.head_size**-0.5
 
     def losses(self, text: Rows, targets: Targets, n_kept: int = 0) -> tuple[npt.NDArray[np.float64], list[KeysValues]]:
-        """``-ln p`` of each target, shape ``(targets,)``; and what each layer makes of the first `n_kept` rows.
+        """Return ``-ln p`` of each target, shape ``(targets,)``, and each layer's keys and values of the first rows.
 
-        That is their keys before rotation, and values, in `Rows`'s shapes.
+        These are of the first `n_kept` rows, keys before rotation, in the shapes of `Rows`.
         """
         x, kept = text.rows, []
         for i, layer in enumerate(self._weights.layers):
@@ -80,7 +80,7 @@ class Decoder:
         return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64), kept
 
     def gradient(self, text: Rows, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """The weighted mean loss, and its gradients in `text.cos` and `text.sin`, float64, of their shape."""
+        """Return the weighted mean loss, and its gradients with respect to `text.cos` and `text.sin` in float64."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
             heads = self._heads(layer, inputs[-1])
@@ -113,7 +113,7 @@ class Decoder:
         return q, k, v
 
     def _rotated(self, i: int, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, text: Rows) -> Heads:
-        """The same as layer `i`'s attention takes them, after the keys and values that `text` brings."""
+        """Heads for layer `i`'s attention: rotated, and with the earlier keys and values of `text` put before them."""
         q, k, v = heads
         if text.keys:
             k, v = torch.cat((text.keys[i].to(k), k), dim=2), torch.cat((text.values[i].to(v), v), dim=2)
@@ -126,7 +126,7 @@ class Decoder:
     def _attention_gradient(
         self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Rows
     ) -> tuple[torch.Tensor, ...]:
-        """Gradients in layer `i`'s input and in both tables, for `grad` of what its attention gave."""
+        """Gradients with respect to layer `i`'s input and both tables, given that of its attention output."""
         leaves = [part.detach().requires_grad_() for part in (x, text.cos, text.sin)]
         with torch.enable_grad():
             heads = self._heads(self._weights.layers[i], leaves[0])
@@ -148,7 +148,7 @@ class Decoder:
         return (slice(start, start + step) for start in range(0, len(x), step))
 
     def _finish(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """A layer's output, for its input and what its attention gave."""
+        """A layer's output, from its input and its attention output."""
         out = torch.empty_like(x)
         for rows in self._row_pieces(x):
             out[rows] = self._rest(layer, x[rows], attended[:, :, rows])
@@ -157,7 +157,7 @@ class Decoder:
     def _finish_gradient(
         self, layer: Layer, x: torch.Tensor, attended: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients in both arguments of `_finish`, for `grad` of its result."""
+        """Gradients with respect to both arguments of `_finish`, given that of its result."""
         of_x, of_attended = torch.empty_like(x), torch.empty_like(attended)
         for rows in self._row_pieces(x):
             leaves = [part.detach().requires_grad_() for part in (x[rows], attended[:, :, rows])]
@@ -166,7 +166,7 @@ class Decoder:
             of_x[rows], of_attended[:, :, rows] = torch.autograd.grad(out, leaves, grad[rows])
         return of_x, of_attended
 
-    # --- the output head, at the targets alone
+    # --- the output head, for the targets only
 
     def _head_pieces(self, targets: Targets) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         output = self._weights.output
@@ -176,14 +176,14 @@ class Decoder:
             yield targets.rows[piece], targets.tokens[piece], targets.weights[piece]
 
     def _head(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Losses of `tokens` ``(rows,)`` after hidden states `x` ``(rows, n_embd)``, float64."""
+        """Losses of `tokens` ``(rows,)``, predicted from hidden states `x` ``(rows, n_embd)``, in float64."""
         x = normalise(x, self._weights.output_norm, self._shape.eps)
         logits = linear(x, self._weights.output, self._weights.output_bias)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
         return torch.logsumexp(logits, dim=1).double() - chosen.double()
 
     def _head_gradient(self, x: torch.Tensor, targets: Targets) -> tuple[float, torch.Tensor]:
-        """The weighted mean loss, and its gradient in the last hidden states `x`."""
+        """The weighted mean loss, and its gradient with respect to the last hidden states `x`."""
         total, grad = 0.0, torch.zeros_like(x)
         for at, tokens, weights in self._head_pieces(targets):
             leaf = x[at].requires_grad_()

@@ -1,10 +1,10 @@
-"""A GGUF's model in torch: losses under any band, and their exact gradients in ln λ and ln attention factor.
+"""A GGUF model in torch: losses in any band, and their exact gradients with respect to ln λ and ln attention factor.
 
-The numbers are llama.cpp's for the same file, up to its own rounding (it quantises activations, this does not).
+The numbers are llama.cpp's for the same file, up to its rounding (it quantises activations, this code does not).
 
-A prefix can be read once and kept (`prefix_state`): keys as they were before rotation, so that the tokens after it can
-be read under any band over keys rotated by that band. The prefix's own hidden states stay those of the band that it
-was read in, which makes this a cheap stand-in for reading the whole text.
+A prefix can be read once and kept (`prefix_state`), with its keys before rotation, so that the tokens after it can be
+read in any band over keys rotated for that band. The prefix's hidden states stay those of the band in which it was
+read, which makes this a cheap approximation of reading the whole text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .rope import RopeTable
 from .weights import Weights, free_memory, load_weights
 
 HALF_DIFFERENCE, HALF_SPREAD = 0.001, 0.02
-"""How far fewer bits may move the mean loss (as a share of it), and single losses on average (nats)."""
+"""How much 16 bits may change the mean loss (as a share of it), and single losses on average (nats)."""
 
 
 @dataclass(frozen=True)
 class PrefixState:
-    """The first tokens of a text as read in `band`: each layer's keys before rotation, and values.
+    """The start of a text as read in `band`: each layer's keys before rotation, and values.
 
     Both of shape ``(kv heads, 1, tokens, head size)``.
     """
@@ -48,7 +48,7 @@ class PrefixState:
 
 @dataclass(frozen=True)
 class LossGradient:
-    """A mean loss (nats a token) and its derivatives."""
+    """A mean loss (nats per token) and its derivatives."""
 
     loss: float
     by_log_factors: Array
@@ -67,26 +67,27 @@ def load_torch_model(
 ) -> TorchModel:
     """Read the model at `path` into `dtype` on `device`.
 
-    `threads` is how many torch uses in this model's calls (default: the physical cores that this process may use).
+    `threads` is how many threads torch uses in this model's calls (default: the physical cores that this process may
+    use).
 
     Raises:
-        UserError: not a GGUF, a model that is not covered (see `weights`), no such device, or weights of more
-            than `max_bytes` (default: the memory that is free); no weight has been read then.
+        UserError: not a GGUF file, a model that is not covered (see `weights`), no such device, or weights of more than
+            `max_bytes` (default: the free memory). No weight has been read then.
     """
     header = read_header(path)
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        torch_device = torch.device(device)
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return TorchModel(load_weights(header, place, dtype, max_bytes), threads or default_threads())
+    return TorchModel(load_weights(header, torch_device, dtype, max_bytes), threads or default_threads())
 
 
 class TorchModel:
     """A decoder with frozen weights; see `load_torch_model`.
 
     In all methods `tokens` are a whole text from position 0, `targets` positions in it: the loss at position t is
-    ``-ln p(tokens[t] | tokens[:t])``, in nats. Tokens behind the last target are not read.
+    ``-ln p(tokens[t] | tokens[:t])``, in nats. Tokens after the last target are not read.
     """
 
     def __init__(self, weights: Weights, threads: int) -> None:
@@ -99,14 +100,14 @@ class TorchModel:
 
     @property
     def free_memory(self) -> int:
-        """Bytes that are free where the model is."""
+        """Free memory on the model's device, in bytes."""
         return free_memory(self._weights.embedding.device)
 
     def try_half(self, tokens: Sequence[int], band: Band) -> bool:
-        """On a GPU, compute attention in 16 bits and products in TF32, if that leaves the losses of `tokens` alike.
+        """On a GPU, compute attention in 16 bits and products in TF32, if that hardly changes the losses of `tokens`.
 
-        It is many times as fast there. A model whose scores are too large for it is left as it was, as is a GPU that
-        has no such kernel. Returns whether it is used.
+        It is many times faster there. It is not used if the model's scores are too large for it, or if the GPU has no
+        such kernel. Returns whether it is used.
 
         Raises:
             UserError: as `token_losses`.
@@ -117,40 +118,40 @@ class TorchModel:
         exact = self.token_losses(tokens, band, targets)
         self._decoder.half = True
         try:
-            rough = self.token_losses(tokens, band, targets)
+            half = self.token_losses(tokens, band, targets)
         except RuntimeError:  # no such kernel on this GPU, or not for this head size
-            rough = np.full_like(exact, np.nan)
-        moved, spread = abs(float(rough.mean() / exact.mean()) - 1), float(np.abs(rough - exact).mean())
-        self._decoder.half = moved < HALF_DIFFERENCE and spread < HALF_SPREAD
+            half = np.full_like(exact, np.nan)
+        difference, spread = abs(float(half.mean() / exact.mean()) - 1), float(np.abs(half - exact).mean())
+        self._decoder.half = difference < HALF_DIFFERENCE and spread < HALF_SPREAD
         return self._decoder.half
 
     def token_losses(self, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Array:
-        """Losses at `targets`, in their order, with all of the text read in `band`.
+        """Return the losses at `targets`, in their order, with the whole text read in `band`.
 
         Raises:
-            UserError: a token or target that cannot be, a band for another model, or too little memory.
+            UserError: an impossible token or target, a band for another model, or too little memory.
         """
         return self._losses(None, tokens, band, targets)
 
     def window_losses(self, state: PrefixState, tokens: Sequence[int], band: Band, targets: Sequence[int]) -> Array:
-        """As `token_losses`, but the tokens of `state` are not read again: the others are, in `band`, over its keys.
+        """Like `token_losses`, but only the tokens after those of `state` are read, in `band`, over the state's keys.
 
-        The first position that can be a target is the second after the state's tokens, as the state has no logits.
+        The first position that can be a target is the second one after the state's tokens, as the state has no logits.
 
         Raises:
-            UserError: as there, or a state of another text.
+            UserError: as for `token_losses`, or a state of another text.
         """
         return self._losses(state, tokens, band, targets)
 
     def loss_and_gradient(
         self, tokens: Sequence[int], band: Band, targets: Sequence[int], weights: Sequence[float] = ()
     ) -> LossGradient:
-        """The mean of `token_losses` and its exact derivatives at `band`.
+        """Return the mean of `token_losses` and its exact derivatives at `band`.
 
-        `weights`, one a target, adding up to 1, say how much each counts; by default all count the same.
+        `weights`, one per target, add up to 1; by default all targets have the same weight.
 
         Raises:
-            UserError: as there, or another number of weights.
+            UserError: as for `token_losses`, or a wrong number of weights.
         """
         return self._gradient(None, tokens, band, targets, weights)
 
@@ -162,17 +163,17 @@ class TorchModel:
         targets: Sequence[int],
         weights: Sequence[float] = (),
     ) -> LossGradient:
-        """The mean of `window_losses` and its exact derivatives at `band`, the rotation of the state's keys included.
+        """Return the mean of `window_losses` and its exact derivatives at `band`, including the state's key rotation.
 
         Raises:
-            UserError: as there, or another number of weights.
+            UserError: as for `window_losses`, or a wrong number of weights.
         """
         return self._gradient(state, tokens, band, targets, weights)
 
     def losses_and_state(
         self, tokens: Sequence[int], band: Band, targets: Sequence[int], n_prefix: int
     ) -> tuple[Array, PrefixState]:
-        """`token_losses`, and of the same reading what `window_losses` needs of the first `n_prefix` tokens.
+        """Return `token_losses`, and from the same reading the state of the first `n_prefix` tokens.
 
         Raises:
             UserError: as for `token_losses`.
@@ -185,7 +186,7 @@ class TorchModel:
             return losses, PrefixState(tuple(tokens[:n_prefix]), band, keys, values)
 
     def prefix_state(self, tokens: Sequence[int], band: Band) -> PrefixState:
-        """What `window_losses` needs of a text's beginning, `tokens`.
+        """Read `tokens`, the start of a text, and return the state that `window_losses` needs.
 
         Raises:
             UserError: as for `token_losses`.
@@ -193,15 +194,15 @@ class TorchModel:
         return self.losses_and_state(tokens, band, [len(tokens) - 1], len(tokens))[1]
 
     def state_bytes(self, n_tokens: int) -> int:
-        """What a `PrefixState` of so many tokens takes."""
+        """Bytes of a `PrefixState` of `n_tokens` tokens."""
         s, element = self._weights.shape, self._weights.embedding.element_size()
         return 2 * s.n_layer * s.n_head_kv * s.head_size * n_tokens * element
 
     def check_room(self, n_tokens: int) -> None:
-        """Refuse a text that would be too long to read here.
+        """Check that there is enough memory to read a text of `n_tokens` tokens.
 
         Raises:
-            UserError: with the numbers.
+            UserError: there is not; with the numbers.
         """
         self._check_memory(n_tokens, n_tokens, gradient=False)
 
@@ -209,7 +210,7 @@ class TorchModel:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """While the block runs, torch has all our threads: elsewhere it has one, as ggml's are the workers there."""
+        """While the block runs, torch uses all our threads; elsewhere it has one, since ggml's threads do the work."""
         before = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(self._threads)
         if self._decoder.half:
@@ -252,7 +253,7 @@ class TorchModel:
         before = () if state is None else (state.keys, state.values)
         return Rows(rows, *table.cast(weights.dtype), *before), table
 
-    # --- what is asked for
+    # --- checks
 
     def _targets(
         self,
@@ -268,7 +269,7 @@ class TorchModel:
             found = f"{min(targets)} to {max(targets)}" if len(targets) else "none"
             raise UserError(f"targets: {found}, expected positions from {first + 1} to {len(tokens) - 1}")
         if state is not None and tuple(tokens[:first]) != state.tokens:
-            raise UserError("tokens: their beginning is not the text of the prefix state")
+            raise UserError("tokens: they do not start with the text of the prefix state")
         device = self._weights.embedding.device
         if weights and len(weights) != len(targets):
             raise UserError(f"weights: {len(weights)}, expected one for each of the {len(targets)} targets")
@@ -285,10 +286,10 @@ class TorchModel:
             raise UserError(f"tokens: {found}, expected numbers from 0 to {n_vocab - 1}")
 
     def _check_memory(self, keys: int, rows: int, gradient: bool) -> None:
-        """Refuse what would not fit, by an estimate from above.
+        """Check that a call fits into memory, by an upper estimate.
 
         Raises:
-            UserError: with the numbers.
+            UserError: it does not; with the numbers.
         """
         s, weights = self._weights.shape, self._weights.embedding
         wide = s.n_head * s.head_size
@@ -300,15 +301,15 @@ class TorchModel:
         if needed > free:
             raise UserError(
                 f"not enough memory for {keys:,} tokens{' and a gradient' if gradient else ''}:"
-                f" {mib(needed)}, and {mib(free)} are free; use a shorter text"
+                f" {mib(needed)} are needed, {mib(free)} are free; use a shorter text"
             )
 
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
-    """While the block runs, a GPU adds numbers up in the same order each time, so that a seeded search is repeatable.
+    """While the block runs, a GPU adds up numbers in the same order each time, so that a seeded search is repeatable.
 
-    On a CPU that is so anyway.
+    A CPU does that anyway.
     """
     if device.type != "cuda":
         yield
@@ -316,7 +317,7 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     from torch.utils import deterministic
 
     before, fill = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this for it
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:

@@ -1,4 +1,4 @@
-"""Rotation in torch, as a function of ln λ and ln attention factor that can be differentiated."""
+"""Rotation in torch, as a differentiable function of ln λ and ln attention factor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ....factors import Array, Band, RopeFacts
 class RopeTable:
     """The rotation of positions 0 to n - 1 in a band.
 
-    Angles are float64: in float32, one at position 30,000 is off by a thousandth of a radian. The attention factor
-    scales all that is rotated, start tokens too, as in `Llama`.
+    Angles are float64: in float32, an angle at position 30,000 is off by a thousandth of a radian. The attention factor
+    scales all that is rotated, start tokens included, as in `Llama`.
     """
 
     def __init__(self, facts: RopeFacts, band: Band, n: int, device: torch.device) -> None:
@@ -31,20 +31,20 @@ class RopeTable:
             self._tables = (attention * angles.cos(), attention * angles.sin())
 
     def cast(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines times the attention factor, each ``(n, n_rot/2)``."""
+        """Return cosines and sines times the attention factor, each ``(n, n_rot/2)``."""
         cos, sin = (table.detach().to(dtype) for table in self._tables)
         return cos, sin
 
     def gradient(self, of_cos: torch.Tensor, of_sin: torch.Tensor) -> tuple[Array, float]:
-        """What gradients of the tables are in ln λ ``(n_rot/2,)`` and ln attention factor."""
+        """Turn gradients of the tables into those of ln λ ``(n_rot/2,)`` and of ln attention factor."""
         by_factors, by_attention = torch.autograd.grad(self._tables, self._leaves, (of_cos, of_sin))
         return np.asarray(by_factors.cpu().numpy(), dtype=np.float64), float(by_attention)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotation dimensions (i, n_rot/2 + i) of `x` ``(…, rows, head size)`` by tables ``(rows, n_rot/2)``.
+    """Rotate dimensions (i, n_rot/2 + i) of `x` ``(…, rows, head size)`` by tables ``(rows, n_rot/2)``.
 
-    Dimensions from n_rot on stay as they are, and unscaled.
+    Dimensions from n_rot on are neither rotated nor scaled.
     """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

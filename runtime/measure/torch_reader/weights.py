@@ -1,7 +1,7 @@
-"""A Llama-family GGUF's weights as torch tensors, read one tensor at a time by ggml's own dequantisation.
+"""A Llama-family GGUF file's weights as torch tensors, dequantised by ggml itself, one tensor at a time.
 
-What a file holds is checked against what its architecture needs before a byte of data is read: a model that is not
-covered in full is refused, since a part left out would only show as wrong numbers.
+The file's tensors are checked against what its architecture needs before any data is read: a model that is not fully
+covered is refused, since a missing part would only show in wrong numbers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ...graph import ggml
 from ...memory import available_memory
 
 ADJACENT_PAIRS = {"llama": True, "mistral3": True, "qwen2": False, "qwen3": False}
-"""The architectures, and how dimensions pair up for rotation: neighbours, or a head's first half with its second."""
+"""The architectures, and whether rotation pairs up adjacent dimensions, or else a head's first half with its second."""
 
 HEAD_NORMS = frozenset({"qwen3"})
-"""Those that normalise each head's queries and keys before rotation."""
+"""Architectures that normalise each head's queries and keys before rotation."""
 
 UNCOVERED = ("attn_logit_softcapping", "final_logit_softcapping", "attention.temperature_scale", "expert_count")
-"""Keys (after the architecture's name) of things that are not computed here, unless their value is 0."""
+"""Keys (after the architecture's name) of features that are not covered, unless the value is 0."""
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
@@ -42,7 +42,7 @@ _CHUNK_VALUES = 1 << 18  # values dequantised at a time
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, and its constants."""
+    """The dimensions and constants of a decoder."""
 
     facts: RopeFacts
     adjacent_pairs: bool
@@ -61,7 +61,7 @@ class Shape:
 class Layer:
     """One decoder layer's weights, each ``(out, in)``; queries, keys and values are one matrix, gate and up another.
 
-    Rotary dimensions lie as first half and second half, whatever the file's pairing: a head's scores do not mind.
+    Rotary dimensions are reordered to first half and second half, for either pairing: a head's scores are the same.
     """
 
     attn_norm: torch.Tensor
@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a model's weights; `output` is `embedding` itself where the file has no other."""
+    """All of a model's weights; `output` is the same tensor as `embedding` if the file has no other."""
 
     shape: Shape
     embedding: torch.Tensor
@@ -94,14 +94,14 @@ def load_weights(header: Header, device: torch.device, dtype: torch.dtype, max_b
     """Read the weights into `dtype` on `device`.
 
     Raises:
-        UserError: an architecture or a part of the model that is not covered, a file that does not hold together, or
-            more than `max_bytes` (default: the memory that is free); nothing has been read then.
+        UserError: an architecture or a part of the model that is not covered, an inconsistent file, or more than
+            `max_bytes` (default: the free memory). Nothing has been read then.
     """
     shape = read_shape(header)
     planned = _Builder(header, shape, torch.device("meta"), dtype)
     planned.weights()
     for name in sorted({tensor.name for tensor in header.tensors} - planned.taken - ROPE_TENSORS):
-        raise UserError(f"{header.path}: tensor {name!r} is not covered, expected those of {_supported()} alone")
+        raise UserError(f"{header.path}: tensor {name!r} is not covered, expected only those of {_supported()}")
     needed = sum(math.prod(t.shape) for t in header.tensors) * dtype.itemsize + 8 * _CHUNK_VALUES
     free = free_memory(device)
     allowed = free if max_bytes is None else min(free, max_bytes)
@@ -118,10 +118,10 @@ def load_weights(header: Header, device: torch.device, dtype: torch.dtype, max_b
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors can take on a device."""
+    """Bytes available for new tensors on a device."""
     if device.type != "cuda":
         return available_memory()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it, for tensors
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # reserved by torch
     return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
@@ -130,10 +130,10 @@ def _supported() -> str:
 
 
 def read_shape(header: Header) -> Shape:
-    """The decoder's sizes.
+    """Read the decoder's dimensions and constants.
 
     Raises:
-        UserError: it is not covered here, or its keys make no sense.
+        UserError: it is not covered, or its keys make no sense.
     """
     arch = header.arch
     if arch not in ADJACENT_PAIRS:
@@ -171,7 +171,7 @@ def read_shape(header: Header) -> Shape:
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:
-    """A whole number from 1; where there is one for each layer, they must agree."""
+    """Read an integer of at least 1; if there is one for each layer, they must be equal."""
     key = f"{header.arch}.{key}"
     entry = header.entries.get(key)
     if entry is not None and entry.item_type is not None:
@@ -187,7 +187,7 @@ def _size(header: Header, key: str, default: int | None = None) -> int:
 
 
 class _Builder:
-    """Puts tensors of the file together. On the meta device it only checks that they are there and fit."""
+    """Assembles the weights from the file's tensors. On the meta device, it only checks names and shapes."""
 
     def __init__(
         self, header: Header, shape: Shape, device: torch.device, dtype: torch.dtype, file: BinaryIO | None = None
@@ -237,7 +237,7 @@ class _Builder:
         )
 
     def matrix(self, parts: list[tuple[str, int]], n_in: int) -> torch.Tensor:
-        """The named weights below each other, shape ``(sum of rows, n_in)``."""
+        """The named weights stacked, shape ``(sum of rows, n_in)``."""
         joined = torch.empty(sum(rows for _, rows in parts), n_in, dtype=self.dtype, device=self.device)
         start = 0
         for name, rows in parts:
@@ -246,7 +246,7 @@ class _Builder:
         return joined
 
     def biases(self, parts: list[tuple[str, int]]) -> torch.Tensor | None:
-        """The named biases behind each other, zeros for those that are missing; None where all are."""
+        """The named biases concatenated, zeros for missing ones; None if all are missing."""
         if not any(name + ".bias" in self.tensors for name, _ in parts):
             return None
         joined = torch.zeros(sum(rows for _, rows in parts), dtype=self.dtype, device=self.device)
@@ -258,12 +258,12 @@ class _Builder:
         return joined
 
     def vector(self, name: str, n: int) -> torch.Tensor:
-        room = torch.empty(n, dtype=self.dtype, device=self.device)
-        self.fill(name, (n,), room)
-        return room
+        out = torch.empty(n, dtype=self.dtype, device=self.device)
+        self.fill(name, (n,), out)
+        return out
 
-    def fill(self, name: str, shape: tuple[int, ...], room: torch.Tensor) -> None:
-        """Check a tensor, `shape` in ggml's order, and read it into `room`."""
+    def fill(self, name: str, shape: tuple[int, ...], out: torch.Tensor) -> None:
+        """Check a tensor, with `shape` in ggml's order, and read it into `out`."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise GGUFError(f"{self.header.path}: tensor {name!r}: missing, expected one of shape {list(shape)}")
@@ -271,33 +271,35 @@ class _Builder:
             raise GGUFError(f"{self.header.path}: tensor {name!r}: shape {list(tensor.shape)}, expected {list(shape)}")
         kind = GGMLQuantizationType(tensor.type)
         if kind not in _PLAIN and not ggml.is_blocks(tensor.type):
-            raise GGUFError(f"{self.header.path}: tensor {name!r}: type {kind.name}, expected one of weights")
+            raise GGUFError(f"{self.header.path}: tensor {name!r}: type {kind.name}, expected a type of weights")
         self.taken.add(name)
         if self.file is not None:
-            self._read(self.file, tensor, room.view(-1, shape[0]))
+            self._read(self.file, tensor, out.view(-1, shape[0]))
 
-    def _read(self, file: BinaryIO, tensor: TensorInfo, room: torch.Tensor) -> None:
-        n_rows, n_in = room.shape
+    def _read(self, file: BinaryIO, tensor: TensorInfo, out: torch.Tensor) -> None:
+        n_rows, n_in = out.shape
         row_bytes, step = tensor.n_bytes // n_rows, max(1, _CHUNK_VALUES // n_in)
         file.seek(self.header.data_start + tensor.offset)
         for start in range(0, n_rows, step):
             rows = min(step, n_rows - start)
             raw = bytearray(rows * row_bytes)
             if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
-                raise GGUFError(f"{self.header.path}: tensor {tensor.name!r}: the file became shorter as it was read")
-            _floats(raw, tensor.type, room[start : start + rows])
+                raise GGUFError(
+                    f"{self.header.path}: tensor {tensor.name!r}: the file became shorter while it was being read"
+                )
+            _dequantise(raw, tensor.type, out[start : start + rows])
 
 
-def _floats(raw: bytearray, kind: int, room: torch.Tensor) -> None:
-    """Make numbers of the bytes of some rows, in `room`."""
+def _dequantise(raw: bytearray, kind: int, out: torch.Tensor) -> None:
+    """Dequantise the bytes of some rows into `out`."""
     plain = _PLAIN.get(GGMLQuantizationType(kind))
     if plain is not None:
-        room.copy_(torch.frombuffer(raw, dtype=plain).view(room.shape))
+        out.copy_(torch.frombuffer(raw, dtype=plain).view(out.shape))
         return
     block = ggml.block_type(kind)
     assert block is not None
-    direct = room.device.type == "cpu" and room.dtype == torch.float32
-    floats = room if direct else torch.empty(room.shape)
-    block.dequantise(torch.frombuffer(raw, dtype=torch.uint8).data_ptr(), floats.data_ptr(), room.numel())
+    direct = out.device.type == "cpu" and out.dtype == torch.float32
+    floats = out if direct else torch.empty(out.shape)
+    block.dequantise(torch.frombuffer(raw, dtype=torch.uint8).data_ptr(), floats.data_ptr(), out.numel())
     if not direct:
-        room.copy_(floats)
+        out.copy_(floats)

@@ -1,4 +1,4 @@
-"""Conversations on the real model: what is read again, what is kept, and what a stop or a bad file leaves behind."""
+"""Conversations on the real model: what is read again, what is kept, and what an interrupt or a bad file leaves."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_prompts_are_those_of_llama_cpp(llm: Llama, monkeypatch: pytest.MonkeyPa
         return {}
 
     monkeypatch.setattr(llm, "create_completion", see)
-    said = [("system", "Be brief."), ("user", "Hello!"), ("assistant", " Hi."), ("user", "Père Noël?\n")]
+    turns = [("system", "Be brief."), ("user", "Hello!"), ("assistant", " Hi."), ("user", "Père Noël?\n")]
     with pytest.raises(AssertionError):  # its chat handler wants a whole completion
-        llm.create_chat_completion([{"role": role, "content": content} for role, content in said])
-    messages = [Message(role, content) for role, content in said]  # type: ignore[arg-type]
+        llm.create_chat_completion([{"role": role, "content": content} for role, content in turns])
+    messages = [Message(role, content) for role, content in turns]  # type: ignore[arg-type]
     assert ChatTemplate(llm).tokens(messages) == seen[0]
 
 
-def test_a_text_cannot_say_control_tokens(llm: Llama) -> None:
+def test_text_is_never_read_as_control_tokens(llm: Llama) -> None:
     end = llm.tokenize(b"<|im_end|>", add_bos=False, special=True)
     assert len(end) == 1
     harmless = ChatTemplate(llm).tokens([Message("user", "a b c")])
@@ -61,14 +61,14 @@ def test_a_text_cannot_say_control_tokens(llm: Llama) -> None:
     assert b"<|im_end|>" in b"".join(piece(llm, token) for token in hostile)
 
 
-def test_templates_that_know_no_system_message(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_templates_without_a_system_role(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", NO_SYSTEM)
     template = ChatTemplate(llm)
     folded = template.tokens([Message("system", "Be brief."), Message("user", "Hello")])
     assert folded == template.tokens([Message("user", "Be brief.\n\nHello")])
 
 
-def test_a_broken_template_is_the_files_fault(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_template_is_refused(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", "{{ raise_exception('never') }}")
     with pytest.raises(UserError, match="its chat template fails: never"):
         ChatTemplate(llm).tokens([Message("user", "Hello")])
@@ -77,13 +77,13 @@ def test_a_broken_template_is_the_files_fault(llm: Llama, monkeypatch: pytest.Mo
 def test_a_model_without_a_template_gets_plain_lines(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(llm.metadata, "tokenizer.chat_template")
     template = ChatTemplate(llm)
-    said = [Message("system", "Be brief."), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "?")]
-    text = b"".join(piece(llm, token) for token in template.tokens(said))
+    turns = [Message("system", "Be brief."), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "?")]
+    text = b"".join(piece(llm, token) for token in template.tokens(turns))
     assert text == b"Be brief.\n\nUser: Hello\n\nAssistant: Hi\n\nUser: ?\n\nAssistant:"
     assert template.stops == PLAIN_STOPS
 
 
-def test_the_date_in_a_template_is_that_of_the_first_day(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_date_in_a_template_is_the_one_given(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", "{{ strftime_now('%Y-%m-%d') }}")
     tokens = ChatTemplate(llm, date(2001, 2, 3)).tokens([Message("user", "")])
     assert b"".join(piece(llm, token) for token in tokens) == b"2001-02-03"
@@ -102,7 +102,7 @@ def test_an_answer_stops_at_a_stop_and_never_shows_it(llm: Llama) -> None:
     assert answer.ending == "stop"
 
 
-def test_a_stretch_of_spaces_that_is_one_token_is_written_whole(llm: Llama) -> None:
+def test_a_long_run_of_spaces_in_one_token_is_whole(llm: Llama) -> None:
     longest = max(range(llm.n_vocab()), key=lambda token: len(piece(llm, token)))
     text = piece(llm, longest)
     assert len(text) > 32  # llama_cpp's own detokenize fails on it
@@ -123,7 +123,7 @@ def test_only_what_is_new_is_read(llm: Llama) -> None:
     assert conversation.ask("And the trees?", SHORT).read_tokens < 30
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_came(llm: Llama) -> None:
+def test_a_stopped_answer_is_kept_up_to_there(llm: Llama) -> None:
     conversation = Conversation(llm)
     shown: list[str] = []
 
@@ -138,7 +138,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(llm: Llama) -> None:
     assert conversation.ask("Go on.", SHORT).read_tokens < 30
 
 
-def test_a_question_stopped_while_it_is_read_was_never_asked(llm: Llama) -> None:
+def test_a_question_stopped_while_it_is_read_is_dropped(llm: Llama) -> None:
     conversation = Conversation(llm)
     conversation.ask("What is rain?", SHORT)
     before = conversation.transcript
@@ -171,7 +171,7 @@ def test_an_answer_ends_with_the_context(llm: Llama) -> None:
     conversation = Conversation(llm)
     conversation.read("farm.txt", " ".join([TEXT] * 12))
     ending = conversation.ask("Tell the whole story again, with every detail.", Sampling()).ending
-    while ending != "context":  # it may come to its own end first
+    while ending != "context":  # the model may stop first
         ending = conversation.ask("More.", Sampling()).ending
     assert 500 < conversation.transcript.n_tokens <= 512
     with pytest.raises(ContextFull):
@@ -216,7 +216,7 @@ def foreign_record(folder: Path) -> None:
     (folder / "conversation.json").write_text(json.dumps({"messages": []}))
 
 
-def other_place(folder: Path) -> None:
+def cache_elsewhere(folder: Path) -> None:
     path = folder / "conversation.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "cache": "../../etc/passwd"}))
@@ -240,7 +240,7 @@ def no_cache(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_record, cut_record, foreign_record, other_place, cut_cache, flip_cache, no_cache]
+    "damage", [damage_record, cut_record, foreign_record, cache_elsewhere, cut_cache, flip_cache, no_cache]
 )
 def test_a_damaged_save_leaves_the_conversation_alone(llm: Llama, tmp_path: Path, damage: object) -> None:
     assert callable(damage)
@@ -263,7 +263,7 @@ def test_saving_over_something_else_is_refused(llm: Llama, tmp_path: Path) -> No
     conversation = Conversation(llm)
     conversation.ask("What is rain?", SHORT)
     for place in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match="exists and is no saved conversation"):
+        with pytest.raises(UserError, match="exists and is not a saved conversation"):
             conversation.save(place)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(UserError, match="no saved conversation"):

@@ -1,4 +1,4 @@
-"""Splitting and combining: any text, any size; and the output file that nothing can tear."""
+"""Splitting and combining: any text, any size; and an output file that survives being torn."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_text_that_fits_stays_whole() -> None:
     assert split("", 3, words) == [""]
 
 
-def test_cut_at_paragraphs_into_parts_of_like_size() -> None:
+def test_cut_at_paragraphs_into_parts_of_similar_size() -> None:
     paragraphs = [f"paragraph {i} has six words here.\n\n" for i in range(10)]
     parts = split("".join(paragraphs), 50, words)
     assert parts == ["".join(paragraphs[:5]), "".join(paragraphs[5:])]
@@ -50,7 +50,7 @@ def test_cut_at_paragraphs_into_parts_of_like_size() -> None:
         ("a b\n \n\nc d", ["a b\n \n\n", "c d"]),
     ],
 )
-def test_cut_at_what_there_is(text: str, parts: list[str]) -> None:
+def test_cut_at_the_best_border_there_is(text: str, parts: list[str]) -> None:
     assert split(text, 2, words) == parts
 
 
@@ -116,22 +116,22 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("cut", [1, 7, 30, -1])
-def test_a_torn_line_is_mended_wherever_it_was_torn(tmp_path: Path, cut: int) -> None:
+def test_a_torn_line_is_repaired_wherever_it_was_torn(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "out.jsonl"
     with Results(path) as results:
         results.append(record("a"))
         whole = path.stat().st_size
-        results.append(record("b\udcffé"))  # a file name that is no UTF-8
+        results.append(record("b\udcffé"))  # a file name that is not UTF-8
     raw = path.read_bytes()
     path.write_bytes(raw[: whole + cut] if cut > 0 else raw[:-1])
     with Results(path) as results:
         assert results.take_done(("a", "d", "s")) and not results.take_done(("a", "d", "s"))
-        assert results.take_done(("b\udcffé", "d", "s")) == (cut < 0)  # all there but the newline
+        assert results.take_done(("b\udcffé", "d", "s")) == (cut < 0)  # all there except the newline
         results.append(record("c"))
     assert lines(path) == (["a", "c"] if cut > 0 else ["a", "b\udcffé", "c"])
 
 
-def test_errors_make_way_for_another_try(tmp_path: Path) -> None:
+def test_errors_are_dropped_for_another_try(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with Results(path) as results:
         for name in "abc":
@@ -153,18 +153,18 @@ def test_errors_make_way_for_another_try(tmp_path: Path) -> None:
 def test_another_files_content_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"line 1 is no result of ropewalk summarize"):
+    with pytest.raises(UserError, match=r"line 1 is not a result of ropewalk summarize"):
         Results(path)
     assert path.read_text() == content
 
 
-def test_an_output_that_got_nothing_is_removed(tmp_path: Path) -> None:
+def test_an_empty_output_is_removed(tmp_path: Path) -> None:
     with Results(tmp_path / "out.jsonl"):
         assert (tmp_path / "out.jsonl").exists()
     assert not list(tmp_path.iterdir())
 
 
-def test_models_differ_by_any_page_that_does(tiny_llama, tmp_path: Path) -> None:
+def test_a_changed_byte_changes_the_model_digest(tiny_llama, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model.gguf")
     first, raw = model_digest(path), path.read_bytes()
     assert model_digest(path) == first
@@ -172,7 +172,7 @@ def test_models_differ_by_any_page_that_does(tiny_llama, tmp_path: Path) -> None
     assert model_digest(path) != first
 
 
-def test_models_in_several_files_differ_by_any_of_them(tiny_llama, tmp_path: Path) -> None:
+def test_a_changed_byte_in_any_part_changes_the_model_digest(tiny_llama, tmp_path: Path) -> None:
     names = split_model(tiny_llama(tmp_path / "model.gguf"), tmp_path / "parts.gguf", 100_000)
     first, raw = model_digest(names[0]), names[-1].read_bytes()
     names[-1].write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))

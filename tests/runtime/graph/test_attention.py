@@ -12,7 +12,7 @@ import torch
 from ropewalk.runtime.graph import attention, attention_jobs, ggml
 from ropewalk.runtime.graph.attention import FastAttention
 from ropewalk.runtime.graph.attention_jobs import visible_spans
-from ropewalk.runtime.graph.takeover import NodeError, workers_are_ggmls
+from ropewalk.runtime.graph.takeover import NodeError, torch_on_one_thread
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LIB = Path(llama_cpp.__file__).parent / "lib"
@@ -71,7 +71,7 @@ class Graph:
         return self.base.ggml_permute(self.context, tensor, 0, 2, 1, 3)
 
     def compute(self, fast=None, n_threads=2):
-        """The node's result, shape (streams, rows, heads, size); by `fast` if that covers it."""
+        """The node's result, shape (streams, rows, heads, size); computed by `fast` if that covers it."""
         self.base.ggml_new_graph.argtypes = (POINTER,)
         graph = self.base.ggml_new_graph(self.context)
         self.base.ggml_build_forward_expand.argtypes = (POINTER, POINTER)
@@ -88,7 +88,7 @@ class Graph:
 
 
 def stored(x, kind):
-    """What the cache holds of `x`."""
+    """`x` as the cache stores it."""
     code = gguf.GGMLQuantizationType[kind.upper()]
     x = np.ascontiguousarray(x, dtype=np.float32)
     return gguf.quants.dequantize(gguf.quants.quantize(x, code), code).reshape(x.shape).astype(np.float64)
@@ -127,7 +127,7 @@ def draw(rng, rows, cells, heads=6, kv_heads=2, size=64, v_size=None, streams=1)
 def check(q, k, v, mask, kind_k="f16", kind_v=None, sinks=None, n_threads=2, taken=1):
     kind_v = kind_v or kind_k
     graph, fast = Graph(q, k, v, mask, kind_k, kind_v, sinks), FastAttention()
-    with workers_are_ggmls():
+    with torch_on_one_thread():
         found = graph.compute(fast, n_threads)
     fast.nodes.raise_kept()
     graph.close()
@@ -168,7 +168,7 @@ def test_any_number_of_threads(rng, n_threads):
     check(*draw(rng, 100, 700), causal(100, 700), "q8_0", n_threads=n_threads)
 
 
-def test_a_cache_longer_than_the_scratch_is_gone_through_in_rounds(rng, monkeypatch):
+def test_a_cache_longer_than_the_scratch_takes_several_rounds(rng, monkeypatch):
     monkeypatch.setattr(attention_jobs, "SCRATCH_BYTES", 4 * 2 * 128 * 128)  # 128 cells
     check(*draw(rng, 64, 1000), causal(64, 1000), "q8_0", n_threads=3)
 
@@ -223,13 +223,13 @@ def test_attention_sinks(rng):
     check(*draw(rng, 64, 300), causal(64, 300), "q8_0", sinks=rng.normal(size=6) * 3)
 
 
-@pytest.mark.parametrize("left", [{"rows": 31}, {"max_bias": 8.0}, {"softcap": 30.0}])
-def test_what_is_not_covered_is_left_to_llama_cpp(rng, left):
-    rows = left.pop("rows", 64)
+@pytest.mark.parametrize("options", [{"rows": 31}, {"max_bias": 8.0}, {"softcap": 30.0}])
+def test_what_is_not_covered_is_left_to_llama_cpp(rng, options):
+    rows = options.pop("rows", 64)
     q, k, v = draw(rng, rows, 256, heads=4)
     fast = FastAttention()
-    stock = Graph(q, k, v, causal(rows, 256), **left).compute()
-    found = Graph(q, k, v, causal(rows, 256), **left).compute(fast)
+    stock = Graph(q, k, v, causal(rows, 256), **options).compute()
+    found = Graph(q, k, v, causal(rows, 256), **options).compute(fast)
     assert fast.nodes.taken == 0
     np.testing.assert_array_equal(found, stock)
 
@@ -244,7 +244,7 @@ def test_spans_of_a_mask():
     for span in spans:
         covered[span.start : span.stop] = True
     assert (mask[:, ~covered] == -torch.inf).all()
-    assert covered.sum() < 640  # the cells before the window are not looked at
+    assert covered.sum() < 640  # the cells before the window are skipped
 
 
 # --- inside models
@@ -262,7 +262,7 @@ OPTIONS = {"n_ctx": 2048, "logits_all": True, "verbose": False, "n_threads": 2, 
 
 @pytest.fixture(scope="module")
 def exact(smollm2):
-    """500 tokens of real text, and what llama.cpp makes of them with plain attention over an f32 cache."""
+    """500 tokens of real text, and llama.cpp's logits for them with plain attention over an f32 cache."""
     text = (Path(torch.__file__).parent / "functional.py").read_text(encoding="utf-8")
     llm = ropewalk.Llama(smollm2, kv="f32", **(OPTIONS | {"flash_attn": False}))
     tokens = llm.tokenize(text.encode())[:500]
@@ -270,7 +270,7 @@ def exact(smollm2):
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0", "q4_0"])
-def test_a_real_model_reads_no_less_exactly(smollm2, exact, kv):
+def test_a_real_model_is_no_less_exact(smollm2, exact, kv):
     tokens, expected = exact
     fast = ropewalk.Llama(smollm2, kv=kv, **OPTIONS)
     ours = logits(fast, tokens)
@@ -280,7 +280,7 @@ def test_a_real_model_reads_no_less_exactly(smollm2, exact, kv):
     assert np.abs(ours - expected).mean() < 1.1 * np.abs(stock - expected).mean()
 
 
-def test_writing_is_llama_cpps_own(smollm2):
+def test_short_prompts_are_left_to_llama_cpp(smollm2):
     prompt = list(range(300, 320))
     results = []
     for fast in (True, False):

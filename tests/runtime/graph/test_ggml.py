@@ -1,4 +1,4 @@
-"""The one place that knows ggml's memory proves what it knows, and refuses what it does not."""
+"""ggml's memory layout is verified, and an unknown one refused."""
 
 import ctypes
 
@@ -7,7 +7,7 @@ import pytest
 from ropewalk.runtime.graph import ggml
 
 
-def test_the_installed_layout_is_proved():
+def test_the_installed_layout_is_verified():
     ggml.check_layout()
     assert ggml.op_code("ROPE") != ggml.op_code("GET_ROWS")
 

@@ -10,7 +10,7 @@ import pytest
 import ropewalk
 from ropewalk.runtime.graph import ggml, products
 from ropewalk.runtime.graph.products import FastProducts
-from ropewalk.runtime.graph.takeover import NodeError, workers_are_ggmls
+from ropewalk.runtime.graph.takeover import NodeError, torch_on_one_thread
 
 LIB = Path(llama_cpp.__file__).parent / "lib"
 POINTER = ctypes.c_void_p
@@ -48,7 +48,7 @@ class Product:
         self.base.ggml_build_forward_expand(graph, self.node)
         fast.see(self.node)
         self.cpu.ggml_graph_compute_with_ctx.argtypes = (POINTER, POINTER, ctypes.c_int)
-        with workers_are_ggmls():
+        with torch_on_one_thread():
             self.cpu.ggml_graph_compute_with_ctx(self.context, graph, n_threads)
         return ggml.values(ggml.tensor_at(self.node))[0, 0].copy()
 

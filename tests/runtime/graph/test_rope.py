@@ -75,10 +75,10 @@ def torch_logits(path, tokens, factors, start_tokens, attention_factor):
     rescaled = torch.where(positions[:, None] < start_tokens, plain, plain / torch.tensor(factors, dtype=torch.float64))
     angles = positions[:, None] * rescaled
 
-    def rotate(x):  # (n, heads, size), neighbouring dimensions a pair
+    def rotate(x):  # (n, heads, size), neighbouring dimensions form a pair
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], size // 2, 2))
-        turned = pairs * torch.polar(torch.full_like(angles, attention_factor), angles)[:, None]
-        return torch.view_as_real(turned).reshape(x.shape)
+        rotated = pairs * torch.polar(torch.full_like(angles, attention_factor), angles)[:, None]
+        return torch.view_as_real(rotated).reshape(x.shape)
 
     def norm(x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weights[name]
@@ -109,7 +109,7 @@ def test_start_tokens_are_the_papers_formula(tiny_llama, tmp_path, start_tokens)
     ours = logits(ropewalk.Llama(path, n_ctx=256, schedule=schedule, kv="f32", **QUIET), tokens)
     expected = torch_logits(path, tokens, factors, start_tokens, 1.2)
     assert np.abs(ours - expected).max() < 1e-3
-    if start_tokens > 1:  # position 0 turns by nothing
+    if start_tokens > 1:  # position 0 does not rotate
         assert np.abs(torch_logits(path, tokens, factors, 0, 1.2) - expected).max() > 1e-2
 
 
@@ -125,10 +125,10 @@ def test_start_tokens_one_at_a_time_are_the_same(tiny_llama, tmp_path):
     llm.close()
 
 
-# --- turning
+# --- rotation
 
 
-def test_turning_factors_add_up():
+def test_rotation_factors_add_up():
     old, new = np.array([1.0, 1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.5, 2.0])
     factors = np.array(rotation_factors(old, new))
     assert factors[0] == STILL
@@ -156,8 +156,8 @@ def band(factors, start_tokens=0, attention_factor=1.0):
     ],
 )
 def test_passes_over_the_cache(old, new, n_tokens, spans):
-    turns = plan_rotations(FACTS, old, new, n_tokens)
-    assert [(turn.start, turn.stop, turn.scale) for turn in turns] == spans
+    rotations = plan_rotations(FACTS, old, new, n_tokens)
+    assert [(rotation.start, rotation.stop, rotation.scale) for rotation in rotations] == spans
 
 
 # --- which nodes are set
@@ -196,6 +196,6 @@ def test_only_global_layers_are_set(node):
     assert ggml.tensor_at(ours).src[2] is not None
     for address in (other_base, other_size, unscaled):
         assert ggml.tensor_at(address).src[2] is None
-    hook.use((2.0,) * 4, 1.0)  # a graph that is used again: the node has lost its own scale, and is known as ours
+    hook.use((2.0,) * 4, 1.0)  # a reused graph: the node has lost its own scale, and is recognised as ours
     graph.callback(ours, True, None)
     assert hook.touched == 2 and ggml.rope_params(ours).attn_factor == 1.0

@@ -1,4 +1,4 @@
-"""The two evaluators: they agree with each other and with llama.cpp, and screening is right where it can be."""
+"""The two evaluators: they agree with each other and with llama.cpp, and screening is exact where it can be."""
 
 import pydoc_data.topics
 from dataclasses import replace
@@ -33,17 +33,17 @@ def band(smollm2):
 
 @pytest.fixture(scope="module")
 def spec(smollm2, band):
-    words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
-    passages = make_passages(words, [Text("a", TEXT), Text("b", TEXT[99_000:])], CONTEXT, 2, "tail+0.5*needle", 256)
-    words.close()
+    vocab = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
+    passages = make_passages(vocab, [Text("a", TEXT), Text("b", TEXT[99_000:])], CONTEXT, 2, "tail+0.5*needle", 256)
+    vocab.close()
     return EvaluatorSpec(str(smollm2), passages, band, window=128, threads=2)
 
 
 @pytest.fixture(scope="module")
 def evaluators(spec):
-    made = {kind: make_evaluator(replace(spec, kind=kind)) for kind in ("llama", "torch")}
-    yield made
-    for evaluator in made.values():
+    by_kind = {kind: make_evaluator(replace(spec, kind=kind)) for kind in ("llama", "torch")}
+    yield by_kind
+    for evaluator in by_kind.values():
         evaluator.close()
 
 
@@ -53,7 +53,7 @@ def other(band, start_tokens=0):
     return band.model_copy(update=changes)
 
 
-def test_they_agree_and_are_the_weighted_losses_of_the_targets(evaluators, spec, band, smollm2):
+def test_they_agree_and_give_the_weighted_loss_of_the_targets(evaluators, spec, band, smollm2):
     for candidate in (band, other(band), other(band, 16)):
         losses = {kind: e.evaluate(Task(candidate, 1)).loss for kind, e in evaluators.items()}
         assert losses["torch"] == pytest.approx(losses["llama"], rel=5e-3)
@@ -67,12 +67,12 @@ def test_they_agree_and_are_the_weighted_losses_of_the_targets(evaluators, spec,
 
 
 def test_losses_are_llama_cpps_own_perplexity(tiny_llama, tmp_path):
-    """llama.cpp's perplexity is exp of the mean of -log softmax over the logits that one decode of all gives."""
+    """llama.cpp's perplexity is exp of the mean of -log softmax over the logits of a single decode of all tokens."""
     path = tiny_llama(tmp_path / "tiny.gguf", context_length=512)
     plain = native_schedule(read_header(path)).bands[0]
-    words = ropewalk.Llama(path, vocab_only=True, verbose=False)
-    (passage,) = passages = make_passages(words, [Text("a", TEXT)], 500, 1, "tail", 250)
-    words.close()
+    vocab = ropewalk.Llama(path, vocab_only=True, verbose=False)
+    (passage,) = passages = make_passages(vocab, [Text("a", TEXT)], 500, 1, "tail", 250)
+    vocab.close()
     stock = llama_cpp.Llama(str(path), n_ctx=500, n_batch=500, logits_all=True, n_threads=2, verbose=False)
     stock.eval(list(passage.tokens))
     before = np.array(passage.targets) - 1
@@ -98,11 +98,11 @@ def test_screening_is_exact_in_the_base_band_and_near_it_elsewhere(evaluators, s
     assert evaluator.evaluate(Task(away, 0, "screen")).loss == pytest.approx(screened @ np.array(window.weights))
 
 
-def test_a_kept_state_is_the_same_however_it_came_to_be(smollm2, band):
-    """Bit for bit: a search that was killed finds full readings in its journal and makes the states anew."""
-    words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
-    passages = make_passages(words, [Text("a", TEXT)], 640, 1, "tail", 256)
-    words.close()
+def test_a_kept_state_is_the_same_on_either_path(smollm2, band):
+    """Bit for bit: a resumed search finds full readings in its journal and creates the states again."""
+    vocab = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
+    passages = make_passages(vocab, [Text("a", TEXT)], 640, 1, "tail", 256)
+    vocab.close()
     for kind in ("llama", "torch"):
         losses = []
         for tasks in ([Task(band, 0), Task(other(band), 0, "screen")], [Task(other(band), 0, "screen")]):
@@ -114,15 +114,15 @@ def test_a_kept_state_is_the_same_however_it_came_to_be(smollm2, band):
 
 
 def test_the_first_tokens_keep_the_models_own_factors_in_both(tiny_llama, tmp_path):
-    """In a file whose short band was searched, too, the own factors are not those of its first band."""
+    """If a file's short band was searched as well, the model's own factors are not those of its first band."""
     source, target = tiny_llama(tmp_path / "m.gguf", context_length=256), tmp_path / "long.gguf"
     native = native_schedule(read_header(source))
     short = native.bands[0].model_copy(update={"rescale_factors": (1.5,) * (native.facts.n_rot // 2)})
     long = extend(native, 512).bands[-1].model_copy(update={"start_tokens": 64})
     convert_model(source, target, schedule=native.model_copy(update={"bands": (short, long)}))
-    words = ropewalk.Llama(target, vocab_only=True, n_ctx=1, verbose=False)
-    passages = make_passages(words, [Text("a", TEXT)], 512, 1, "all", 256)
-    words.close()
+    vocab = ropewalk.Llama(target, vocab_only=True, n_ctx=1, verbose=False)
+    passages = make_passages(vocab, [Text("a", TEXT)], 512, 1, "all", 256)
+    vocab.close()
     losses = {}
     for path, kind in ((source, "torch"), (target, "torch"), (target, "llama")):
         evaluator = make_evaluator(EvaluatorSpec(str(path), passages, long, kind, window=0, kv="f32"))
@@ -132,8 +132,8 @@ def test_the_first_tokens_keep_the_models_own_factors_in_both(tiny_llama, tmp_pa
     assert losses[target, "torch"].mean() == pytest.approx(losses[target, "llama"].mean(), rel=2e-4)
 
 
-def test_what_screening_keeps_is_the_same_by_whichever_way(spec, band):
-    """A search that was killed reads the base band again when it screens; it must find the same bits."""
+def test_the_state_for_screening_does_not_depend_on_earlier_tasks(spec, band):
+    """A resumed search reads the base band again when it screens, and must get the same bits."""
     candidate = other(band, 8)
     for kind in ("llama", "torch"):
         losses = []
@@ -154,7 +154,7 @@ def test_order_does_not_matter(evaluators, band):
         np.testing.assert_allclose(first, again, rtol=2e-5)
 
 
-def test_gradients_are_torchs(evaluators, band):
+def test_gradients_come_from_torch(evaluators, band):
     result = evaluators["torch"].evaluate(Task(band, 0, "full", gradient=True))
     assert result.loss == pytest.approx(evaluators["torch"].evaluate(Task(band, 0)).loss, rel=1e-5)
     step = 0.01
@@ -171,7 +171,7 @@ def test_gradients_are_torchs(evaluators, band):
         evaluators["llama"].evaluate(Task(band, 0, gradient=True))
 
 
-def test_keys_name_all_that_a_loss_depends_on(spec, band):
+def test_the_key_covers_all_that_a_loss_depends_on(spec, band):
     same = replace(spec, threads=1)
     others = [
         replace(spec, passages=spec.passages[:1]),
@@ -184,7 +184,7 @@ def test_keys_name_all_that_a_loss_depends_on(spec, band):
     assert replace(spec, kind="torch", kv="q8_0").key == replace(spec, kind="torch").key  # torch has no such cache
 
 
-def test_what_is_kept_for_screening_must_fit_into_memory(evaluators, spec, band, monkeypatch):
+def test_states_for_screening_must_fit_into_memory(evaluators, spec, band, monkeypatch):
     for place in (llama_evaluator, weights):
         monkeypatch.setattr(place, "available_memory", lambda: 1 << 20)
     for evaluator in evaluators.values():
@@ -193,6 +193,6 @@ def test_what_is_kept_for_screening_must_fit_into_memory(evaluators, spec, band,
             evaluator.evaluate(Task(band, 0, "screen"))
 
 
-def test_the_faster_one_is_measured(spec):
+def test_the_faster_evaluator_is_measured(spec):
     kind, speeds = faster(spec, n_tokens=128)
     assert set(speeds) == {"llama", "torch"} and speeds[kind] == max(speeds.values()) and min(speeds.values()) > 1

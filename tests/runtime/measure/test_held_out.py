@@ -1,13 +1,13 @@
-"""The interval of a difference: it holds the truth as often as it says, and is wider where neighbours agree."""
+"""The interval of a difference: it covers the truth as often as it should, and is wider if neighbours agree."""
 
 import numpy as np
 import pytest
-from ropewalk.runtime.measure.held_out import draw_blocks, middle, verdict
+from ropewalk.runtime.measure.held_out import draw_blocks, interval, verdict
 from ropewalk.runtime.measure.passages import ObjectivePart, Passage
 
 
-def interval(differences, weights, seed=0):
-    return middle(draw_blocks(differences, weights, seed))
+def block_interval(differences, weights, seed=0):
+    return interval(draw_blocks(differences, weights, seed))
 
 
 def test_it_covers_the_truth_nineteen_times_in_twenty():
@@ -15,7 +15,7 @@ def test_it_covers_the_truth_nineteen_times_in_twenty():
     covered = 0
     for _ in range(200):
         differences = [rng.normal(-0.01, 0.3, 4096) for _ in range(2)]
-        low, high = interval(differences, [np.full(4096, 1 / 4096)] * 2, seed=3)
+        low, high = block_interval(differences, [np.full(4096, 1 / 4096)] * 2, seed=3)
         covered += low <= -0.01 <= high
     assert 180 <= covered <= 198
 
@@ -25,25 +25,25 @@ def test_neighbours_that_agree_make_it_wider():
     weights = [np.full(8192, 1 / 8192)]
     apart = rng.normal(0, 1, 8192)
     together = np.repeat(rng.normal(0, 1, 128), 64)
-    widths = [np.ptp(interval([x], weights)) for x in (apart, together)]
+    widths = [np.ptp(block_interval([x], weights)) for x in (apart, together)]
     assert widths[1] > 4 * widths[0]
 
 
 def test_weights_count_and_the_seed_decides():
     differences = np.r_[np.zeros(1000), np.full(24, -1.0)]
     weights = np.r_[np.full(1000, 0.5 / 1000), np.full(24, 0.5 / 24)]
-    low, high = interval([differences], [weights], seed=5)
+    low, high = block_interval([differences], [weights], seed=5)
     assert -1 <= low < -0.5 and high <= 0
-    assert interval([differences], [weights], seed=5) == (low, high)
-    assert interval([np.full(300, -0.2)], [np.full(300, 1 / 300)]) == pytest.approx((-0.2, -0.2))
+    assert block_interval([differences], [weights], seed=5) == (low, high)
+    assert block_interval([np.full(300, -0.2)], [np.full(300, 1 / 300)]) == pytest.approx((-0.2, -0.2))
 
 
-def test_each_part_of_a_mix_is_judged_by_itself():
-    """Two passages of 1,000 words and a key of 4 digits: words a little better and surely so, one key lost."""
+def test_each_part_of_a_mix_is_judged_on_its_own():
+    """Two passages of 1,000 text tokens and a key of 4 digits: text a little but surely better, one key lost."""
     rng, n = np.random.default_rng(3), 1000
-    words, digits = np.r_[np.full(n, 1 / n), np.zeros(4)], np.r_[np.zeros(n), np.full(4, 0.25)]
-    parts = (ObjectivePart("tail", 0.8, tuple(words)), ObjectivePart("needle", 0.2, tuple(digits)))
-    weights = tuple(0.8 * words + 0.2 * digits)
+    text, digits = np.r_[np.full(n, 1 / n), np.zeros(4)], np.r_[np.zeros(n), np.full(4, 0.25)]
+    parts = (ObjectivePart("tail", 0.8, tuple(text)), ObjectivePart("needle", 0.2, tuple(digits)))
+    weights = tuple(0.8 * text + 0.2 * digits)
     passages = [Passage(name, (0,) * (n + 5), tuple(range(1, n + 5)), weights, parts) for name in "ab"]
     theirs = [rng.normal(3, 1, n + 4) for _ in passages]
     ours = [x - np.r_[rng.normal(0.1, 0.2, n), np.full(4, key)] for x, key in zip(theirs, (2.0, -1.0), strict=True)]

@@ -1,4 +1,4 @@
-"""The hidden key: what the text holds, and that the model in its right mind names it."""
+"""The hidden key: what the text contains, and that the model finds the key within its trained context."""
 
 import math
 import pydoc_data.topics
@@ -7,7 +7,7 @@ import pytest
 import ropewalk
 from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
-from ropewalk.runtime.measure.passkey import OPENING, hide_key, read
+from ropewalk.runtime.measure.passkey import OPENING, hide_key, read_key
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 
@@ -24,19 +24,19 @@ def llm(smollm2):
 def test_the_key_is_in_the_middle_and_asked_for_at_the_end(llm):
     hidden = hide_key(llm, TEXT, 600, "48213")
     assert abs(len(hidden.text) - 600) < 60
-    words = llm.detokenize(list(hidden.text), special=True).decode()
-    assert words.count(f"{OPENING} 48213.") == 2
-    assert 0.35 < words.index(OPENING) / len(words) < 0.65
+    text = llm.detokenize(list(hidden.text), special=True).decode()
+    assert text.count(f"{OPENING} 48213.") == 2
+    assert 0.35 < text.index(OPENING) / len(text) < 0.65
     assert llm.detokenize(list(hidden.question)).decode().strip() == OPENING
     assert llm.detokenize(list(hidden.digits)).decode().strip() == "48213"
     with pytest.raises(UserError, match="tokens, expected at least"):
         hide_key(llm, "too short", 600, "48213")
 
 
-def test_it_is_named_when_it_is_there_and_not_when_it_is_not(llm):
+def test_it_is_found_when_it_is_there_and_not_otherwise(llm):
     hidden = hide_key(llm, TEXT, 600, "48213")
-    reading = read(llm, hidden, llm.schedule, start=100)
-    assert reading.said.startswith("48213")
+    reading = read_key(llm, hidden, llm.schedule, start=100)
+    assert reading.answer.startswith("48213")
     assert reading.key_loss < 0.5
     assert 1 < reading.perplexity < 100
     without = hide_key(llm, TEXT, 600, "48213")

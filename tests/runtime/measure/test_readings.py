@@ -1,4 +1,4 @@
-"""Which band a method reads in."""
+"""The band that a method reads in."""
 
 import pytest
 from ropewalk import UserError
@@ -11,16 +11,16 @@ TWO = Schedule(facts=FACTS, bands=(SHORT, LONG))
 
 
 @pytest.mark.parametrize("method", ["none", "pi", "yarn", "schedule"])
-def test_a_model_that_came_with_two_bands_reads_each_length_in_its_own(method):
+def test_a_model_trained_with_two_bands_reads_each_length_in_its_own(method):
     for context, band in ((128, SHORT), (256, SHORT), (257, LONG), (2048, LONG)):
         assert band_by_method(method, context, TWO, TWO).rescale_factors == band.rescale_factors
 
 
-def test_beyond_its_bands_closed_forms_go_on_from_the_last():
+def test_beyond_its_bands_closed_forms_continue_from_the_last():
     beyond = band_by_method("pi", 4096, TWO, TWO)
     assert beyond.rescale_factors == pytest.approx((16.0,) * 4) and beyond.context == 4096
-    left = band_by_method("none", 4096, TWO, TWO)
-    assert left.rescale_factors == LONG.rescale_factors and left.context == 4096
+    unscaled = band_by_method("none", 4096, TWO, TWO)
+    assert unscaled.rescale_factors == LONG.rescale_factors and unscaled.context == 4096
     with pytest.raises(UserError):
         band_by_method("schedule", 4096, TWO, TWO)
     with pytest.raises(UserError, match="expected none, schedule"):

@@ -1,4 +1,4 @@
-"""The torch reader on a GPU, where there is one: the CPU's numbers, attention in 16 bits, the same bits twice."""
+"""The torch reader on a GPU, if there is one: the CPU's numbers, attention in 16 bits, reproducible bits."""
 
 import pydoc_data.topics
 
@@ -18,9 +18,9 @@ TARGETS = range(512, 1024)
 
 @pytest.fixture(scope="module")
 def tokens(smollm2):
-    words = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
-    found = words.tokenize("\n\n".join(pydoc_data.topics.topics.values()).encode(), add_bos=False)[:1024]
-    words.close()
+    vocab = ropewalk.Llama(smollm2, vocab_only=True, verbose=False)
+    found = vocab.tokenize("\n\n".join(pydoc_data.topics.topics.values()).encode(), add_bos=False)[:1024]
+    vocab.close()
     return found
 
 
@@ -34,7 +34,7 @@ def models(smollm2):
     return load_torch_model(smollm2), load_torch_model(smollm2, device="cuda")
 
 
-def off(found, expected):
+def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
@@ -43,19 +43,19 @@ def test_in_32_bits_it_gives_the_cpus_numbers(models, tokens, band):
     expected = cpu.token_losses(tokens, band, TARGETS)
     np.testing.assert_allclose(gpu.token_losses(tokens, band, TARGETS), expected, atol=2e-3)
     found, gradient = (model.loss_and_gradient(tokens, band, TARGETS) for model in (gpu, cpu))
-    assert off(found.by_log_factors, gradient.by_log_factors) < 1e-3
+    assert relative_error(found.by_log_factors, gradient.by_log_factors) < 1e-3
     state = gpu.prefix_state(tokens[:600], band)
     window = gpu.window_losses(state, tokens, band, range(602, 1024))
     np.testing.assert_allclose(window, expected[90:], atol=5e-3)
 
 
-def test_attention_in_16_bits_is_near_and_the_same_each_time(smollm2, tokens, band):
+def test_attention_in_16_bits_is_close_and_reproducible(smollm2, tokens, band):
     gpu = load_torch_model(smollm2, device="cuda")
     exact = gpu.loss_and_gradient(tokens, band, TARGETS)
     assert gpu.try_half(tokens, band)
     half, again = (gpu.loss_and_gradient(tokens, band, TARGETS) for _ in range(2))
     assert half.loss == pytest.approx(exact.loss, rel=1e-3) and half.loss != exact.loss
-    assert off(half.by_log_factors, exact.by_log_factors) < 0.1
+    assert relative_error(half.by_log_factors, exact.by_log_factors) < 0.1
     assert half.loss == again.loss and np.array_equal(half.by_log_factors, again.by_log_factors)
 
 

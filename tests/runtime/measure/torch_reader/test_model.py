@@ -1,4 +1,4 @@
-"""The torch reader: llama.cpp's losses for the same file and band, gradients against differences, refusals."""
+"""The torch reader: llama.cpp's losses for the same file and band, gradients against differences, errors."""
 
 import pydoc_data.topics
 
@@ -37,18 +37,18 @@ def by_llama(path, band, tokens, kv="f32"):
 
 
 def add_head_norms(writer):
-    random = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     for i in range(2):
         for name in ("q", "k"):
-            norm = (1 + 0.5 * random.random(32)).astype(np.float32)
+            norm = (1 + 0.5 * rng.random(32)).astype(np.float32)
             writer.add_tensor(f"blk.{i}.attn_{name}_norm.weight", norm)
 
 
 def add_biases(writer):
-    random = np.random.default_rng(6)
+    rng = np.random.default_rng(6)
     sizes = {"attn_q": 128, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 256, "ffn_down": 128}
     for name, n in sizes.items():
-        writer.add_tensor(f"blk.1.{name}.bias", random.standard_normal(n).astype(np.float32))
+        writer.add_tensor(f"blk.1.{name}.bias", rng.standard_normal(n).astype(np.float32))
 
 
 GROUPED = {"n_embd": 128, "n_head": 4, "n_head_kv": 2}
@@ -88,7 +88,7 @@ def test_the_losses_are_llama_cpps(tiny, kind):
     assert losses.dtype == np.float64 and losses.shape == expected.shape
     np.testing.assert_allclose(
         losses, expected, atol=5e-2 if kind == "f16 weights" else 1e-3
-    )  # ggml makes f16 of activations, too
+    )  # ggml converts activations to f16 as well
     unlike = model.token_losses(TOKENS, band.model_copy(update={"attention_factor": 1.0}), range(1, 150))
     assert np.abs(unlike - expected).max() > 0.05
     unlike = model.token_losses(TOKENS, band.model_copy(update={"start_tokens": 0}), range(1, 150))
@@ -98,8 +98,8 @@ def test_the_losses_are_llama_cpps(tiny, kind):
 def test_the_losses_of_a_quantised_model_are_llama_cpps(smollm2):
     model = load_torch_model(smollm2, threads=1)
     facts = model.facts
-    tokens = words(smollm2, 600)
-    # Factors below one turn 600 tokens as far as 12,000, past what the model was trained for.
+    tokens = tokenise(smollm2, 600)
+    # Factors below one rotate 600 tokens as far as 12,000, past what the model was trained for.
     factors = yarn(facts.n_rot, 2, facts.freq_base, facts.original_context) / 20
     band = Band(
         context=32768,
@@ -118,14 +118,14 @@ def test_the_losses_of_a_quantised_model_are_llama_cpps(smollm2):
     assert state.n_bytes == 2 * 30 * 3 * 64 * 400 * 4
 
 
-def words(path, n):
+def tokenise(path, n):
     import llama_cpp
 
-    vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    vocab = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     try:
-        return vocabulary.tokenize(TEXT[: 8 * n].encode())[:n]
+        return vocab.tokenize(TEXT[: 8 * n].encode())[:n]
     finally:
-        vocabulary.close()
+        vocab.close()
 
 
 # --- gradients
@@ -198,7 +198,7 @@ def test_pieces_make_no_difference(exact, monkeypatch):
 
 
 @pytest.mark.parametrize("n_rows", [70, 200])
-def test_attention_is_the_same_by_either_way(monkeypatch, n_rows):
+def test_attention_is_the_same_in_either_implementation(monkeypatch, n_rows):
     torch.manual_seed(1)
     q = torch.randn(2, 3, n_rows, 32, dtype=torch.float64)
     k, v = torch.randn(2, 2, 1, 200, 32, dtype=torch.float64)
@@ -207,22 +207,22 @@ def test_attention_is_the_same_by_either_way(monkeypatch, n_rows):
     fused = attention.attend(q, k, v, 0.2)
     plain = torch.cat([attention._plain(*piece, 0.2) for piece in attention._pieces(q, k, v)], dim=2)
     torch.testing.assert_close(fused.out, plain)
-    forgotten = attention.Attended(fused.out, None)
+    without_log_sum = attention.Attended(fused.out, None)
     for ours, theirs in zip(
         attention.attend_backward(grad, q, k, v, fused, 0.2),
-        attention.attend_backward(grad, q, k, v, forgotten, 0.2),
+        attention.attend_backward(grad, q, k, v, without_log_sum, 0.2),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_dimensions_past_the_rotary_ones_stay_as_they_are():
+def test_dimensions_past_the_rotary_ones_are_unchanged():
     x = torch.arange(10.0).view(1, 10)
     cos, sin = 2 * torch.tensor([[0.0, 1.0]]), 2 * torch.tensor([[1.0, 0.0]])
     assert rotate(x, cos, sin).tolist() == [[-4, 2, 0, 6, 4, 5, 6, 7, 8, 9]]
 
 
-def test_threads_are_set_for_a_call_and_put_back(tiny, monkeypatch):
+def test_threads_are_set_for_a_call_and_restored(tiny, monkeypatch):
     model = load_torch_model(tiny(), threads=2)
     seen = []
     head = model._decoder._head
@@ -238,7 +238,7 @@ def test_threads_are_set_for_a_call_and_put_back(tiny, monkeypatch):
         torch.set_num_threads(before)
 
 
-# --- what is refused
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_model_that_is_not_covered_is_refused_in_one_line(tiny, monkeypatch, o
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_too_large_a_model_is_refused_before_it_is_read(tiny, monkeypatch):
+def test_a_model_that_is_too_large_is_refused_before_it_is_read(tiny, monkeypatch):
     path = tiny()
     monkeypatch.setattr(weights._Builder, "_read", None)
     with pytest.raises(UserError, match=r"its weights take \d+ MiB as float32, expected at most 1 MiB"):
@@ -289,7 +289,7 @@ def test_a_text_that_does_not_fit_is_refused(exact, monkeypatch):
         exact.loss_and_gradient(TOKENS, make_band(exact.facts), TARGETS)
 
 
-def test_what_cannot_be_asked_for(exact):
+def test_impossible_arguments_are_refused(exact):
     band = make_band(exact.facts)
     state = exact.prefix_state(TOKENS[:80], band)
     for targets, found in (([], "none"), ([0, 5], "0 to 5"), ([150], "150 to 150")):

@@ -1,0 +1,140 @@
+"""Whether the installed llama.cpp may be used: tried once, in a process of its own, and remembered.
+
+Knowing where ggml keeps its fields (see `ggml`) does not prove that nodes can be set and taken over: that depends on
+the release, the compiler and the processor. So the first use of a build runs `runtime.self_test`, a second or two,
+where a crash harms nobody. The verdict is kept in the user's cache folder by what it depends on: the library's files
+and the processor.
+
+A build whose kernels for extra weight buffers (AMX, repacked weights) crash is used without them: GCC 12 miscompiles
+llama.cpp's AMX code, for example (llama.cpp pull request 26954).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import llama_cpp
+import platformdirs
+
+from ...files import write_file
+from . import ggml
+
+VERSION = 1  # raise it when the self-test asks for more than before
+
+PATIENCE_S = 120.0
+
+_logger = logging.getLogger("ropewalk")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the self-test found.
+
+    Attributes:
+        refused: why this build cannot be used; empty if it can.
+        extra_buffers: whether llama.cpp may keep weights in extra buffers, as it does unless told otherwise.
+    """
+
+    refused: str = ""
+    extra_buffers: bool = True
+
+
+def check_engine() -> Verdict:
+    """Return how this build is to be used, running the self-test if it is not known yet.
+
+    Raises:
+        LayoutError: it cannot be used; says why.
+    """
+    verdict = _trusted or _verdict()
+    if verdict.refused:
+        raise ggml.LayoutError(ggml.refusal(verdict.refused))
+    return verdict
+
+
+_trusted: Verdict | None = None
+
+
+def trust(verdict: Verdict) -> None:
+    """Take `verdict` as given in this process: what the self-test itself runs under."""
+    global _trusted
+    _trusted = verdict
+
+
+@cache
+def _verdict() -> Verdict:
+    ggml.check_layout()
+    if not sys.executable:  # Python inside another program, which cannot be started again
+        return Verdict()
+    kept = Path(platformdirs.user_cache_dir("ropewalk")) / f"engine-{_identity()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Verdict(**json.loads(kept.read_text(encoding="utf-8")))
+    verdict = _try()
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, json.dumps(asdict(verdict)).encode() + b"\n", private=True)
+    return verdict
+
+
+def _identity() -> str:
+    """A digest of what the verdict depends on."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in ggml.library_files()]
+    parts = (VERSION, llama_cpp.__version__, str(ggml.library_files()[0].parent), files, _processor())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The processor's model and instruction sets, as far as the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+
+
+def _try() -> Verdict:
+    """Run the self-test, and again without extra buffers where they are what makes it crash."""
+    reason, crashed = _run(extra_buffers=True)
+    if crashed:
+        without, _ = _run(extra_buffers=False)
+        if not without:
+            _logger.warning(
+                "ropewalk: llama.cpp's kernels for extra weight buffers (such as AMX) crash on this machine (%s):"
+                " they are left out",
+                reason,
+            )
+            return Verdict(extra_buffers=False)
+    return Verdict(refused=reason)
+
+
+def _run(extra_buffers: bool) -> tuple[str, bool]:
+    """Run the self-test in a process of its own; why it failed ("" if it did not), and whether it crashed."""
+    module = f"{__name__.rsplit('.', 2)[0]}.self_test"
+    start = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({extra_buffers})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", start],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its self-test did not end within {PATIENCE_S:.0f} s", True
+    except OSError as error:
+        return f"its self-test could not be started: {error.strerror or error}", False
+    if done.returncode < 0:
+        with suppress(ValueError):
+            return f"its self-test crashed with {signal.Signals(-done.returncode).name}", True
+        return f"its self-test crashed with signal {-done.returncode}", True
+    lines = (done.stdout or done.stderr).decode(errors="replace").strip().splitlines()
+    return ("" if done.returncode == 0 else lines[-1] if lines else f"exit code {done.returncode}"), False
