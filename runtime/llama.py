@@ -109,9 +109,9 @@ class Llama(llama_cpp.Llama):
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
+        self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
         self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
         self._graph = self._make_graph_hook()
-        self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers
         self.band = self._schedule.bands[0]
         self._verified = not hooked
         self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import signal
 import subprocess
@@ -72,7 +73,6 @@ def trust(verdict: Verdict) -> None:
 
 @cache
 def _verdict() -> Verdict:
-    ggml.check_layout()
     if not sys.executable:  # Python inside another program, which cannot be started again
         return Verdict()
     kept = Path(platformdirs.user_cache_dir("ropewalk")) / f"engine-{_identity()}.json"
@@ -125,6 +125,7 @@ def _run(extra_buffers: bool) -> tuple[str, bool]:
             [sys.executable, "-c", start],
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             timeout=PATIENCE_S,
             check=False,
         )

@@ -362,7 +362,7 @@ def _attention_facts(context: int, vectors: int) -> dict[str, tuple[Any, Any]]:
     """Return fields of FLASH_ATTN_EXT and CUSTOM nodes: as found on nodes created by ggml, and as expected."""
     lib = _library()
     function = CustomFunction(lambda *_: None)
-    mask = lib.ggml_new_tensor_3d(context, 1, 3, 3, 1)  # GGML_TYPE_F16
+    mask = lib.ggml_new_tensor_3d(context, 1, 3, 64, 1)  # GGML_TYPE_F16; older releases want its rows padded to 64
     node = lib.ggml_flash_attn_ext(context, vectors, vectors, vectors, mask, 0.5, 0.25, 3.0)
     tensor, params = tensor_at(node), attention_params(node)
     sources = (ctypes.c_void_p * 1)(vectors)
