@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..factors import (
-    LARGEST_FACTOR,
     SMALLEST_FACTOR,
     Array,
     Band,
@@ -31,6 +30,7 @@ from .header import GGUFError, Header
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+LARGEST_FACTOR = 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
 
 
 def rope_facts(header: Header) -> RopeFacts:

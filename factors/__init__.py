@@ -15,7 +15,6 @@ from .methods import (
 from .schedule import (
     FORMAT_VERSION,
     LARGEST_ATTENTION,
-    LARGEST_FACTOR,
     MAX_CONTEXT,
     MAX_LOSSES,
     SMALLEST_ATTENTION,
@@ -38,7 +37,6 @@ from .shipped import shipped_file, shipped_schedule
 __all__ = [
     "FORMAT_VERSION",
     "LARGEST_ATTENTION",
-    "LARGEST_FACTOR",
     "MAX_CONTEXT",
     "MAX_LOSSES",
     "METHODS",

@@ -30,15 +30,15 @@ MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
 MAX_FILE_BYTES = 64 << 20
 MAX_LOSSES = 1 << 17  # of one band's search; a GGUF file's metadata holds no more
 
-SMALLEST_FACTOR, LARGEST_FACTOR = 1e-3, 1e38
-"""The range of λ. ggml computes in float32: angles over a smaller one overflow, or lose all their precision. A very
-large one is real: 1e30 marks Gemma 4's pairs that do not rotate."""
+SMALLEST_FACTOR = 1e-6
+"""The least λ: angles grow with 1/λ, and ggml computes them in float32. A large one does no harm, the pair stands still
+(1e30 marks such pairs in Gemma 4)."""
 
 SMALLEST_ATTENTION, LARGEST_ATTENTION = 0.1, 10.0
 """The range of attention factors; the scores of attention change by their square. Known models have 0.7 to 1.6."""
 
 Context = Annotated[int, Field(gt=0, le=MAX_CONTEXT)]
-Factor = Annotated[float, Field(ge=SMALLEST_FACTOR, le=LARGEST_FACTOR, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=SMALLEST_FACTOR, allow_inf_nan=False)]
 Factors = Annotated[tuple[Factor, ...], Field(max_length=1 << 16)]
 Attention = Annotated[float, Field(ge=SMALLEST_ATTENTION, le=LARGEST_ATTENTION, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=4096)]

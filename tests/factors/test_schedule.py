@@ -69,7 +69,6 @@ def test_a_schedule_cannot_be_changed():
         (lambda d: d["bands"][1]["rescale_factors"].__setitem__(3, 1), "rescale_factors.3: 1 after"),
         (lambda d: d["bands"][1]["rescale_factors"].__setitem__(0, 1e-9), "bands.1.rescale_factors.0: "),
         (lambda d: d["bands"][1]["rescale_factors"].__setitem__(0, 1e-44), "bands.1.rescale_factors.0: "),
-        (lambda d: d["bands"][1]["rescale_factors"].__setitem__(3, 1e39), "bands.1.rescale_factors.3: "),
         (lambda d: d["bands"][1]["rescale_factors"].__setitem__(3, 10**400), "bands.1.rescale_factors.3: "),
         (lambda d: d["bands"][1].update(attention_factor=1e300), "bands.1.attention_factor: "),
         (lambda d: d["bands"][1].update(attention_factor=1e30), "bands.1.attention_factor: "),
