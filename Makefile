@@ -1,6 +1,7 @@
 # make demo   the whole job once, on the bundled model
 # make test   style, types and the test suite
 # make oracle what llama.cpp's own converter makes of the tests' tiny checkpoints, anew
+# make layouts band changes with every layout of keys that llama.cpp's K-shift may meet
 # make matrix the runtime's tests with several releases of llama-cpp-python, each in a venv of its own
 # Each sets up .venv first, with the exact versions of constraints.txt, where that is not done yet.
 
@@ -16,7 +17,7 @@ NO_AMX := $(shell grep -qsw amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-am
 export CFLAGS := $(CFLAGS) $(NO_AMX)
 export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 
-.PHONY: demo test bench oracle matrix clean
+.PHONY: demo test bench oracle layouts matrix clean
 
 demo: .venv/ready
 	$(BIN)/ropewalk demo
@@ -54,6 +55,9 @@ $(ORACLE)/ready:
 		--dest $(ORACLE) llama-cpp-python==0.3.36
 	tar -xzf $(ORACLE)/$(LLAMA_CPP).tar.gz -C $(ORACLE) $(LLAMA_CPP)/vendor/llama.cpp
 	touch $@
+
+layouts: .venv/ready
+	$(BIN)/python tests/runtime/key_layouts.py
 
 matrix: $(VERSIONS:%=.matrix/%/ready)
 	@failed=; for version in $(VERSIONS); do \

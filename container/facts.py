@@ -11,15 +11,26 @@ import math
 
 import numpy as np
 from gguf import GGMLQuantizationType
+from pydantic import ValidationError
 
 from ..errors import UserError
-from ..factors import Array, Band, Provenance, RopeFacts, Schedule, native_band, yarn
+from ..factors import (
+    SMALLEST_FACTOR,
+    Array,
+    Band,
+    Provenance,
+    RopeFacts,
+    Schedule,
+    first_mistake,
+    native_band,
+    yarn,
+)
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
-SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
+LARGEST_FACTOR = 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
 
 
 def rope_facts(header: Header) -> RopeFacts:
@@ -37,6 +48,13 @@ def native_schedule(header: Header) -> Schedule:
     Raises:
         UserError: as for `rope_facts`.
     """
+    try:
+        return _native_schedule(header)
+    except ValidationError as error:
+        raise GGUFError(f"{header.path}: the RoPE scaling of its metadata: {first_mistake(error)}") from None
+
+
+def _native_schedule(header: Header) -> Schedule:
     arch = header.arch
     if not has_rope(header):
         raise UserError(f"{header.path}: architecture {arch!r} has no RoPE, so there is nothing to rescale")

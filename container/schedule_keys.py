@@ -15,14 +15,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..factors import FORMAT_VERSION, Schedule, ScheduleError, check_matches, native_band, schedule_from_dict
+from ..factors import (
+    FORMAT_VERSION,
+    MAX_LOSSES,
+    Schedule,
+    ScheduleError,
+    check_matches,
+    native_band,
+    schedule_from_dict,
+)
 from .facts import native_schedule
 from .header import Header
 from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
 MAX_BANDS = 64
-MAX_ITEMS = 1 << 17  # per array: λ, or the losses of a long search
 
 
 def schedule_values(schedule: Schedule) -> list[Value]:
@@ -96,8 +103,8 @@ def _value(header: Header, key: str) -> Any:
     entry = header.entries[key]
     if entry.item_type is None:
         return header.get(key)
-    if entry.count > MAX_ITEMS:
-        raise ScheduleError(f"{header.path}: {key}: {entry.count} items, expected at most {MAX_ITEMS}")
+    if entry.count > MAX_LOSSES:  # the longest of the arrays
+        raise ScheduleError(f"{header.path}: {key}: {entry.count} items, expected at most {MAX_LOSSES}")
     return header.array(key)
 
 

@@ -14,7 +14,11 @@ from .methods import (
 )
 from .schedule import (
     FORMAT_VERSION,
+    LARGEST_ATTENTION,
     MAX_CONTEXT,
+    MAX_LOSSES,
+    SMALLEST_ATTENTION,
+    SMALLEST_FACTOR,
     START_TOKENS,
     Band,
     Provenance,
@@ -22,6 +26,7 @@ from .schedule import (
     Schedule,
     ScheduleError,
     check_matches,
+    first_mistake,
     native_band,
     read_schedule,
     schedule_from_dict,
@@ -31,8 +36,12 @@ from .shipped import shipped_file, shipped_schedule
 
 __all__ = [
     "FORMAT_VERSION",
+    "LARGEST_ATTENTION",
     "MAX_CONTEXT",
+    "MAX_LOSSES",
     "METHODS",
+    "SMALLEST_ATTENTION",
+    "SMALLEST_FACTOR",
     "START_TOKENS",
     "Array",
     "Band",
@@ -44,6 +53,7 @@ __all__ = [
     "doubling_contexts",
     "dynamic_ntk",
     "extend",
+    "first_mistake",
     "longrope_attention_factor",
     "native_band",
     "ntk",

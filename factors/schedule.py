@@ -28,10 +28,20 @@ MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "lon
 
 MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
 MAX_FILE_BYTES = 64 << 20
+MAX_LOSSES = 1 << 17  # of one band's search; a GGUF file's metadata holds no more
+
+SMALLEST_FACTOR = 1e-6
+"""The least λ: angles grow with 1/λ, and ggml computes them in float32. A large one does no harm, the pair stands still
+(1e30 marks such pairs in Gemma 4)."""
+
+SMALLEST_ATTENTION, LARGEST_ATTENTION = 0.1, 10.0
+"""The range of attention factors; the scores of attention change by their square. Known models have 0.7 to 1.6."""
 
 Context = Annotated[int, Field(gt=0, le=MAX_CONTEXT)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Factors = Annotated[tuple[Positive, ...], Field(max_length=1 << 16)]
+Factor = Annotated[float, Field(ge=SMALLEST_FACTOR, allow_inf_nan=False)]
+Factors = Annotated[tuple[Factor, ...], Field(max_length=1 << 16)]
+Attention = Annotated[float, Field(ge=SMALLEST_ATTENTION, le=LARGEST_ATTENTION, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=4096)]
 
 
 class ScheduleError(UserError):
@@ -50,10 +60,10 @@ class RopeFacts(_Frozen):
     """
 
     n_rot: Annotated[int, Field(gt=0, le=1 << 17, multiple_of=2)]
-    freq_base: Positive
+    freq_base: Annotated[float, Field(gt=1, lt=1e30, allow_inf_nan=False)]
     original_context: Context
     native_factors: Factors = ()
-    native_attention_factor: Positive = 1.0
+    native_attention_factor: Attention = 1.0
 
     @model_validator(mode="after")
     def _check_length(self) -> RopeFacts:
@@ -75,12 +85,12 @@ class Provenance(_Frozen):
     ``onto`` names the method whose factors these were multiplied onto, if the model already had some.
     """
 
-    method: str = "unknown"
-    onto: str | None = None
-    objective: str | None = None
-    data_digest: str | None = None
+    method: Text = "unknown"
+    onto: Text | None = None
+    objective: Text | None = None
+    data_digest: Text | None = None
     seed: int | None = None
-    losses: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    losses: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(max_length=MAX_LOSSES)] = ()
 
 
 class Band(_Frozen):
@@ -88,8 +98,8 @@ class Band(_Frozen):
 
     context: Context
     rescale_factors: Factors
-    start_tokens: Annotated[int, Field(ge=0)] = 0
-    attention_factor: Positive = 1.0
+    start_tokens: Annotated[int, Field(ge=0, le=MAX_CONTEXT)] = 0
+    attention_factor: Attention = 1.0
     force_start_tokens: bool = False
     found: Provenance = Provenance()
 
@@ -187,21 +197,31 @@ def schedule_from_dict(data: Any, where: str) -> Schedule:
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ScheduleError(
-            f"{where}: format_version {version} is newer than this version of ropewalk reads ({FORMAT_VERSION})"
+            f"{where}: format_version {_short(version)} is newer than this version of ropewalk reads ({FORMAT_VERSION})"
         )
     try:
         return Schedule.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] in ("value_error", "missing") else f", found {_short(first['input'])}"
-        raise ScheduleError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+        raise ScheduleError(f"{where}: {first_mistake(error)}") from None
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first thing that these types found wrong with their values, in one line with its key."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(_printable(str(part)) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("value_error", "missing") else f", found {_short(first['input'])}"
+    return f"{key + ': ' if key else ''}{message}{found}"
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _printable(text: str) -> str:
+    """Return `text` with control characters and lone surrogates, which no terminal should get, as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def read_schedule(path: str | os.PathLike[str]) -> Schedule:

@@ -8,6 +8,7 @@ allocated; reading a long prompt reports its progress and can be interrupted at 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,18 +28,25 @@ from .graph.admission import check_engine
 from .graph.fast import FastNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
+from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Interruptible
-from .loading import check_context, key_rotation_layout, resolve_schedule
+from .loading import check_context, keys_can_shift, resolve_schedule
 from .losses import Logits, Scored
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
 
 
+FEW = 8
+"""Cached tokens are read again when their band changes if so many times as many are to be read anyway: it costs little,
+and a document is then read as if its instructions had not been read in another document's band before."""
+
+
 class LlamaState(StockState):
-    """llama_cpp's saved state, with the band that its keys are in."""
+    """llama_cpp's saved state, with the band that its keys are in, and how they came to it."""
 
     band: Band
+    spans: tuple[Span, ...]
 
 
 class Llama(llama_cpp.Llama):
@@ -67,7 +75,6 @@ class Llama(llama_cpp.Llama):
     """
 
     n_tokens: int
-    band: Band
     on_progress: Callable[[int, int], None] | None = None
     on_band_change: Callable[[BandChange], None] | None = None
 
@@ -113,28 +120,29 @@ class Llama(llama_cpp.Llama):
         self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
+        self._spans: tuple[Span, ...] = ()
         self._verified = not hooked
         self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)
         options.setdefault("swa_full", True)  # keys can be rotated, and tokens removed, only in a cache without gaps
+        self._keys_can_shift = keys_can_shift(header, self._schedule.facts.n_rot, self.plan.type_k)
         log.listen()
         try:
-            with key_rotation_layout(header, self._schedule, self.plan):
-                super().__init__(
-                    str(model_path),
-                    n_ctx=self._requested_ctx,
-                    n_batch=n_batch,
-                    n_ubatch=n_ubatch,
-                    n_threads=n_threads or default_threads(),
-                    n_threads_batch=n_threads_batch or default_threads(),
-                    logits_all=logits_all,
-                    flash_attn=self.plan.flash_attn,
-                    type_k=memory.ggml_type(self.plan.type_k),
-                    type_v=memory.ggml_type(self.plan.type_v),
-                    **options,
-                )
+            super().__init__(
+                str(model_path),
+                n_ctx=self._requested_ctx,
+                n_batch=n_batch,
+                n_ubatch=n_ubatch,
+                n_threads=n_threads or default_threads(),
+                n_threads_batch=n_threads_batch or default_threads(),
+                logits_all=logits_all,
+                flash_attn=self.plan.flash_attn,
+                type_k=memory.ggml_type(self.plan.type_k),
+                type_v=memory.ggml_type(self.plan.type_v),
+                **options,
+            )
         except ValueError as error:
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
-        if hooked and llama_cpp.llama_get_memory(self._ctx.ctx) and not options.get("vocab_only"):
+        if hooked and self._has_memory and not options.get("vocab_only"):
             self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
 
     # llama_cpp.Llama assigns `model_params` once, before it loads the model.
@@ -176,6 +184,17 @@ class Llama(llama_cpp.Llama):
         return self._schedule
 
     @property
+    def band(self) -> Band:
+        """The band that the cached keys are in; others who call `llama_decode` on `ctx` get its factors, too."""
+        return self._band
+
+    @band.setter
+    def band(self, band: Band) -> None:
+        self._band = band
+        if self._rope is not None:
+            self._rope.use(band.rescale_factors, band.attention_factor)
+
+    @property
     def band_index(self) -> int:
         """Index in the schedule of the band that the cached keys are in."""
         return self._schedule.bands.index(self.band)
@@ -196,7 +215,7 @@ class Llama(llama_cpp.Llama):
         self._schedule = schedule
         self._n_ctx = self.n_ctx()
         try:
-            self._move_to(schedule.bands[index], _index_of(old, self.band), index)
+            self._move_to(schedule.bands[index], _index_of(old, self.band), index, self.n_tokens)
         except BaseException:
             self._forget()
             raise
@@ -261,6 +280,25 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         self.drop_rolled_back()
 
+    def reset(self) -> None:
+        """Forget the sequence; the next one starts with the first band's factors, also where others decode it."""
+        super().reset()
+        if self._rope is not None:
+            first = self._schedule.bands[0]
+            self._rope.use(first.rescale_factors, first.attention_factor)
+
+    @property
+    def draft_model(self) -> Any:
+        """llama_cpp's draft model for speculative decoding; what it drafts past the end of a band is cut off.
+
+        Drafts are often rejected: keys would be rotated to the next band for them, and back again.
+        """
+        return None if self._draft_model is None else partial(_draft, self._draft_model, self._schedule)
+
+    @draft_model.setter
+    def draft_model(self, model: Any) -> None:
+        self._draft_model = model
+
     # --- reading tokens
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -298,16 +336,22 @@ class Llama(llama_cpp.Llama):
         done = 0
         while done < len(tokens):
             stop = min(done + self.n_batch, len(tokens))
-            if self._rope is not None:
-                facts, before = self._schedule.facts, self.band.start_tokens - self.n_tokens
-                if before > 0:  # start tokens are a batch of their own, with the model's own factors
-                    stop = min(stop, done + before)
-                factors = facts.start_factors if before > 0 else self.band.rescale_factors
-                self._rope.use(factors, self.band.attention_factor)
+            before = self._use_factors()
+            if before > 0:  # start tokens are a batch of their own, with the model's own factors
+                stop = min(stop, done + before)
             self._decode(tokens[done:stop], scored)
             done = stop
             if self.on_progress is not None and len(tokens) >= PROMPT_ROWS:
                 self.on_progress(done, len(tokens))
+        self._use_factors()
+
+    def _use_factors(self) -> int:
+        """Set the factors of the next token; return how many start tokens, which all have these, are left to read."""
+        before = self.band.start_tokens - self.n_tokens
+        if self._rope is not None:
+            factors = self._schedule.facts.start_factors if before > 0 else self.band.rescale_factors
+            self._rope.use(factors, self.band.attention_factor)
+        return before if self._rope is not None else 0
 
     def _make_room(self, n_new: int) -> None:
         """Drop cached cells past `n_tokens`, check that `n_new` tokens fit, and move to the band that holds all."""
@@ -321,16 +365,21 @@ class Llama(llama_cpp.Llama):
         if self._window_is_lost():
             self._read_again()
         index = self._schedule.band_index(max(total, 1))
-        self._move_to(self._schedule.bands[index], _index_of(self._schedule, self.band), index)
+        band, old_index = self._schedule.bands[index], _index_of(self._schedule, self.band)
+        if band != self.band:
+            higher = self._schedule.bands[index + 1 :]
+            keep = 0 if self.n_tokens * FEW <= n_new else read_before(self._spans, self.n_tokens, higher)
+            self._move_to(band, old_index, index, keep)
 
     def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
-        """Run one llama_decode; after any failure the cache is as it was before."""
+        """Run one llama_decode; after a failure the cache is as it was before, or empty if it computed NaN."""
         n_past, n_new = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)
         if scored is not None and not self._logits_all:
             wanted = np.ctypeslib.as_array(self._batch.batch.logits, shape=(n_new,))
             wanted[:] = 0
             wanted[scored.rows(n_new)] = 1
+        n_rows = n_new if self._logits_all else 1 if scored is None else len(scored.rows(n_new))
         try:
             if n_new < PROMPT_ROWS:
                 self._calls.run(self._decode_batch)
@@ -338,6 +387,7 @@ class Llama(llama_cpp.Llama):
                 self._calls.run_long(self._decode_batch, self._ctx.ctx)
             self._raise_kept()
             self._verify()
+            self._check_finite(n_rows)
         except BaseException:
             self.drop_rolled_back()
             if not self.can_rewind:
@@ -351,6 +401,7 @@ class Llama(llama_cpp.Llama):
             rows = scored.rows(n_new)
             logits = self._logits(n_new)[rows] if self._logits_all else self._logits(len(rows))
             scored.take(n_new, rows, logits)
+        self._spans = add_span(self._spans, n_past, self.band)
         self.n_tokens += n_new
         self._requires_eval = False
 
@@ -359,6 +410,24 @@ class Llama(llama_cpp.Llama):
         if not n_rows:
             return np.empty((0, self._n_vocab), dtype=np.float32)
         return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_rows, self._n_vocab))
+
+    def _check_finite(self, n_rows: int) -> None:
+        """Check the last decode's logits: what is sampled from NaN or infinity is nonsense without a word."""
+        # The largest one of a row is NaN if any is. (Minus infinity alone is how some models rule a token out.)
+        if self._has_memory and not np.isfinite(self._logits(n_rows).max(axis=1)).all():
+            self._forget()  # even a masked cell that holds NaN would spoil what is read later
+            raise self._not_finite("logits")
+
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"{self.model_path}: the model computes NaN or infinity as {what}, expected finite numbers: its weights or"
+            f" its schedule are damaged, or a cache of type {self.kv_type} cannot hold its keys"
+        )
+
+    @property
+    def _has_memory(self) -> bool:
+        """Whether there is a cache; an encoder has none, and no logits."""
+        return bool(llama_cpp.llama_get_memory(self._ctx.ctx))
 
     def _working(self) -> AbstractContextManager[None]:
         return nullcontext() if self._fast is None else self._fast.working()
@@ -390,36 +459,56 @@ class Llama(llama_cpp.Llama):
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
 
     def _forget(self) -> None:
-        self.n_tokens = 0
+        self.n_tokens, self._spans = 0, ()
         self._requires_eval = True
         self._ctx.kv_cache_clear()
 
     # --- moving between bands
 
-    def _move_to(self, band: Band, old_index: int, new_index: int) -> None:
+    def _move_to(self, band: Band, old_index: int, new_index: int, keep: int) -> None:
+        """Run in `band` from now on: rotate the first `keep` keys to it, or fewer, and read the other tokens again."""
         old = self.band
         if band == old or self._rope is None:
             return
-        n_tokens, started, reread = self.n_tokens, time.perf_counter(), False
+        n_tokens, started = self.n_tokens, time.perf_counter()
+        keep = min(keep, rotatable(self._spans, n_tokens, self.plan.type_k))
         try:
-            rotations = plan_rotations(self._schedule.facts, old, band, n_tokens)
-            reread = bool(rotations) and not (self._can_rotate() and all(map(self._rotate_keys, rotations)))
+            if not plan_rotations(self._schedule.facts, old, band, n_tokens):
+                keep = n_tokens
+            elif not self._can_rotate():
+                keep = 0
+            rest = self.input_ids[keep:n_tokens].tolist()
+            if rest:
+                self._cut(keep)
+            rotations = plan_rotations(self._schedule.facts, old, band, keep)
+            if not all(map(self._rotate_keys, rotations)):
+                rest = self.input_ids[:n_tokens].tolist()
+                self._forget()
+            self._spans = rotated(self._spans, len(rotations))
             self.band = band
-            if reread:
-                self._read_again()
+            if rest:
+                self._read(rest, settled=True)
         except BaseException:
             self._forget()  # partly rotated keys must never be read
             raise
         if n_tokens and self.on_band_change is not None:
             seconds = time.perf_counter() - started
-            self.on_band_change(BandChange(old_index, new_index, old, band, n_tokens, seconds, reread))
+            self.on_band_change(BandChange(old_index, new_index, old, band, n_tokens, seconds, bool(rest)))
+
+    def _cut(self, n_tokens: int) -> None:
+        """Keep the first `n_tokens` of the cached sequence; a recurrent state can only be forgotten."""
+        if n_tokens:
+            self.n_tokens = n_tokens
+            self.drop_rolled_back()
+        else:
+            self._forget()
 
     def _can_rotate(self) -> bool:
         """Whether llama.cpp can shift this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        cut_blocks = memory.is_quantised(self.plan.type_k) and self._schedule.facts.n_rot % 32
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        return self.can_rewind and not cut_blocks and bool(in_order and llama_cpp.llama_memory_can_shift(cache))
+        can_shift = self._keys_can_shift and llama_cpp.llama_memory_can_shift(cache)
+        return self.can_rewind and bool(in_order and can_shift)
 
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
@@ -487,6 +576,8 @@ class Llama(llama_cpp.Llama):
 
         embeddings = self._calls.run(call)
         self._raise_kept()
+        if not _all_finite(embeddings):
+            raise self._not_finite("embeddings")
         return embeddings
 
     def save_state(self) -> LlamaState:
@@ -495,7 +586,7 @@ class Llama(llama_cpp.Llama):
         if not self._logits_all:
             state.scores = state.scores[:0]  # never written to without logits_all
         state.__class__ = LlamaState
-        state.band = self.band
+        state.band, state.spans = self.band, self._spans
         return state
 
     def load_state(self, state: StockState) -> None:
@@ -517,6 +608,7 @@ class Llama(llama_cpp.Llama):
         if self._logits_all and len(state.scores) == state.n_tokens:
             self.scores[: state.n_tokens] = state.scores
         self.n_tokens, self._seed, self.band = state.n_tokens, state.seed, state.band
+        self._spans = getattr(state, "spans", ())
         self._make_room(0)
         self._requires_eval = True
 
@@ -569,10 +661,22 @@ class Llama(llama_cpp.Llama):
             "n_ctx": self._requested_ctx,
             "fast_prefill": self._fast is not None,
             "flash_attn": self.plan.flash_attn,
+            "draft_model": self._draft_model,
         }
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
+
+
+def _draft(model: Any, schedule: Schedule, tokens: Any, /, **options: Any) -> Any:
+    """Return the tokens that `model` expects after `tokens`, as far as these tokens' band reaches."""
+    room = schedule.bands[schedule.band_index(len(tokens))].context - len(tokens)
+    return model(tokens, **options)[:room]
+
+
+def _all_finite(embeddings: Any) -> bool:
+    """Whether all numbers of lists in lists are finite."""
+    return math.isfinite(embeddings) if isinstance(embeddings, (int, float)) else all(map(_all_finite, embeddings))
 
 
 def _index_of(schedule: Schedule, band: Band) -> int:

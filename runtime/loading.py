@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from typing import Any
 
 import llama_cpp
@@ -13,7 +12,7 @@ import llama_cpp
 from ..container import Header, native_schedule, schedule_of
 from ..errors import UserError
 from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
-from .memory import MemoryPlan, head_size, is_quantised
+from .memory import head_size, is_quantised
 
 ROPE_OPTIONS = (
     "rope_scaling_type",
@@ -26,6 +25,9 @@ ROPE_OPTIONS = (
     "yarn_orig_ctx",
 )
 """llama_cpp's own options for scaling RoPE; where one of them is given, no schedule is applied."""
+
+HADAMARD = 64
+"""llama.cpp transforms quantised keys of heads with a multiple of so many dimensions."""
 
 
 def resolve_schedule(
@@ -75,22 +77,22 @@ def check_context(n_ctx: int, schedule: Schedule) -> int:
     return n_ctx or schedule.context
 
 
-@contextmanager
-def key_rotation_layout(header: Header, schedule: Schedule, plan: MemoryPlan) -> Iterator[None]:
-    """Keep llama.cpp from mixing rotated and unrotated dimensions of a quantised key.
+def keys_can_shift(header: Header, n_rot: int, type_k: str) -> bool:
+    """Whether llama.cpp's K-shift can rotate the keys of a context that is created now, with keys of `type_k`.
 
-    Its Hadamard transform of quantised keys spans whole heads, but its K-shift undoes it on the rotated dimensions
-    only: where those are fewer, keys could not be rotated, so the transform is switched off for this context.
+    Where it cannot, it does not say so, but crashes: its ROPE knows no BF16; and with quantised keys, it takes for
+    granted that they are Hadamard-transformed, which they are only in heads of a multiple of 64 dimensions, of one size
+    in all layers, and unless LLAMA_ATTN_ROT_DISABLE is set; and that they have no dimensions that are not rotated.
     """
+    if not is_quantised(type_k):
+        return type_k != "bf16"
     size = head_size(header)
-    partial = is_quantised(plan.type_k) and schedule.facts.n_rot != size and len(schedule.bands) > 1
-    name, before = "LLAMA_ATTN_ROT_DISABLE", os.environ.get("LLAMA_ATTN_ROT_DISABLE")
-    if partial:
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if partial:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
+    others = [header.get(f"{header.arch}.{key}_swa") for key in ("attention.key_length", "rope.dimension_count")]
+    one_size = n_rot == size and all(other in (None, size) for other in others)
+    return one_size and size % HADAMARD == 0 and not _is_set("LLAMA_ATTN_ROT_DISABLE")
+
+
+def _is_set(name: str) -> bool:
+    """Whether llama.cpp takes an environment variable for true: C's atoi of it is not 0."""
+    number = re.match(r"\s*[+-]?(\d+)", os.environ.get(name, ""))
+    return number is not None and int(number[1]) != 0

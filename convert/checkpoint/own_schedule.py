@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from ...container import Header, native_schedule
+from ...errors import UserError
 from ...factors import (
     Band,
     Provenance,
@@ -17,6 +20,7 @@ from ...factors import (
     Schedule,
     doubling_contexts,
     dynamic_ntk,
+    first_mistake,
     native_band,
     yarn,
     yarn_attention_factor,
@@ -35,11 +39,11 @@ def own_schedule(config: Config, header: Header) -> Schedule | None:
         UserError: a factor is invalid.
     """
     parameters = rope_parameters(config)
-    if parameters["rope_type"] == "dynamic":
-        return _dynamic(config, parameters, native_schedule(header))
-    if parameters["rope_type"] == "yarn":
-        return _yarn(config, parameters, native_schedule(header))
-    return None
+    build = {"dynamic": _dynamic, "yarn": _yarn}.get(parameters["rope_type"])
+    try:
+        return None if build is None else build(config, parameters, native_schedule(header))
+    except ValidationError as error:
+        raise UserError(f"{config.path}: rope_scaling: {first_mistake(error)}") from None
 
 
 def _dynamic(config: Config, parameters: Mapping[str, Any], native: Schedule) -> Schedule:

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..methods import METHODS, Array, yarn_attention_factor
-from ..schedule import START_TOKENS, Band, Provenance, RopeFacts, ScheduleError
+from ..schedule import (
+    LARGEST_ATTENTION,
+    SMALLEST_ATTENTION,
+    START_TOKENS,
+    Band,
+    Provenance,
+    RopeFacts,
+    ScheduleError,
+)
 
 FAST_ROTATIONS = 64
 """Pairs that rotate more often than this within the original context are not searched: the loss is rugged in their λ,
@@ -75,8 +83,12 @@ class Space:
         if not (math.isfinite(self.headroom) and self.headroom >= 1):
             raise ScheduleError(f"headroom: {self.headroom:g}, expected a number of at least 1")
         low, high = self.attention_bounds
-        if not 0 < low <= high < math.inf:
-            raise ScheduleError(f"attention range: {low:g} to {high:g}, expected positive, increasing numbers")
+        own = self.onto.attention_factor
+        if not SMALLEST_ATTENTION / own <= low <= high <= LARGEST_ATTENTION / own:
+            raise ScheduleError(
+                f"attention range: {low:g} to {high:g}, expected increasing numbers"
+                f" from {SMALLEST_ATTENTION / own:g} to {LARGEST_ATTENTION / own:g}"
+            )
         unknown = [n for n in self.start_tokens if n not in START_TOKENS]
         if unknown:
             raise ScheduleError(f"start tokens: {unknown[0]}, expected some of {', '.join(map(str, START_TOKENS))}")

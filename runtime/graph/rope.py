@@ -84,9 +84,7 @@ class RopeHook:
         self._base = float(np.float32(facts.freq_base))
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
         self._ours: set[int] = set()
-        self._still = self._tensor((STILL,) * (facts.n_rot // 2), 1.0)
-        self._attention = 1.0
-        self._factors = self._still
+        self.use(facts.start_factors, facts.native_attention_factor)
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
         """Rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`, from the next graph on."""
@@ -97,7 +95,7 @@ class RopeHook:
         key = (factors, attention_factor)
         if key not in self._tensors:
             arena = ggml.Arena(ggml.floats_size(len(factors)))
-            self._tensors[key] = (arena, arena.floats(factors))
+            self._tensors[key] = (arena, arena.floats([min(factor, STILL) for factor in factors]))
             self._ours.add(self._tensors[key][1])
         return self._tensors[key][1]
 
@@ -122,7 +120,7 @@ class RopeHook:
         params = ggml.rope_params(node)
         applies = self._applies(node, params)
         scale = rotation.scale if applies else 1.0
-        factors = self._tensor(rotation.factors, scale) if applies else self._still
+        factors = self._tensor(rotation.factors if applies else (STILL,) * (params.n_dims // 2), scale)
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors
         params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, scale
         self.touched += applies

@@ -223,6 +223,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "factor tiny": ({"scaling": {"factor": 1e-40}}, "rope.scaling.factor: 9.99995e-41, expected"),
     "yarn that shrinks": ({"scaling": yarn_of(0.5, 64)}, "rope.scaling.factor: 0.5, expected at least 1"),
     "attention factor": ({"scaling": {"attn_factor": 0.0}}, "rope.scaling.attn_factor: 0, expected"),
+    "attention factor 1e30": ({"scaling": {"attn_factor": 1e30}}, "scaling of its metadata: native_attention_factor: "),
+    "linear factor": ({"scaling": {"type": "linear", "factor": 1e-7}}, "rope.scaling.factor: 1e-07, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
     "original": ({"scaling": yarn_of(4.0, 2**32 - 1)}, "original_context_length: 4294967295, expected"),
     "freqs not a number": ({"rope_freqs": [1.0] * 15 + [NAN]}, "'rope_freqs.weight': element 15 is nan"),

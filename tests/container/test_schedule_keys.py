@@ -153,6 +153,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a number for factors": ({"band__1__rescale_factors": f64(1.0)}, "bands.1.rescale_factors"),
     "start tokens": ({"band__1__start_tokens": u32(5)}, "start_tokens: 5, expected one of"),
     "attention factor": ({"band__1__attention_factor": f64(-1.0)}, "bands.1.attention_factor"),
+    "factor 1e-9": ({"band__1__rescale_factors": floats(*[1.0] * 15, 1e-9)}, "bands.1.rescale_factors.15"),
+    "attention factor 1e300": ({"band__1__attention_factor": f64(1e300)}, "bands.1.attention_factor"),
+    "native attention factor": ({"facts__native_attention_factor": f64(1e-9)}, "facts.native_attention_factor"),
+    "losses": (
+        {"band__1__found__losses": floats(*[0.0] * 131_073)},
+        "found.losses: 131073 items, expected at most 131072",
+    ),
     "method": ({"band__1__found__method": u32(5)}, "bands.1.found.method"),
 }
 

@@ -15,6 +15,7 @@ from ropewalk import UserError
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule, extend, write_schedule, yarn, yarn_attention_factor
 from ropewalk.runtime.graph import ggml
+from ropewalk.runtime.graph.spans import MOST_ROTATIONS
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2}
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -423,3 +424,172 @@ def test_a_signal_while_decoding_is_never_lost(tiny, load):
         sys.unraisablehook = hook
     assert not lost
     assert np.isfinite(last(llm, TOKENS[:10])).all()
+
+
+# --- others who decode, and numbers that are not finite
+
+
+def decoded_by_others(llm, tokens, first=0):
+    """Logits of the last of `tokens` by a bare `llama_decode`, as guidance and others call it."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, first + i, i == len(tokens) - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(llm.n_vocab(),)).copy()
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_others_may_decode_before_the_first_eval(tiny, load, index):
+    schedule = three_bands(tiny, (0, 0, 0)).only(index)
+    ours, theirs = (load(tiny, schedule=schedule, kv="f32", n_ctx=100) for _ in range(2))
+    expected = last(ours, TOKENS[:60])
+    np.testing.assert_array_equal(decoded_by_others(theirs, TOKENS[:60]), expected)
+
+
+def test_others_may_decode_after_a_reset(tiny, load):
+    schedule = three_bands(tiny, (0, 0, 0))
+    expected = last(load(tiny, schedule=schedule, kv="f32"), TOKENS[:60])
+    llm = load(tiny, schedule=schedule, kv="f32")
+    llm.eval(TOKENS[:200])
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    np.testing.assert_array_equal(decoded_by_others(llm, TOKENS[:60]), expected)
+    assert llm.band_index == 2  # no longer of any sequence
+    llm.eval(TOKENS[:60])
+    assert llm.band_index == 0
+
+
+def test_others_may_go_on_after_the_start_tokens(tiny, load):
+    schedule = three_bands(tiny, (0, 16, 4)).only(1)
+    expected = last(load(tiny, schedule=schedule, kv="f32", n_ctx=180), TOKENS[:60])
+    llm = load(tiny, schedule=schedule, kv="f32", n_ctx=180)
+    llm.eval(TOKENS[:16])
+    np.testing.assert_allclose(decoded_by_others(llm, TOKENS[16:60], 16), expected, atol=1e-4)
+
+
+def not_finite(writer):
+    """Make one of the embedding's numbers NaN."""
+    info = writer.tensors[0]["token_embd.weight"]
+    info.tensor[TOKENS[3], 0] = np.nan
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_weights_that_are_not_numbers_are_reported(tiny_llama, tmp_path, load, logits_all):
+    path = tiny_llama(tmp_path / "nan.gguf", n_embd=128, extend=not_finite)
+    llm = load(path, logits_all=logits_all)
+    llm.eval(TOKENS[:3])
+    with pytest.raises(UserError, match=r"nan\.gguf: the model computes NaN or infinity as logits") as caught:
+        llm.eval(TOKENS[3:10])
+    assert "\n" not in str(caught.value)
+    assert llm.n_tokens == 0  # nothing of it is kept
+    llm.eval(TOKENS[4:10])
+    with pytest.raises(UserError, match="NaN or infinity"):
+        llm.token_losses(TOKENS[:30])
+    with pytest.raises(UserError, match="NaN or infinity"):
+        list(zip(llm.generate(TOKENS[:10], temp=0), range(3), strict=False))
+
+
+def test_embeddings_that_are_not_numbers_are_reported(tiny_llama, tmp_path, load):
+    def all_not_finite(writer):
+        writer.tensors[0]["token_embd.weight"].tensor[:, 0] = np.inf
+
+    path = tiny_llama(tmp_path / "inf.gguf", n_embd=128, extend=all_not_finite)
+    with pytest.raises(UserError, match="NaN or infinity as embeddings"):
+        load(path, embedding=True).embed(["the tea", "the rest"])
+
+
+def test_the_widest_factors_that_a_schedule_may_have_compute_numbers(tiny, load):
+    facts = native_schedule(read_header(tiny)).facts
+    for factors, attention in (((1e-6,) * 32, 10.0), ((1e300,) * 32, 0.1)):
+        band = Band(context=250, rescale_factors=factors, attention_factor=attention)
+        assert np.isfinite(last(load(tiny, schedule=Schedule(facts=facts, bands=(band,))), TOKENS)).all()
+
+
+# --- what a sequence's history leaves in its keys
+
+
+@pytest.mark.parametrize("kv", ["q4_0", "q8_0", "f16"])
+def test_keys_do_not_drift_over_many_moves(tiny_llama, tmp_path, load, kv):
+    path = tiny_llama(tmp_path / "one.gguf", n_embd=128, n_layer=1)
+    schedule = three_bands(path, (0, 0, 0))
+    moved, stayed = (load(path, schedule=schedule, kv=kv) for _ in range(2))
+    changes = []
+    moved.on_band_change = changes.append
+    expected = last(stayed, TOKENS[:90])
+    moved.eval(TOKENS[:80])
+    for _ in range(40):
+        moved.eval(TOKENS[80:105])
+        moved.rewind(80)
+        moved.eval(TOKENS[80:81])
+        moved.rewind(80)
+    assert np.abs(last(moved, TOKENS[80:90]) - expected).max() < PRECISION[kv]
+    assert [c.new_index for c in changes] == [1, 0] * 40
+    bound = MOST_ROTATIONS.get(kv)
+    again = [i for i, change in enumerate(changes) if change.reread]
+    # What is read again in the long band must be read again in the short one, too.
+    assert again == [i for i in range(80) if bound is not None and i % (bound + 2) >= bound]
+
+
+def test_a_saved_state_knows_how_worn_its_keys_are(tiny, load):
+    llm = load(tiny, schedule=three_bands(tiny, (0, 0, 0)), kv="q4_0")
+    changes = []
+    llm.on_band_change = changes.append
+    llm.eval(TOKENS[:80])
+    for _ in range(MOST_ROTATIONS["q4_0"]):
+        llm.eval(TOKENS[80:105])
+        llm.rewind(80)
+        llm.load_state(pickle.loads(pickle.dumps(llm.save_state())))
+    assert any(change.reread for change in changes)
+
+
+def test_after_going_back_the_model_is_as_it_was(tiny, load):
+    """Keys that were read in a longer band depend on its factors, whatever they are rotated to."""
+    schedule = three_bands(tiny, (0, 0, 0))
+    llm, fresh = (load(tiny, schedule=schedule, kv="f32") for _ in range(2))
+    changes = []
+    llm.on_band_change = changes.append
+    llm.eval(TOKENS[:40])
+    llm.eval(TOKENS[40:240])  # the last 200 in the last band
+    llm.rewind(90)
+    fresh.eval(TOKENS[:90])
+    expected = last(fresh, TOKENS[90:95])
+    assert np.abs(last(llm, TOKENS[90:95]) - expected).max() < PRECISION["f32"]
+    assert [(c.new_index, c.n_tokens, c.reread) for c in changes] == [(2, 40, False), (0, 90, True)]
+
+
+def test_a_long_text_is_read_as_if_its_short_beginning_were_new(tiny, load):
+    schedule = three_bands(tiny, (0, 0, 0))
+    llm, fresh = (load(tiny, schedule=schedule, kv="f32") for _ in range(2))
+    llm.eval(TOKENS[:25])
+    expected = last(fresh, TOKENS[:240])
+    assert np.abs(last(llm, TOKENS[25:240]) - expected).max() < PRECISION["f32"]
+
+
+class Drafts:
+    """Drafts a fixed number of tokens, all of them wrong."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, tokens, /, **_):
+        self.lengths.append(len(tokens))
+        return np.full(10, 7, dtype=np.intc)
+
+
+def test_drafts_do_not_make_bands_flap(tiny, load):
+    schedule = three_bands(tiny, (0, 0, 0))
+    llm = load(tiny, schedule=schedule, draft_model=Drafts(), kv="q4_0")
+    plain = load(tiny, schedule=schedule, kv="q4_0", logits_all=True)
+    changes = []
+    llm.on_band_change = changes.append
+    tokens = [token for token, _ in zip(llm.generate(TOKENS[:85], temp=0), range(40), strict=False)]
+    assert [(change.new_index, change.n_tokens) for change in changes] == [(1, 100)]
+    assert len(tokens) == 40 and plain.draft_model is None
+    again = pickle.loads(pickle.dumps(llm))
+    assert isinstance(again.__getstate__()["draft_model"], Drafts)
+    again.close()
