@@ -8,15 +8,43 @@ futures and events wait on, leaves it half released, and a different exception c
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import llama_cpp
 
+from ..errors import UserError
+
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Closed:
+    """The class that objects around llama.cpp's pointers get once these are freed: any use of them raises."""
+
+    def __getattribute__(self, name: str) -> NoReturn:
+        raise UserError("the model is closed: load it again")
+
+
+def holds_context(method: Method) -> Method:
+    """Keep `Interruptible.close`, called in another thread, from freeing what the model's method uses.
+
+    The model's `Interruptible` is its attribute `_calls`; the method raises as `Interruptible.check` does.
+    """
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        with self._calls.holding():
+            self._calls.check()
+            return method(self, *args, **options)
+
+    return cast(Method, call)
 
 
 class _Call:
@@ -41,19 +69,53 @@ class Interruptible:
     """Runs llama.cpp's calls for one context; keep it alive as long as the context.
 
     `failed` is polled between the nodes of a long call; once it returns True, the call is aborted.
+
+    Whatever uses the context does so under `holding`, so that `close` frees nothing under it.
     """
 
     def __init__(self, failed: Callable[[], bool]) -> None:
-        self._failed, self._stop, self._closed = failed, False, False
-        self._must_stop = llama_cpp.ggml_abort_callback(lambda _: self._stop or self._failed())
+        self._lock = threading.RLock()
+        self._failed, self._stop, self._closed, self._process = failed, False, False, os.getpid()
+        self._must_stop = llama_cpp.ggml_abort_callback(lambda _: self._stop or self._closed or self._failed())
         self._never = llama_cpp.ggml_abort_callback(0)
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         worker = threading.Thread(target=_work, args=(self._calls,), name="ropewalk-llama", daemon=True)
         worker.start()
+        self._worker = worker
         self._end = weakref.finalize(self, _end, self._calls, worker)  # also runs when the interpreter exits
 
+    def check(self) -> None:
+        """Check that the context can be used.
+
+        Raises:
+            UserError: it has been closed, or belongs to the process that this one was forked from: llama.cpp's threads
+                do not exist here, and would be waited for without end.
+        """
+        if self._closed:
+            raise UserError("the model is closed: load it again")
+        if os.getpid() != self._process:
+            raise UserError("the model was loaded before this process was forked: load it in the new process")
+
+    def holding(self) -> AbstractContextManager[Any]:
+        """Return the lock to use the context under; nothing where the caller computes for a thread that has it.
+
+        Raises:
+            UserError: as for `check`.
+        """
+        self.check()  # before the lock is waited for, which a fork may have left locked
+        return nullcontext() if threading.current_thread() is self._worker else self._lock
+
     def run(self, work: Callable[[], T]) -> T:
-        """Return the result of a short call; an exception in the main thread waits until it has ended."""
+        """Return the result of a short call; an exception in the main thread waits until it has ended.
+
+        Raises:
+            UserError: as for `check`.
+        """
+        with self.holding():
+            self.check()
+            return self._run(work)
+
+    def _run(self, work: Callable[[], T]) -> T:
         if threading.current_thread() is not threading.main_thread():
             return work()
         call = _Call(work)
@@ -69,13 +131,22 @@ class Interruptible:
         return result
 
     def run_long(self, work: Callable[[], T], context: Any) -> T:
-        """Return the result of a call that decodes on `context`; an exception in the main thread aborts it."""
-        self._stop = False
-        llama_cpp.llama_set_abort_callback(context, self._must_stop, None)
-        try:
-            return self.run(work)
-        finally:
-            llama_cpp.llama_set_abort_callback(context, self._never, None)
+        """Return the result of a call that decodes on `context`; an exception in the main thread aborts it.
+
+        Raises:
+            UserError: as for `check`; also if the model is closed while it runs.
+        """
+        with self.holding():
+            self.check()
+            self._stop = False
+            llama_cpp.llama_set_abort_callback(context, self._must_stop, None)
+            try:
+                return self._run(work)
+            except Exception:
+                self.check()
+                raise
+            finally:
+                llama_cpp.llama_set_abort_callback(context, self._never, None)
 
     def _hand_over(self, call: _Call) -> None:
         self._calls.put(call)
@@ -83,15 +154,23 @@ class Interruptible:
 
     def _wait_for_all(self) -> None:
         """Wait for the calls handed to the thread, which still use the context; it runs them in order."""
-        while not self._closed:
+        while self._end.alive:
             try:
                 self._hand_over(_Call(int))
             except BaseException:  # a second Ctrl-C
                 continue
             return
 
-    def close(self) -> None:
+    def close(self, free: Callable[[], None]) -> None:
+        """Abort the call that is under way, if any, and call `free` once nothing uses the context.
+
+        In a forked process nothing is freed: the threads that would have to end are not there.
+        """
         self._closed = True
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            free()
         self._end()
 
 
@@ -103,4 +182,5 @@ def _work(calls: SimpleQueue[_Call | None]) -> None:
 
 def _end(calls: SimpleQueue[_Call | None], worker: threading.Thread) -> None:
     calls.put(None)
-    worker.join()
+    if worker is not threading.current_thread():  # the last reference to a model may be dropped anywhere
+        worker.join()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import llama_cpp
@@ -24,17 +25,32 @@ from ..container import freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
+from .control_tokens import CUT_BYTES, ControlSpellings
 from .graph.admission import check_engine
 from .graph.fast import FastNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
-from .interrupt import Interruptible
-from .loading import check_context, keys_can_shift, resolve_schedule
+from .interrupt import Closed, Interruptible, holds_context
+from .loading import (
+    WeightsKey,
+    check_context,
+    context_length,
+    import_torch,
+    keys_can_shift,
+    leave_out_gpu,
+    resolve_schedule,
+    take_overrides,
+    thread_count,
+    whole_number,
+)
 from .losses import Logits, Scored
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
+
+TOO_LONG = re.compile(r"(Requested tokens \(\d+\) exceed context window of )\d+")
+"""llama_cpp's refusal of a prompt, which servers look for."""
 
 
 FEW = 8
@@ -43,10 +59,17 @@ and a document is then read as if its instructions had not been read in another 
 
 
 class LlamaState(StockState):
-    """llama_cpp's saved state, with the band that its keys are in, and how they came to it."""
+    """llama_cpp's saved state, with the band its keys are in, how they came to it, and the model's `weights_key`."""
 
     band: Band
     spans: tuple[Span, ...]
+    weights_key: str
+
+
+class StateMismatch(UserError, KeyError):
+    """A saved state that this model cannot take up: a miss to llama_cpp's completions, which catch KeyError."""
+
+    __str__ = Exception.__str__  # KeyError's puts the message in quotes
 
 
 class Llama(llama_cpp.Llama):
@@ -96,19 +119,25 @@ class Llama(llama_cpp.Llama):
         fast_prefill: bool = True,
         **options: Any,
     ) -> None:
-        header = read_header(model_path)
+        leave_out_gpu(options)
+        header = take_overrides(read_header(model_path), options)
         fast_prefill = fast_prefill and not switched_off()
+        n_ctx = context_length(n_ctx)
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
         self._requested_ctx = check_context(n_ctx, self._schedule)
+        n_batch = min(whole_number("n_batch", n_batch, 1, "a number of tokens"), self._requested_ctx)
+        n_ubatch = min(whole_number("n_ubatch", n_ubatch, 1, "a number of tokens"), n_batch)
+        n_threads = thread_count("n_threads", n_threads, default_threads())
+        n_threads_batch = thread_count("n_threads_batch", n_threads_batch, default_threads())
+        logits_all = bool(logits_all) or options.get("draft_model") is not None
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
-        if options.get("n_gpu_layers"):
-            raise UserError("n_gpu_layers: ropewalk rescales rope on the CPU, expected 0")
+        self._weights = WeightsKey(header, options)
         self.plan = memory.choose_kv(
             header,
             self._requested_ctx,
-            kv or ":".join(memory.type_name(1 if t is None else t) for t in (type_k, type_v)),
+            kv or f"{memory.type_name('type_k', type_k)}:{memory.type_name('type_v', type_v)}",
             flash_attn=flash_attn,
             fast_prefill=fast_prefill,
             n_batch=n_batch,
@@ -117,12 +146,17 @@ class Llama(llama_cpp.Llama):
             bands=len(self._schedule.bands),
         )
         self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
-        self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
+        if fast_prefill and self.plan.flash_attn:
+            import_torch()
+            self._fast: FastNodes | None = FastNodes()
+        else:
+            self._fast = None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
         self._verified = not hooked
-        self._calls = Interruptible(lambda: self._fast is not None and self._fast.failed)
+        fast = self._fast  # not self: a model that holds itself would not be freed with its last reference
+        self._calls = Interruptible(lambda: fast is not None and fast.failed)
         options.setdefault("swa_full", True)  # keys can be rotated, and tokens removed, only in a cache without gaps
         self._keys_can_shift = keys_can_shift(header, self._schedule.facts.n_rot, self.plan.type_k)
         log.listen()
@@ -132,15 +166,15 @@ class Llama(llama_cpp.Llama):
                 n_ctx=self._requested_ctx,
                 n_batch=n_batch,
                 n_ubatch=n_ubatch,
-                n_threads=n_threads or default_threads(),
-                n_threads_batch=n_threads_batch or default_threads(),
+                n_threads=n_threads,
+                n_threads_batch=n_threads_batch,
                 logits_all=logits_all,
                 flash_attn=self.plan.flash_attn,
                 type_k=memory.ggml_type(self.plan.type_k),
                 type_v=memory.ggml_type(self.plan.type_v),
                 **options,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter for an adapter
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
         if hooked and self._has_memory and not options.get("vocab_only"):
             self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
@@ -199,6 +233,7 @@ class Llama(llama_cpp.Llama):
         """Index in the schedule of the band that the cached keys are in."""
         return self._schedule.bands.index(self.band)
 
+    @holds_context
     def set_schedule(self, schedule: Schedule) -> None:
         """Run with another schedule from now on; cached keys are rotated to it.
 
@@ -264,6 +299,7 @@ class Llama(llama_cpp.Llama):
         """Whether single tokens can be removed from the cache; a recurrent state can only be reset."""
         return not (self._is_recurrent or self._is_hybrid)
 
+    @holds_context
     def rewind(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` of the cached sequence and drop what comes after them, with its logits.
 
@@ -301,6 +337,7 @@ class Llama(llama_cpp.Llama):
 
     # --- reading tokens
 
+    @holds_context
     def eval(self, tokens: Sequence[int]) -> None:
         """Read `tokens` after those already in the cache, in the smallest band that holds them all.
 
@@ -309,6 +346,7 @@ class Llama(llama_cpp.Llama):
         """
         self._read(list(tokens))
 
+    @holds_context
     def token_losses(
         self, tokens: Sequence[int], start: int = 1, targets: Sequence[int] | None = None
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -551,14 +589,56 @@ class Llama(llama_cpp.Llama):
         self.drop_rolled_back()
         return code
 
-    # --- other methods of llama_cpp.Llama that depend on the band
+    # --- other methods of llama_cpp.Llama
 
-    def embed(self, input: str | list[str], normalize: bool = False, truncate: bool = True, **options: Any) -> Any:
+    @holds_context
+    def sample(self, *args: Any, **options: Any) -> int:
+        return int(super().sample(*args, **options))
+
+    @holds_context
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Return the tokens of a text, as in llama_cpp; a control token's spelling that was cut in two is only text."""
+        pieces = text.split(CUT_BYTES) if special else [text]
+        return [
+            token
+            for i, piece in enumerate(pieces)
+            for token in super(Llama, self).tokenize(piece, add_bos=add_bos and i == 0, special=special)
+        ]
+
+    @holds_context
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
+
+    def create_chat_completion(self, messages: list[Any], *args: Any, **options: Any) -> Any:
+        """Answer as in llama_cpp, except that the text of messages is never read as control tokens.
+
+        Handlers for pictures, and those with a tokeniser of their own, get the messages as they are.
+        """
+        if self.chat_handler is None and not str(self.chat_format).startswith("functionary"):
+            messages = self._spellings.cut_messages(messages)
+        return super().create_chat_completion(messages, *args, **options)
+
+    @cached_property
+    def _spellings(self) -> ControlSpellings:
+        return ControlSpellings(self)
+
+    def _create_completion(self, *args: Any, **options: Any) -> Iterator[Any]:
+        try:
+            yield from super()._create_completion(*args, **options)
+        except ValueError as error:
+            found = TOO_LONG.fullmatch(str(error))
+            if found is None:
+                raise
+            raise UserError(f"{found[1]}{self.n_ctx()}") from None  # not llama.cpp's, which is rounded up
+
+    @holds_context
+    def embed(self, input: str | Iterable[str], normalize: bool = False, truncate: bool = True, **options: Any) -> Any:
         """Return embeddings as in llama_cpp, in the smallest band that holds the longest input.
 
         Raises:
             UserError: that band has start tokens, which a batch of several sequences cannot honour.
         """
+        input = input if isinstance(input, str) else list(input)  # it is read twice
         texts = [input] if isinstance(input, str) else input
         longest = max((len(self.tokenize(text.encode())) for text in texts), default=1)
         self._forget()
@@ -580,30 +660,40 @@ class Llama(llama_cpp.Llama):
             raise self._not_finite("embeddings")
         return embeddings
 
+    @holds_context
     def save_state(self) -> LlamaState:
         """Return the tokens, their keys and values, and the band they are in."""
         state: LlamaState = super().save_state()
         if not self._logits_all:
             state.scores = state.scores[:0]  # never written to without logits_all
         state.__class__ = LlamaState
-        state.band, state.spans = self.band, self._spans
+        state.band, state.spans, state.weights_key = self.band, self._spans, self.weights_key
         return state
 
+    @property
+    def weights_key(self) -> str:
+        """Digest of the weights and adapter that keys and values depend on; read from the file on first use."""
+        return self._weights.value
+
+    @holds_context
     def load_state(self, state: StockState) -> None:
         """Load a saved state, rotated to the band that holds it here.
 
         Raises:
-            UserError: a state without a band (saved by another class), or more tokens than fit here.
+            StateMismatch: a UserError: a state without a band (saved by another class), of another model or cache
+                type, or with more tokens than fit here.
         """
         if not isinstance(state, LlamaState):
-            raise UserError("load_state: the state was not saved by ropewalk.Llama, its band is unknown")
+            raise StateMismatch("load_state: the state was not saved by ropewalk.Llama, its band is unknown")
+        if getattr(state, "weights_key", None) != self.weights_key:
+            raise StateMismatch("load_state: the state was saved by another model")
         if state.n_tokens > self.n_ctx():
-            raise UserError(f"load_state: {state.n_tokens:,} tokens are more than the context of {self.n_ctx():,}")
+            raise StateMismatch(f"load_state: {state.n_tokens:,} tokens are more than the context of {self.n_ctx():,}")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         self._forget()
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
             self._forget()
-            raise RuntimeError("llama.cpp did not accept the saved state")
+            raise StateMismatch("load_state: llama.cpp did not accept the state (another cache type?)")
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
         if self._logits_all and len(state.scores) == state.n_tokens:
             self.scores[: state.n_tokens] = state.scores
@@ -618,6 +708,7 @@ class Llama(llama_cpp.Llama):
         self.drop_rolled_back()
         return int(llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0))
 
+    @holds_context
     def sequence_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the keys and values as llama.cpp serialises them, for `restore`; shape ``(sequence_bytes,)``."""
         state = np.empty(self.sequence_bytes, dtype=np.uint8)
@@ -627,6 +718,7 @@ class Llama(llama_cpp.Llama):
             raise RuntimeError(f"llama.cpp wrote {written} of {state.nbytes} bytes of its state")
         return state
 
+    @holds_context
     def restore(self, tokens: np.ndarray[Any, Any], state: np.ndarray[Any, Any], band: Band) -> None:
         """Replace the cached sequence with `tokens`, whose keys and values are in `state`, rotated as in `band`.
 
@@ -650,10 +742,16 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
 
     def close(self) -> None:
+        """Free the model. A call that is under way in another thread stops and raises, as does any use afterwards."""
         if hasattr(self, "_calls"):
-            self._calls.close()
+            self._calls.close(self._free)
+
+    def _free(self) -> None:
         if hasattr(self, "_stack"):
             super().close()
+        for name in ("_ctx", "_model", "_batch"):
+            if name in self.__dict__:
+                object.__setattr__(self.__dict__[name], "__class__", Closed)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

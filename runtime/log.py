@@ -5,12 +5,14 @@ llama-cpp-python's own handler mistakes ggml's levels for older ones: it prints 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections import deque
 from typing import Any
 
 import llama_cpp
+from llama_cpp._logger import llama_log_callback
 
 ERROR, CONTINUED = 4, 5  # GGML_LOG_LEVEL_ERROR, GGML_LOG_LEVEL_CONT in ggml.h
 
@@ -28,9 +30,16 @@ def _listen(level: int, text: bytes, _: Any) -> None:
 
 
 def listen() -> None:
-    """Take over llama.cpp's log, and forget earlier errors."""
-    llama_cpp.llama_log_set(_listen, None)
+    """Take over llama.cpp's log from llama-cpp-python, and forget earlier errors; a user's own callback stays."""
+    current, data = llama_cpp.llama_log_callback(0), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(current), ctypes.byref(data))
+    if _address(current) == _address(llama_log_callback):
+        llama_cpp.llama_log_set(_listen, None)
     _errors.clear()
+
+
+def _address(callback: Any) -> int | None:
+    return ctypes.cast(callback, ctypes.c_void_p).value
 
 
 def first_error(otherwise: str) -> str:

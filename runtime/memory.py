@@ -6,6 +6,7 @@ not fit at all. The sizes follow llama.cpp's allocations on a CPU; compute buffe
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 from ..container import Header, model_parts
 from ..errors import UserError, mib
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """Cache types; `K:V` names one each for K and V, a single name is for both."""
 
 AUTO_ORDER = ("f16", "q8_0:f16", "q8_0", "q4_0")
@@ -62,9 +63,18 @@ def ggml_type(name: str) -> int:
     return int(gguf.GGMLQuantizationType[name.upper()])
 
 
-def type_name(number: int) -> str:
-    """Return the name of ggml's type `number`, as in `KV_TYPES`."""
-    return str(gguf.GGMLQuantizationType(number).name).lower()
+def type_name(option: str, number: Any) -> str:
+    """Return the cache type, of `KV_TYPES`, that is ggml's `number`; None is f16, as in llama_cpp.
+
+    Raises:
+        UserError: there is none; names the `option`.
+    """
+    numbers = {ggml_type(name): name for name in KV_TYPES}
+    try:
+        return numbers[1 if number is None else operator.index(number)]
+    except (TypeError, KeyError):
+        expected = ", ".join(f"{number} ({name})" for number, name in sorted(numbers.items()))
+        raise UserError(f"{option}: {number!r}, expected ggml's number of a cache type: {expected}") from None
 
 
 def is_quantised(name: str) -> bool:

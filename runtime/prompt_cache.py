@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import llama_cpp
 import numpy as np
 
-from ..container import model_digest
 from ..errors import UserError, mib
 from ..files import remove_dead_part
 from . import session
@@ -112,7 +111,6 @@ class PromptCache:
 
     def __init__(self, llm: Llama, folder: PromptFolder, on_problem: Callable[[str], None] = lambda line: None) -> None:
         self._llm, self._folder, self._on_problem = llm, folder, on_problem
-        self._model = model_digest(llm.model_path)
         self._keeps = True
         self._reported = False
 
@@ -212,9 +210,9 @@ class PromptCache:
         options = [getattr(params, name) for name in ROPE_OPTIONS]
         longest = 0 if llm.runs_by_schedule else llm.n_ctx()  # llama.cpp chooses native long factors by it
         settings = (llm.kv_type, llm.plan.flash_attn, llm.fast_prefill, llm.n_batch, params.n_ubatch, longest)
-        adapter = model_digest(llm.lora_path) if llm.lora_path else ""
-        parts = (session.FORMAT, llama_cpp.__version__, self._model, llm.schedule.model_dump_json(), settings, options)
-        return hashlib.sha256(repr((*parts, adapter, llm.lora_scale)).encode()).hexdigest()[:16]
+        schedule = llm.schedule.model_dump_json()
+        parts = (session.FORMAT, llama_cpp.__version__, llm.weights_key, schedule, settings, options)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def remove(path: Path) -> None:

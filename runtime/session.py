@@ -12,10 +12,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import llama_cpp
 import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -107,13 +105,6 @@ def load_tokens(path: str | os.PathLike[str], max_tokens: int) -> Tokens:
         return tokens
 
 
-def model_key(llm: Llama) -> str:
-    """Return a digest that tells models apart: of description, vocabulary, layers and file size."""
-    parts = [Path(llm.model_path).stat().st_size, llm.n_vocab(), llm.n_embd(), llama_cpp.llama_model_n_layer(llm.model)]
-    names = [llm.metadata.get(key, "") for key in ("general.architecture", "general.name", "general.file_type")]
-    return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
-
-
 # --- the file
 
 
@@ -121,7 +112,7 @@ def _head(llm: Llama, n_tokens: int, n_bytes: int, digest: str) -> bytes:
     """Return the bytes of a safetensors file up to its first tensor."""
     facts = {
         "format": FORMAT,
-        "model": model_key(llm),
+        "model": llm.weights_key,
         "kv_type": llm.kv_type,
         "band": llm.band.model_dump_json(),
         "facts": llm.schedule.facts.model_dump_json(),
@@ -179,9 +170,10 @@ def _band(llm: Llama, path: str | os.PathLike[str], facts: dict[str, str]) -> Ba
     """Return the band that the saved keys are in, after checking that the file's metadata matches `llm`."""
     if facts.get("format") != FORMAT:
         raise DamagedSession(f"{path}: not a ropewalk session (format {facts.get('format')!r}, expected {FORMAT!r})")
-    for key, ours in (("model", model_key(llm)), ("kv_type", llm.kv_type)):
-        if facts.get(key) != ours:
-            raise UserError(f"{path}: saved with {key} {facts.get(key)!r}, expected {ours!r}")
+    if facts.get("model") != llm.weights_key:
+        raise UserError(f"{path}: saved with another model (or by an older ropewalk), expected the same weights")
+    if facts.get("kv_type") != llm.kv_type:
+        raise UserError(f"{path}: saved with kv_type {facts.get('kv_type')!r}, expected {llm.kv_type!r}")
     check_matches(llm.schedule, RopeFacts.model_validate_json(facts.get("facts", "")), str(path))
     band = Band.model_validate_json(facts.get("band", ""))
     Schedule(facts=llm.schedule.facts, bands=(band,))  # checks that it has as many factors as the model

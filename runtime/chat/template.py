@@ -7,16 +7,16 @@ characters. The same messages give the same tokens on any day, so that a cached 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ...errors import UserError
+from ..control_tokens import CUT, ControlSpellings, text_of
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -28,11 +28,7 @@ PLAIN_TEMPLATE = (
 )
 PLAIN_STOPS = ("\nUser:", "\nAssistant:")
 
-CUT = "\ufdd0"  # a code point that no text may contain: marks where a control token's spelling is cut in two
-
 EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C takes effect between them
-
-CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class ChatTemplate:
             template=template or PLAIN_TEMPLATE, eos_token=self._text(llm.token_eos()), bos_token=self._bos
         )
         self._formatter.strftime_now = self._today.strftime
-        self._control = _spellings(llm)
+        self._control = ControlSpellings(llm)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt that asks the model for the message after these.
@@ -71,10 +67,7 @@ class ChatTemplate:
         Raises:
             UserError: the model's template does not accept such messages.
         """
-        guarded = [
-            {"role": message.role, "content": self._control.sub(_cut, message.content.replace(CUT, ""))}
-            for message in messages
-        ]
+        guarded = [{"role": message.role, "content": self._control.cut(message.content)} for message in messages]
         pieces = self._render(guarded).split(CUT)
         tokens = [
             token
@@ -112,31 +105,10 @@ class ChatTemplate:
         return self._text(self._llm.token_bos())
 
     def _text(self, token: int) -> str:
-        return "" if token == -1 else _text_of(self._llm, token)
+        return "" if token == -1 else text_of(self._llm, token)
 
 
 def count_tokens(llm: Llama, text: str) -> int:
     """Return the number of tokens of `text` alone; for a very long one, the sum over its pieces."""
     pieces = (text[i : i + EXACT_CHARACTERS] for i in range(0, len(text), EXACT_CHARACTERS))
     return sum(len(llm.tokenize(piece.encode("utf-8", "replace"), add_bos=False, special=False)) for piece in pieces)
-
-
-def _spellings(llm: Llama) -> re.Pattern[str]:
-    """Return a pattern that finds the spellings of control tokens in a text."""
-    texts = {
-        _text_of(llm, token)
-        for token in range(llm.n_vocab())
-        if llama_cpp.llama_vocab_get_attr(llm.vocab, token) & CONTROL
-    }
-    longest_first: list[Any] = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
-    return re.compile("|".join(longest_first) or r"(?!)")
-
-
-def _text_of(llm: Llama, token: int) -> str:
-    """Return a token's entry in the vocabulary, unmodified."""
-    text: bytes = llama_cpp.llama_vocab_get_text(llm.vocab, token)
-    return text.decode("utf-8", "replace")
-
-
-def _cut(found: re.Match[str]) -> str:
-    return f"{found[0][0]}{CUT}{found[0][1:]}"

@@ -161,7 +161,12 @@ def test_too_many_tokens_are_refused_before_any_work(tiny, load):
         ({"n_ctx": "many"}, "n_ctx: 'many', expected"),
         ({"kv": "q9"}, "kv: 'q9', expected"),
         ({"kv": "f16", "type_k": 8}, "either kv or type_k"),
-        ({"n_gpu_layers": 4}, "n_gpu_layers"),
+        ({"n_batch": 0}, "n_batch: 0, expected a number of tokens"),
+        ({"n_threads": 513}, "n_threads: 513, expected a number of threads up to 512"),
+        ({"type_k": 99}, "type_k"),
+        ({"rope_freq_base": "many"}, "rope_freq_base: 'many', expected a number"),
+        ({"kv_overrides": {"llama.context_length": "long"}}, "kv_overrides: llama.context_length: 'long', expected"),
+        ({"lora_path": "nowhere.gguf"}, "nowhere.gguf: cannot read"),
         ({"schedule": "nowhere.json"}, "nowhere.json: cannot read"),
     ],
 )
