@@ -30,7 +30,7 @@ from .checkpoint.tensors import Planned, first_matrix_type, plan_tensors
 from .embed import encoded, write_embedded
 from .from_gguf import Bar, no_bar
 from .load_trial import check_loads
-from .output import check_space, output_file
+from .output import check_space, named, output_file
 from .requantise import check_weight_type, requantise
 from .tokeniser import tokeniser_values
 
@@ -213,10 +213,8 @@ def _head(
                 file.writelines(tensor.chunks)
                 file.write(bytes(-tensor.n_bytes % DEFAULT_ALIGNMENT))
             file.truncate(gguf_bytes(metadata, tensors, DEFAULT_ALIGNMENT))
-        try:
+        with named(folder, path):
             yield read_header(path)
-        except UserError as error:
-            raise type(error)(str(error).replace(str(path), str(folder))) from None
 
 
 def _write(

@@ -31,7 +31,7 @@ UNCOVERED = ("attn_logit_softcapping", "final_logit_softcapping", "attention.tem
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
-_PLAIN = {
+_PLAIN: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
