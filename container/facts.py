@@ -27,6 +27,8 @@ from ..factors import (
 )
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
+from .kinds import check_is_model
+from .tensor_types import type_name
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
@@ -48,6 +50,7 @@ def native_schedule(header: Header) -> Schedule:
     Raises:
         UserError: as for `rope_facts`.
     """
+    check_is_model(header)
     try:
         return _native_schedule(header)
     except ValidationError as error:
@@ -228,13 +231,13 @@ def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
     tensor = header.tensor(name)
     if tensor is None:
         return None
-    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(GGMLQuantizationType(tensor.type))
+    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(tensor.type)
     half = n_rot // 2
     # step35 stores the factors of its layers with most rotary dimensions; the other layers use the first ones of them
     long_enough = tensor.shape[:1] >= (half,) if header.arch == "step35" else tensor.shape[:1] == (half,)
     if dtype is None or not long_enough or any(n != 1 for n in tensor.shape[1:]):
         raise GGUFError(
-            f"{header.path}: tensor {name!r}: {GGMLQuantizationType(tensor.type).name} of shape {list(tensor.shape)},"
+            f"{header.path}: tensor {name!r}: {type_name(tensor.type)} of shape {list(tensor.shape)},"
             f" expected F32 of [{half}]"
         )
     with np.errstate(invalid="ignore"):  # NaNs are refused below, without a warning

@@ -26,6 +26,7 @@ from ..factors import (
 )
 from .facts import native_schedule
 from .header import Header
+from .kinds import check_has_tensors
 from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
@@ -126,8 +127,9 @@ def trained_schedule(header: Header) -> Schedule:
     """The schedule that a model was trained with: as `schedule_of`, without what was embedded in the file later.
 
     Raises:
-        UserError: as for `schedule_of`.
+        UserError: as for `schedule_of`, or the file has only a vocabulary.
     """
+    check_has_tensors(header)
     schedule = schedule_of(header)
     if embedded_schedule(header) is None:
         return schedule

@@ -23,6 +23,8 @@ from ..container import (
     GGUFError,
     Header,
     Value,
+    check_has_tensors,
+    check_is_model,
     plain_context,
     read_header,
     rope_facts,
@@ -69,11 +71,13 @@ def embed_schedule(
 
 
 def check_source(header: Header) -> None:
-    """Refuse a file that is only a part of a model.
+    """Refuse a file that is not a whole model.
 
     Raises:
-        UserError: the file is one of several.
+        UserError: the file is one of several, a vocabulary, or something else than a model.
     """
+    check_is_model(header)
+    check_has_tensors(header)
     if header.number("split.count", 0) > 1:
         raise UserError(
             f"{header.path}: is one of {header.number('split.count'):.0f} parts of a model;"

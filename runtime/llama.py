@@ -21,7 +21,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama import LlamaState as StockState
 
-from ..container import freq_scale, read_header
+from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
@@ -121,6 +121,8 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         leave_out_gpu(options)
         header = take_overrides(read_header(model_path), options)
+        if not options.get("vocab_only"):
+            check_has_tensors(header)
         fast_prefill = fast_prefill and not switched_off()
         n_ctx = context_length(n_ctx)
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
