@@ -91,7 +91,8 @@ def convert_checkpoint(
 
     Args:
         weight_type: as for `convert_model`; by default the 16-bit type that loses least.
-        choose: given the header of the file as it would be without a schedule, returns the schedule to embed, if any.
+        choose: given the header of the file as it would be without another schedule than its own, returns the schedule
+            to embed, if any.
         name: the model's name; by default its model card's, or the folder's.
         bar: shows the progress of each stage, in bytes.
 
@@ -106,10 +107,10 @@ def convert_checkpoint(
         metadata = [encoded(value) for value in source.values]
         tensors = list(_sources(source, pool, notes.append))
         with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
+            own = own_schedule(source.config, header)
+        metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
+        with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
             schedule = choose(header)
-            if schedule is None:
-                own = own_schedule(source.config, header)
-                metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
             streamed = weight_type is None or weight_type in STREAMED
             place = output.part if streamed else output.scratch
             with bar("Converting") as advance:

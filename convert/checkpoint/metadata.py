@@ -18,7 +18,7 @@ from ...container.values import encode
 from ...errors import UserError
 from .architectures import Architecture
 from .config import Config
-from .rope import write_rope
+from .rope import scaled_context, write_rope
 
 FILE_TYPES = {
     gguf.GGMLQuantizationType.F32: gguf.LlamaFileType.ALL_F32,
@@ -52,7 +52,7 @@ def model_values(
         writer.add_tensor_info(tensor, shape, np.dtype(np.float32), 4 * math.prod(shape))
     _general(folder, config, name, writer.get_total_parameter_count()).set_gguf_meta_model(writer)
     for key in entry.keys:
-        value = key.value(config)
+        value = scaled_context(config) if key.name == "context_length" else key.value(config)
         if value is not None:
             getattr(writer, f"add_{key.name}")(value)
     write_rope(writer, config, entry)
