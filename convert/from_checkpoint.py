@@ -73,8 +73,9 @@ def read_source(folder: Path, weight_type: str | None = None, name: str | None =
     tokeniser, tokeniser_notes = tokeniser_values(folder, config.values, entry.tokeniser)
     planned = plan_tensors(checkpoint, config, entry, wanted, config.count("vocab_size"))
     shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
-    values = (*model_values(folder, config, entry, shapes, wanted, name), *tokeniser)
-    return Source(checkpoint, config, entry, values, planned, extra, (*_notes(config, entry), *tokeniser_notes))
+    model, model_notes = model_values(folder, config, entry, shapes, wanted, name)
+    notes = (*_notes(config, entry), *model_notes, *tokeniser_notes)
+    return Source(checkpoint, config, entry, (*model, *tokeniser), planned, extra, notes)
 
 
 def convert_checkpoint(

@@ -77,7 +77,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, n_rot - 1)
-    ramp = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp: Array = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
     return 1 / (ramp / scale + (1 - ramp))
 
 

@@ -176,7 +176,8 @@ def longrope_factors(config: Config, parameters: Mapping[str, Any]) -> tuple[tor
         UserError: factors are invalid, too many or too few.
     """
     n = rotary_dimensions(config, parameters) // 2
-    return _factors(config, parameters, "short_factor", n), _factors(config, parameters, "long_factor", n)
+    long = _factors(config, parameters, "long_factor", n)
+    return _factors(config, parameters, "short_factor", n), long
 
 
 def llama3_factors(config: Config, parameters: Mapping[str, Any]) -> torch.Tensor:
