@@ -117,7 +117,7 @@ def _general(folder: Path, name: str | None, parameters: tuple[int, int, int, in
         notes.append(f"README.md: {_line(error)}; left out")
         found = gguf.Metadata()
     notes += _read_generation(folder, found)
-    found.name = name or found.name or folder.resolve().name
+    found.name = name or (found.name if _is_text(found.name) else None) or folder.resolve().name
     if found.size_label is None and total > 0:
         found.size_label = gguf.size_label(total, shared, expert, n_experts)
     return found, notes
@@ -171,6 +171,11 @@ def _read_generation(folder: Path, found: gguf.Metadata) -> list[str]:
         else:
             notes.append(f"{path.name}: {name}: {value!r:.40}, expected {KINDS[kind]}; left out")
     return notes
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be written; JSON and YAML may escape halves of characters."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 @contextmanager
