@@ -149,13 +149,69 @@ def test_errors_are_dropped_for_another_try(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "link.jsonl"}
 
 
-@pytest.mark.parametrize("content", ["buy milk", "{}\n", '{"id": "a"}\n', "[1]\n", '{"id": 1, "summary": "x"}\n'])
+DEEP = "[" * 5_000 + "]" * 5_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "buy milk",
+        "{}\n",
+        '{"id": "a"}\n',
+        "[1]\n",
+        '{"id": 1, "summary": "x"}\n',
+        '{"id": 7, "text": "my only copy"}',
+        '{"id": "7", "text": "my on',
+        '{"id": "my only copy',
+        "NaN\n",
+        f"{'9' * 400}\n",
+        f"{'9' * 5_000}",
+        f"{DEEP}\n",
+        DEEP[:5_000],
+        "\0" * 100_000,
+    ],
+)
 def test_another_files_content_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=r"line 1 is not a result of ropewalk summarize"):
         Results(path)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "9" * 400, "1e999"])
+def test_a_result_with_odd_numbers_is_a_result(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "out.jsonl"
+    line = json.dumps(record("a"))[:-1] + f', "tokens": {value}}}\n'
+    path.write_text(line + json.dumps(record("b", error="bad")) + "\n")
+    with Results(path) as results:
+        results.begin({"b"})
+        assert results.take_done(("a", "d", "s"))
+    assert path.read_text() == line
+
+
+def test_nothing_is_repaired_before_there_is_something_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    content = json.dumps(record("a")) + "\n" + json.dumps(record("b"))[:-9]
+    path.write_text(content)
+    with Results(path) as results:
+        results.begin(set())
+    assert path.read_text() == content
+    with Results(path, force=True) as results:
+        results.begin({"a"})
+        assert path.read_text() == content
+        results.append(record("c"))
+    assert lines(path) == ["c"]
+
+
+def test_an_output_that_is_moved_during_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with Results(path) as results:
+        results.append(record("a"))
+        path.rename(tmp_path / "moved.jsonl")
+        with pytest.raises(UserError, match=r"out\.jsonl: was moved, removed or replaced during the run"):
+            results.append(record("b"))
+    assert lines(tmp_path / "moved.jsonl") == ["a", "b"] and not path.exists()
 
 
 def test_an_empty_output_is_removed(tmp_path: Path) -> None:
