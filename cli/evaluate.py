@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
+MAX_EXPONENT = 700.0  # the largest that `math.exp` has a number for, about
 
 
 def evaluate(
@@ -257,7 +258,8 @@ def _quarters(context: int) -> list[tuple[int, int]]:
 
 def _perplexity(readings: list[tuple[KeyPassage, Reading]], start: int = 0, stop: int | None = None) -> float:
     """Perplexity of all passages' tokens in that range; each passage counts the same."""
-    return math.exp(math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings))
+    loss = math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings)
+    return math.exp(min(loss, MAX_EXPONENT))
 
 
 def _show(found: Found, original: int) -> None:

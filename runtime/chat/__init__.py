@@ -3,7 +3,7 @@
 from .answer import Answer, ContextFull, Sampling, piece
 from .conversation import Conversation, Transcript
 from .results import Results, StandardOutput, settings_digest
-from .summary import PROMPT, EmptySummary, Summarizer, Summary, SummarySettings
+from .summary import PROMPT, EmptySummary, NothingToSummarize, Summarizer, Summary, SummarySettings, has_words
 from .template import ChatTemplate, Message, count_tokens
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Conversation",
     "EmptySummary",
     "Message",
+    "NothingToSummarize",
     "Results",
     "Sampling",
     "StandardOutput",
@@ -22,6 +23,7 @@ __all__ = [
     "SummarySettings",
     "Transcript",
     "count_tokens",
+    "has_words",
     "piece",
     "settings_digest",
 ]
