@@ -30,6 +30,7 @@ from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .interrupt import Interruptible
 from .loading import check_context, key_rotation_layout, resolve_schedule
 from .losses import Logits, Scored
+from .rendering import check_templates
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
@@ -109,6 +110,7 @@ class Llama(llama_cpp.Llama):
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
+        check_templates(header)
         self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
         self._fast = FastNodes() if fast_prefill and self.plan.flash_attn else None
         self._graph = self._make_graph_hook()
