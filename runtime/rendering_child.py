@@ -43,7 +43,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """Renders the content of `{% generation %}` as it is."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  (so declared by jinja2)
 
         def parse(self, parser: Any) -> Any:
             parser.stream.skip(1)

@@ -41,6 +41,8 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+    question_at: int = 0
+    """Where the question starts in the content, after the documents that it is about."""
 
 
 class ChatTemplate:
