@@ -109,7 +109,7 @@ class ShownAnswer:
         self._printed = False
 
     def _print(self, block: str) -> None:
-        self._console.print(_joined(self._lines(block)))
+        self._console.print(Segments([*_joined(self._lines(block)), Segment.line()]))
         self._printed = True
 
     def _lines(self, block: str) -> list[list[Segment]]:
@@ -128,12 +128,14 @@ class ShownAnswer:
             return
         self._drawn = now
         shown = self._lines(self._rest)[-max(self._console.height - 2, 1) :]
+        if not any(map(_text, shown)):
+            return  # the first sign of a heading, say
         if self._live is None:
             self._live = Live(
                 console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
             )
             self._live.start()
-        self._live.update(_joined(shown), refresh=True)
+        self._live.update(Segments(_joined(shown)), refresh=True)
 
     def _stop_live(self) -> None:
         if self._live is not None:
@@ -145,8 +147,8 @@ def _text(line: list[Segment]) -> str:
     return "".join(segment.text for segment in line).strip()
 
 
-def _joined(lines: list[list[Segment]]) -> Segments:
-    return Segments([segment for line in lines for segment in (*line, Segment.line())][:-1])
+def _joined(lines: list[list[Segment]]) -> list[Segment]:
+    return [segment for line in lines for segment in (*line, Segment.line())][:-1]
 
 
 def split_blocks(text: str) -> tuple[list[str], str]:

@@ -81,7 +81,9 @@ def _terminal_output() -> Output | None:
 
 def choice(question: str, default: str) -> str:
     """Ask for one letter, and return it; `default` where nothing is typed, or Ctrl-D pressed."""
-    asked: PromptSession[str] = PromptSession(f"{question} ", style=STYLE, output=_terminal_output())
+    asked: PromptSession[str] = PromptSession(
+        f"{question} ", style=STYLE, output=_terminal_output(), reserve_space_for_menu=0
+    )
     try:
         return asked.prompt().strip()[:1].lower() or default
     except EOFError:

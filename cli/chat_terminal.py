@@ -6,6 +6,7 @@ Answers go to standard output; everything else is dim and goes to standard error
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ LEAVING = ("exit", "quit", "bye", "goodbye", "q", ":q", ":q!", ":wq", "logout", 
 
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves"
 MAX_LISTED = 10
+LONG_WORD = 40
 
 
 class Leave(Exception):
@@ -124,7 +126,7 @@ class Chat:
         """Offer to drop or summarise the oldest turns, and do `work` again if that was wanted."""
         if not self.conversation.transcript.messages:
             return  # documents only: there is no turn to drop
-        wanted = choice("Make room: [d]rop the oldest turns, [s]ummarise them, or [n]either?", "n")
+        wanted = choice("[d]rop or [s]ummarise the oldest turns? [d/s/N]", "n")
         if wanted in ("d", "s"):
             (self.drop if wanted == "d" else self.summarise)("")
             work()
@@ -137,7 +139,7 @@ class Chat:
             self.autosave.active = False
             complain(f"the conversation is not kept: {error}")
         if at_the_end and not quietly and self.autosave.active and self.autosave.place is not None:
-            say("kept; ropewalk chat --continue resumes it")
+            say("kept: ropewalk chat --continue resumes it")
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
@@ -157,8 +159,8 @@ class Chat:
         """Run one line of input: a command, a question, or the `edited` question in its new form."""
         text = line.strip()
         if not line.startswith("/"):
-            if text.lower() in LEAVING and choice(f"Leave the chat? [Y/n] (n asks the model {text!r})", "y") != "n":
-                raise Leave
+            if text.lower() in LEAVING and choice("Leave the chat? [Y/n]", "y") != "n":
+                raise Leave  # otherwise it is a question
             if text:
                 self.ask(text, again=edited is not None)
             return
@@ -310,7 +312,8 @@ class Chat:
             what = f"{len(saved.messages)} messages" + (f", {_first_question(saved)!r}" if saved.messages else "")
         except UserError:
             what = "damaged"
-        return choice(f"{folder.name} is another saved conversation ({what}). Overwrite it? [y/N]", "n") == "y"
+        say(f"{folder.name} is another saved conversation: {what}")
+        return choice("Overwrite it? [y/N]", "n") == "y"
 
     def load(self, argument: str) -> None:
         if not argument:
@@ -401,6 +404,7 @@ class Chat:
         say_rows([(f"{name} {command.argument}", command.help) for name, command in COMMANDS.items()])
         say("Enter sends; Alt-Enter (or Esc, then Enter) starts a new line, and pasted lines stay together.")
         say("Ctrl-C stops an answer or clears the line, Ctrl-D leaves. A line starting with a space is not a command.")
+        say("/? is /help, /bye is /exit.")
 
     def leave(self, argument: str) -> None:
         raise Leave
@@ -415,7 +419,10 @@ class Chat:
         ]
         if self.last is not None and self.last.write_speed:
             parts.append(f"{self.last.write_speed:.0f} tokens/s")
-        return " " + " · ".join(parts)
+        room = shutil.get_terminal_size().columns - 2
+        return next(
+            line for n in range(len(parts), 0, -1) if len(line := " " + " · ".join(parts[:n])) <= room or n == 1
+        )
 
     def _used(self) -> int:
         return self.conversation.transcript.n_tokens
@@ -489,7 +496,9 @@ def say_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 def complain(text: str) -> None:
     sys.stdout.flush()
-    err.print(CONTROL.sub("", " ".join(text.split())), style="red", markup=False, soft_wrap=True)
+    words = CONTROL.sub("", text).split()
+    is_long = any(len(word) > LONG_WORD for word in words)  # a path, which stays whole for copying
+    err.print(" ".join(words), style="red", markup=False, soft_wrap=is_long)
 
 
 def _stamp(folder: Path) -> int:

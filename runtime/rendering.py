@@ -135,14 +135,21 @@ class _Renderer:
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None or self._pid != os.getpid():
             program = str(Path(rendering_child.__file__).resolve())
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", program, json.dumps(sys.path), str(CPU_S), str(MAX_BYTES)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="ascii",
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C
-            )
+            folders = json.dumps([folder for folder in sys.path if folder])
+            try:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-I", "-S", program, folders, str(CPU_S), str(MAX_BYTES)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    encoding="ascii",
+                    start_new_session=True,  # out of reach of the terminal's Ctrl-C
+                )
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{sys.executable}: cannot start the process that renders chat templates: {reason}"
+                ) from None
             self._pid = os.getpid()
         return self._child
 

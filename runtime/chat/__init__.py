@@ -1,7 +1,7 @@
 """Text in, text out: chat template, answer, conversation, summary, and the results of a batch."""
 
 from .answer import Answer, ContextFull, Sampling, piece
-from .conversation import Conversation, Transcript, saved_model
+from .conversation import Conversation, Saved, Transcript, drop_saved_cache, read_saved
 from .results import Results, StandardOutput, settings_digest
 from .summary import PROMPT, EmptySummary, Summarizer, Summary, SummarySettings
 from .template import ChatTemplate, Message, count_tokens
@@ -16,13 +16,15 @@ __all__ = [
     "Message",
     "Results",
     "Sampling",
+    "Saved",
     "StandardOutput",
     "Summarizer",
     "Summary",
     "SummarySettings",
     "Transcript",
     "count_tokens",
+    "drop_saved_cache",
     "piece",
-    "saved_model",
+    "read_saved",
     "settings_digest",
 ]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from bisect import bisect_left
 import re
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -363,13 +363,36 @@ def _check_ours(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not a saved conversation")
 
 
-def saved_model(folder: str | os.PathLike[str]) -> str:
-    """Return the path of the model that a saved conversation was held with; empty if it does not say.
+@dataclass(frozen=True)
+class Saved:
+    """What a saved conversation holds, and the path of the model that it was held with; empty if it does not say."""
+
+    transcript: Transcript
+    model: str
+
+
+def read_saved(folder: str | os.PathLike[str]) -> Saved:
+    """Read a saved conversation without a model.
 
     Raises:
         UserError: no such conversation, or a damaged one.
     """
-    return _read_record(Path(folder)).model
+    record = _read_record(Path(folder))
+    return Saved(record.transcript, record.model)
+
+
+def drop_saved_cache(folder: str | os.PathLike[str]) -> None:
+    """Free the disk of a saved conversation's cache; it is read again when it is resumed.
+
+    Raises:
+        UserError: no such conversation, or a damaged one.
+        OSError: it cannot be written.
+    """
+    record = _read_record(Path(folder))
+    if record.cache:
+        without = record.model_copy(update={"cache": ""})
+        write_file(Path(folder) / RECORD, (without.model_dump_json(indent=1) + "\n").encode(), private=True)
+        (Path(folder) / record.cache).unlink(missing_ok=True)
 
 
 def _digest(transcript: Transcript) -> str:

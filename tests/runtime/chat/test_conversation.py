@@ -11,7 +11,7 @@ import pytest
 from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.chat.answer import Answer, ContextFull, Sampling, piece
-from ropewalk.runtime.chat.conversation import Conversation, saved_model
+from ropewalk.runtime.chat.conversation import Conversation, drop_saved_cache, read_saved
 from ropewalk.runtime.chat.template import PLAIN_STOPS, ChatTemplate, Message
 
 SHORT = Sampling(max_tokens=8)
@@ -334,14 +334,18 @@ def test_a_conversation_kept_without_its_cache_is_read_again(llm: Llama, tmp_pat
     conversation = Conversation(llm, "You are helpful.")
     conversation.ask("What is rain?", SHORT)
     conversation.save(tmp_path / "kept", with_cache=False)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["conversation.json"]
-    assert saved_model(tmp_path / "kept") == llm.model_path
+    assert read_saved(tmp_path / "kept").model == llm.model_path
+    conversation.save(tmp_path / "whole")
+    drop_saved_cache(tmp_path / "whole")
+    drop_saved_cache(tmp_path / "whole")
     expected = conversation.ask("What is snow?", SHORT)
-    llm.reset()
-    other = Conversation(llm)
-    other.load(tmp_path / "kept")
-    answer = other.ask("What is snow?", SHORT)
-    assert answer.text == expected.text and answer.read_tokens == answer.prompt_tokens
+    for name in ("kept", "whole"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["conversation.json"]
+        llm.reset()
+        other = Conversation(llm)
+        other.load(tmp_path / name)
+        answer = other.ask("What is snow?", SHORT)
+        assert answer.text == expected.text and answer.read_tokens == answer.prompt_tokens
 
 
 def test_a_conversation_is_resumed_with_another_cache_type(llm: Llama, smollm2: Path, tmp_path: Path) -> None:
