@@ -136,6 +136,7 @@ class _Renderer:
         if self._child is None or self._child.poll() is not None or self._pid != os.getpid():
             program = str(Path(rendering_child.__file__).resolve())
             folders = json.dumps([folder for folder in sys.path if folder])
+            self._pid = os.getpid()
             try:
                 self._child = subprocess.Popen(
                     [sys.executable, "-I", "-S", program, folders, str(CPU_S), str(MAX_BYTES)],
@@ -146,11 +147,10 @@ class _Renderer:
                     start_new_session=True,  # out of reach of the terminal's Ctrl-C
                 )
             except OSError as error:
-                reason = error.strerror or error
-                raise UserError(
-                    f"{sys.executable}: cannot start the process that renders chat templates: {reason}"
-                ) from None
-            self._pid = os.getpid()
+                raise _no_renderer(error.strerror or str(error)) from None
+            assert self._child.stdout is not None
+            if self._child.stdout.readline() != "ready\n":
+                raise _no_renderer(f"it ended with code {self.end()}")
         return self._child
 
     def end(self) -> int:
@@ -166,6 +166,10 @@ class _Renderer:
                 with suppress(OSError):
                     stream.close()
         return child.wait()
+
+
+def _no_renderer(reason: str) -> UserError:
+    return UserError(f"{sys.executable}: cannot start the process that renders chat templates: {reason}")
 
 
 _renderer = _Renderer()

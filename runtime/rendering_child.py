@@ -24,6 +24,7 @@ def serve(max_cpu_s: int, max_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     environment = _environment()
     compiled: dict[str, Any] = {}
+    print("ready", flush=True)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         now = math.ceil(used.ru_utime + used.ru_stime)

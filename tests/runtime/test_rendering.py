@@ -101,3 +101,10 @@ def test_the_child_is_reused_and_replaced_after_its_death():
     os.kill(child.pid, 9)
     child.wait()
     assert render("c", {}) == "c"
+
+
+@pytest.mark.parametrize(("program", "reason"), [("/nosuch", "No such file"), ("/bin/false", "it ended with code 1")])
+def test_a_renderer_that_cannot_start_is_one_line(monkeypatch, program, reason):
+    monkeypatch.setattr("sys.executable", program)
+    with pytest.raises(UserError, match=f"{program}: cannot start the process that renders chat templates: {reason}"):
+        render("a", {})

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import gguf
 import pytest
 from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.chat.answer import Answer, ContextFull, Sampling, piece
 from ropewalk.runtime.chat.conversation import Conversation, drop_saved_cache, read_saved
 from ropewalk.runtime.chat.template import PLAIN_STOPS, ChatTemplate, Message
+from tiny_models import tiny_llama
 
 SHORT = Sampling(max_tokens=8)
 TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
@@ -392,3 +394,32 @@ def test_a_users_stop_ends_an_answer(llm: Llama) -> None:
     answer = Answer(llm, prompt, Sampling(max_tokens=12, stops=(stop,)))
     answer.write()
     assert answer.text == free.text[: free.text.index(stop)] and answer.ending == "stop"
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "eom"])
+def test_every_end_token_of_the_file_ends_an_answer(tmp_path: Path, key: str) -> None:
+    def generate(path: Path) -> tuple[int, Answer]:
+        llm = Llama(str(path), n_ctx=64, verbose=False)
+        prompt = llm.tokenize(b"the tin", add_bos=True)
+        first = next(iter(llm.generate(prompt, temp=0.0, repeat_penalty=1.1)))
+        answer = Answer(llm, prompt, SHORT)
+        answer.write()
+        llm.close()
+        return first, answer
+
+    first, free = generate(tiny_llama(tmp_path / "free.gguf"))
+    assert free.written_tokens > 0
+    ids = {"eos": 2, key: first}
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        if key != "eos":
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", ids[key])
+
+    path = tiny_llama(tmp_path / "ends.gguf", extend=add)
+    if key == "eos":  # the tiny tokeniser has its own
+        raw = path.read_bytes()
+        name = b"tokenizer.ggml.eos_token_id"
+        place = raw.index(name) + len(name) + 4
+        path.write_bytes(raw[:place] + first.to_bytes(4, "little") + raw[place + 4 :])
+    _, answer = generate(path)
+    assert (answer.text, answer.ending, answer.written_tokens) == ("", "stop", 0)
