@@ -22,9 +22,12 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.styles import Style
 
 from ..errors import UserError
+from .chat_autosave import autosaved, autosaved_folder
+from .chat_settings import SETTINGS
 
 try:
     import termios
@@ -41,7 +44,7 @@ class Command:
     argument: str
     help: str
     run: Callable[[Any, str], None]
-    completes: str = ""  # "paths" or "saved"
+    completes: str = ""  # "paths", "saved" or "settings"
 
 
 def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -> PromptSession[str]:
@@ -59,6 +62,7 @@ def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -
 
     return PromptSession(
         "> ",
+        output=_terminal_output(),
         multiline=True,
         prompt_continuation="  ",
         key_bindings=keys,
@@ -68,6 +72,22 @@ def prompt_session(status: Callable[[], str], commands: Mapping[str, Command]) -
         bottom_toolbar=status,
         style=STYLE,
     )
+
+
+def _terminal_output() -> Output | None:
+    """Where the prompt is shown: on standard error, where standard output goes to a file or another program."""
+    return None if sys.stdout.isatty() else create_output(stdout=sys.stderr)
+
+
+def choice(question: str, default: str) -> str:
+    """Ask for one letter, and return it; `default` where nothing is typed, or Ctrl-D pressed."""
+    asked: PromptSession[str] = PromptSession(
+        f"{question} ", style=STYLE, output=_terminal_output(), reserve_space_for_menu=0
+    )
+    try:
+        return asked.prompt().strip()[:1].lower() or default
+    except EOFError:
+        return default
 
 
 @contextmanager
@@ -110,6 +130,13 @@ def saved_place(name: str) -> Path:
     return path if path.name != name or name in (".", "..") else _saved_folder() / name
 
 
+def place_to_load(name: str) -> Path:
+    """Return the folder of a conversation that was saved under a name, or else of one that was kept without."""
+    place = saved_place(name)
+    kept = autosaved_folder() / name
+    return kept if Path(name).name == name and not place.exists() and kept.is_dir() else place
+
+
 def saved_names() -> list[str]:
     try:
         return sorted(place.name for place in _saved_folder().iterdir() if place.is_dir())
@@ -135,12 +162,27 @@ class _Completer(Completer):
                     yield Completion(candidate, -len(name), display_meta=command.help)
             return
         kind = self._commands[name].completes if name in self._commands else ""
+        if kind == "settings":
+            yield from _complete_setting(argument)
         if kind == "saved":
-            for saved in saved_names():
+            kept = [place.name for place in autosaved()] if name == "/load" else []
+            for saved in [*saved_names(), *kept]:
                 if saved.startswith(argument):
                     yield Completion(saved, -len(argument))
         if kind == "paths" or (kind == "saved" and "/" in argument):
             yield from self._paths.get_completions(Document(argument), complete_event)
+
+
+def _complete_setting(argument: str) -> Iterator[Completion]:
+    name, space, value = argument.partition(" ")
+    if not space:
+        for candidate, setting in SETTINGS.items():
+            if candidate.startswith(name):
+                yield Completion(candidate, -len(name), display_meta=setting.help)
+    elif name in SETTINGS:
+        for text in SETTINGS[name].examples:
+            if text.startswith(value):
+                yield Completion(text, -len(value))
 
 
 def _history() -> History:

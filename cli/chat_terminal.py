@@ -6,19 +6,36 @@ Answers go to standard output; everything else is dim and goes to standard error
 
 from __future__ import annotations
 
-import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+from rich.text import Text
+
 from ..errors import UserError
-from ..runtime.chat import Answer, ContextFull, Conversation, Sampling
-from .chat_prompt import Command, prompt_session, saved_names, saved_place, typed_path, without_echo
+from ..runtime.chat import Answer, ContextFull, Conversation, Sampling, Transcript, read_saved
+from .chat_autosave import RECORD, Autosave, autosaved, autosaved_folder
+from .chat_markdown import CONTROL, ShownAnswer
+from .chat_prompt import (
+    Command,
+    choice,
+    place_to_load,
+    prompt_session,
+    saved_names,
+    saved_place,
+    typed_path,
+    without_echo,
+)
+from .chat_settings import set_setting, shown_settings
 from .documents import DocumentError, read_document
 from .reading_bar import ReadingBar
 from .terminal import err, size
@@ -26,13 +43,12 @@ from .terminal import err, size
 if TYPE_CHECKING:
     from ..runtime import BandChange
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, with which an answer could take over the terminal."""
+LEAVING = ("exit", "quit", "bye", "goodbye", "q", ":q", ":q!", ":wq", "logout", "exit()", "quit()")
+"""What people type to leave, without the slash."""
 
-
-def run(conversation: Conversation, sampling: Sampling) -> None:
-    """Chat until Ctrl-D or /exit."""
-    Chat(conversation, sampling).converse()
+HOW_TO_LEAVE = "Ctrl-D or /exit leaves"
+MAX_LISTED = 10
+LONG_WORD = 40
 
 
 class Leave(Exception):
@@ -42,48 +58,88 @@ class Leave(Exception):
 class Chat:
     """One conversation at one terminal."""
 
-    def __init__(self, conversation: Conversation, sampling: Sampling) -> None:
+    def __init__(
+        self, conversation: Conversation, sampling: Sampling, autosave: Autosave, *, markdown: bool = True
+    ) -> None:
         self.llm, self.conversation, self.sampling = conversation.llm, conversation, sampling
+        self.autosave, self.markdown = autosave, markdown
         self.saved_as = ""
+        self._saved_stamp = 0  # modification time of what was saved or loaded under that name
+        self._edited: str | None = None  # the question to be edited at the next prompt
         self.last: Answer | None = None
         self._interruptible = False
         self._changes: list[BandChange] = []
         self.llm.on_band_change = self._changes.append
 
-    def converse(self) -> None:
+    def converse(self, files: Sequence[Path] = (), place: Path | None = None, name: str = "") -> None:
+        """Chat until Ctrl-D or /exit; with the documents `files`, and in the conversation loaded from `place`."""
         prompt = prompt_session(self.status, COMMANDS)
         say(self._greeting())
+        if place is not None:
+            self.adopt(place, name)
+            self.say_resumed()
         with self._ctrl_c():
+            for path in files:
+                self._respond(lambda path=path: self.read_file(path))  # type: ignore[misc]
             while True:
+                edited, self._edited = self._edited, None
                 try:
-                    line = prompt.prompt()
-                except KeyboardInterrupt:
-                    continue  # clears the line
+                    line = prompt.prompt(default=edited or "")
+                except KeyboardInterrupt:  # clears the line
+                    if not prompt.default_buffer.text and edited is None:
+                        say(HOW_TO_LEAVE)
+                    continue
                 except EOFError:
-                    return
+                    break
                 try:
-                    self._respond(line)
+                    self._respond(lambda line=line, edited=edited: self.handle(line, edited))  # type: ignore[misc]
                 except Leave:
-                    return
+                    break
+        self.keep(at_the_end=True)
 
-    def _respond(self, line: str) -> None:
-        """Handle one line of input; an error is reported in one line."""
-        problem = ""
+    def _respond(self, work: Callable[[], None]) -> None:
+        """Handle one line of input, and keep what came of it; an error is reported in one line."""
         try:
             with without_echo():
-                try:
-                    self._interruptible = True
-                    self.handle(line)
-                finally:
-                    self._interruptible = False
-        except KeyboardInterrupt:
-            problem = "stopped"
-        except ContextFull as error:
-            problem = f"{error}; /reset starts over"
+                problem = self._problem_of(work)
+                if isinstance(problem, ContextFull) and not self.conversation.transcript.is_empty:
+                    complain(f"{problem}; /reset starts over")
+                    problem = self._problem_of(lambda: self._offer_room(work))
+        finally:
+            self.keep()
+        if problem is not None:
+            text = "stopped" if isinstance(problem, KeyboardInterrupt) else str(problem) or type(problem).__name__
+            complain(text + ("; /reset starts over" if isinstance(problem, ContextFull) else ""))
+
+    def _problem_of(self, work: Callable[[], None]) -> BaseException | None:
+        try:
+            try:
+                self._interruptible = True
+                work()
+            finally:
+                self._interruptible = False
+        except (KeyboardInterrupt, UserError, OSError, RuntimeError, MemoryError) as error:
+            return error
+        return None
+
+    def _offer_room(self, work: Callable[[], None]) -> None:
+        """Offer to drop or summarise the oldest turns, and do `work` again if that was wanted."""
+        if not self.conversation.transcript.messages:
+            return  # documents only: there is no turn to drop
+        wanted = choice("[d]rop or [s]ummarise the oldest turns? [d/s/N]", "n")
+        if wanted in ("d", "s"):
+            (self.drop if wanted == "d" else self.summarise)("")
+            work()
+
+    def keep(self, *, at_the_end: bool = False, quietly: bool = False) -> None:
+        """Keep the conversation as it is now; with the model's cache if this is the end."""
+        try:
+            self.autosave.keep(self.conversation, with_cache=at_the_end)
         except (UserError, OSError, RuntimeError, MemoryError) as error:
-            problem = str(error) or type(error).__name__
-        if problem:
-            complain(problem)
+            self.autosave.active = False
+            complain(f"the conversation is not kept: {error}")
+        if at_the_end and not quietly and self.autosave.active and self.autosave.place is not None:
+            say("kept: ropewalk chat --continue resumes it")
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
@@ -99,51 +155,126 @@ class Chat:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def handle(self, line: str) -> None:
-        """Run one line of input: a command or a question."""
+    def handle(self, line: str, edited: str | None = None) -> None:
+        """Run one line of input: a command, a question, or the `edited` question in its new form."""
         text = line.strip()
         if not line.startswith("/"):
+            if text.lower() in LEAVING and choice("Leave the chat? [Y/n]", "y") != "n":
+                raise Leave  # otherwise it is a question
             if text:
-                self.ask(text)
+                self.ask(text, again=edited is not None)
             return
-        name, _, argument = text.partition(" ")
-        command = COMMANDS.get(name)
+        name, *rest = text.split(maxsplit=1)
+        command = COMMANDS.get(name) or COMMANDS.get(ALIASES.get(name, ""))
         if command is None:
-            raise UserError(f"{name}: no such command; /help lists them")
-        command.run(self, argument.strip())
+            close = get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            raise UserError(f"{name}: no such command{meant or ';'} /help lists them")
+        command.run(self, rest[0].strip() if rest else "")
 
-    def ask(self, question: str) -> None:
-        stream: Any = sys.stdout
+    def ask(self, question: str, *, again: bool = False) -> None:
+        self._say_ending(self.show(question, again=again))
+
+    def ask_silently(self, question: str) -> Answer:
+        with ReadingBar(self.llm, "Reading"):
+            return self.conversation.ask(question, self.sampling)
+
+    def show(self, question: str | None, *, again: bool = False, sampling: Sampling | None = None) -> Answer:
+        """Show the answer to a question while it is generated; with `again`, in place of the last one.
+
+        Without a `question`, it is the last one again.
+        """
+        stream: Any = sys.stdout  # taken now, since a progress bar replaces sys.stdout
         stream.reconfigure(errors="replace")
+        sampling = sampling or self.sampling
 
         def show(text: str) -> None:
             bar.close()
-            stream.write(CONTROL.sub("", text))
-            stream.flush()
+            shown.write(text)
 
-        with ReadingBar(self.llm, "Reading") as bar:
-            answer = self.conversation.ask(question, self.sampling, show)
+        with ShownAnswer(stream, markdown=self.markdown) as shown, ReadingBar(self.llm, "Reading") as bar:
+            if again:
+                answer = self.conversation.ask_again(sampling, show, question)
+            else:
+                answer = self.conversation.ask(question or "", sampling, show)
         if answer.text.strip():
-            print(file=stream, flush=True)
             self.last = answer
+        return answer
+
+    def _say_ending(self, answer: Answer) -> None:
         self._say_changes()
         if answer.ending == "interrupted":
             say("stopped" if answer.text.strip() else "stopped before the first word: the question was dropped")
         elif answer.ending == "length":
             say(f"stopped at --max-tokens {self.sampling.max_tokens}")
         elif answer.ending == "context":
-            say(f"the context of {self.llm.n_ctx():,} tokens is full: /reset starts over")
+            say(
+                f"the context of {self.llm.n_ctx():,} tokens is full:"
+                " /drop or /summarise makes room, /reset starts over"
+            )
+
+    def regenerate(self, argument: str) -> None:
+        if self.sampling.temperature == 0:
+            say("at temperature 0 the answer stays the same; /set temp 0.8 lets it vary")
+        sampling = self.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=None)  # with the same seed it would be the same answer
+        self._say_ending(self.show(None, again=True, sampling=sampling))
+
+    def undo(self, argument: str) -> None:
+        question = self.conversation.undo()
+        self.last = None
+        say(f"taken back: {_shorten(' '.join(question.split()))}")
+
+    def edit(self, argument: str) -> None:
+        """Ask the last question again in another form: the one given, or one edited at the next prompt."""
+        _, question = self.conversation.transcript.without_last()
+        if argument:
+            self.ask(argument, again=True)
+        else:
+            self._edited = question
+
+    def drop(self, argument: str) -> None:
+        n = self.conversation.drop_oldest()
+        say(f"dropped the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
+
+    def summarise(self, argument: str) -> None:
+        with ReadingBar(self.llm, "Summarising"):
+            n = self.conversation.summarise_oldest()
+        self._changes.clear()
+        say(f"summarised the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
+
+    def set(self, argument: str) -> None:
+        name, *value = argument.split(maxsplit=1)[:2] or [""]
+        if not value:
+            rows = [row for row in shown_settings(self.sampling) if not name or row[0] == name]
+            if not rows:
+                set_setting(self.sampling, name, "")  # says which there are
+            say_rows([(name, f"{value}  ({help})") for name, value, help in rows])
+            return
+        self.sampling = set_setting(self.sampling, name, value[0].strip())
+        say(", ".join(f"{name} {value}" for name, value, _ in shown_settings(self.sampling)))
 
     def read(self, argument: str) -> None:
-        path = typed_path(argument, "/file")
+        self.read_file(typed_path(argument, "/file"))
+
+    def give(self, path: Path) -> int:
+        """Have the model read a document, with a bar; return the number of tokens read.
+
+        Raises:
+            UserError: it cannot be read, or does not fit.
+        """
         try:
             text = read_document(path)
         except DocumentError as error:
             raise UserError(f"{path}: {error}") from None
+        with ReadingBar(self.llm, f"Reading {path.name}"):
+            return self.conversation.read(path.name, text)
+
+    def read_file(self, path: Path) -> None:
         started, before = time.perf_counter(), self._used()
         try:
-            with ReadingBar(self.llm, f"Reading {path.name}"):
-                n_read = self.conversation.read(path.name, text)
+            n_read = self.give(path)
         except KeyboardInterrupt:
             say(f"stopped: {path.name} is not part of the conversation")
             return
@@ -163,29 +294,81 @@ class Chat:
         if not (self.conversation.transcript.messages or self.conversation.transcript.pending):
             raise UserError("/save: nothing has been said yet")
         folder = saved_place(name)
+        if not self._may_save(folder):
+            say("not saved; another NAME keeps both")
+            return
         self.conversation.save(folder)
-        self.saved_as = name
+        self.saved_as, self._saved_stamp = name, _stamp(folder)
         say(f"saved in {folder}")
+
+    def _may_save(self, folder: Path) -> bool:
+        """Whether nothing is lost by saving there, or the user agrees to it."""
+        stamp = _stamp(folder)
+        is_own = bool(self.saved_as) and saved_place(self.saved_as) == folder and stamp == self._saved_stamp
+        if is_own or not stamp:
+            return True
+        try:
+            saved = read_saved(folder).transcript
+            what = f"{len(saved.messages)} messages" + (f", {_first_question(saved)!r}" if saved.messages else "")
+        except UserError:
+            what = "damaged"
+        say(f"{folder.name} is another saved conversation: {what}")
+        return choice("Overwrite it? [y/N]", "n") == "y"
 
     def load(self, argument: str) -> None:
         if not argument:
-            names = saved_names()
-            say("saved: " + ", ".join(names) if names else "nothing is saved yet; use /save NAME")
+            self._list_saved()
             return
-        self.conversation.load(saved_place(argument))
-        self.saved_as = argument
-        transcript = self.conversation.transcript
+        place = place_to_load(argument)
+        self.keep()
+        self.conversation.load(place)
+        self.adopt(place, argument)
+        self.say_resumed()
+
+    def adopt(self, place: Path, name: str) -> None:
+        """Go on with the conversation that was just loaded from `place`."""
+        if place.parent == autosaved_folder():
+            self.autosave.resume(place, self.conversation.transcript)
+            self.saved_as = ""
+        else:
+            self.autosave.start_new()
+            self.saved_as, self._saved_stamp = name, _stamp(place)
         self.last = None
-        say(f"loaded: {len(transcript.messages)} messages, {transcript.n_tokens:,} tokens, nothing to read again")
+        self._changes.clear()
+
+    def say_resumed(self) -> None:
+        transcript = self.conversation.transcript
+        unread = "nothing to read again" if self.llm.n_tokens else "read again with the next question"
+        say(f"loaded: {len(transcript.messages)} messages, {transcript.n_tokens:,} tokens, {unread}")
         for message in transcript.messages[-2:]:
             lines = message.content.strip().splitlines() or [""]
             say(f"{'> ' if message.role == 'user' else '  '}{_shorten(lines[-1 if message.role == 'user' else 0])}")
 
+    def _list_saved(self) -> None:
+        names, kept = saved_names(), [place for place in autosaved() if place != self.autosave.place]
+        say("saved: " + ", ".join(names) if names else "nothing is saved yet; use /save NAME")
+        rows = []
+        for place in kept[:MAX_LISTED]:
+            try:
+                rows.append((place.name, _first_question(read_saved(place).transcript)))
+            except UserError:
+                rows.append((place.name, "damaged"))
+        if rows:
+            say("kept without a name, the latest first:")
+            say_rows(rows)
+
     def reset(self, argument: str) -> None:
+        self.keep()
+        kept = self.autosave.place if self.autosave.active else None
         self.conversation.reset()
+        self.autosave.start_new()
+        self.saved_as = ""
         self._changes.clear()
         self.last = None
-        say("forgotten; the system message stays" if self.conversation.transcript.system else "forgotten")
+        say(
+            ("forgotten; the system message stays" if self.conversation.transcript.system else "forgotten")
+            + (f"; /load {kept.name} brings it back" if kept else "")
+        )
 
     def system(self, argument: str) -> None:
         if not argument:
@@ -215,14 +398,13 @@ class Chat:
                 ("read", f"{last.read_tokens:,} tokens in {last.read_s:.2f} s ({last.read_speed:.0f} tokens/s)"),
                 ("wrote", f"{last.written_tokens:,} tokens in {last.write_s:.2f} s ({last.write_speed:.0f} tokens/s)"),
             ]
-        for name, value in rows:
-            say(f"{name:<8} {value}")
+        say_rows(rows)
 
     def help(self, argument: str) -> None:
-        for name, command in COMMANDS.items():
-            say(f"{name + ' ' + command.argument:<18} {command.help}")
+        say_rows([(f"{name} {command.argument}", command.help) for name, command in COMMANDS.items()])
         say("Enter sends; Alt-Enter (or Esc, then Enter) starts a new line, and pasted lines stay together.")
         say("Ctrl-C stops an answer or clears the line, Ctrl-D leaves. A line starting with a space is not a command.")
+        say("/? is /help, /bye is /exit.")
 
     def leave(self, argument: str) -> None:
         raise Leave
@@ -237,7 +419,10 @@ class Chat:
         ]
         if self.last is not None and self.last.write_speed:
             parts.append(f"{self.last.write_speed:.0f} tokens/s")
-        return " " + " · ".join(parts)
+        room = shutil.get_terminal_size().columns - 2
+        return next(
+            line for n in range(len(parts), 0, -1) if len(line := " " + " · ".join(parts[:n])) <= room or n == 1
+        )
 
     def _used(self) -> int:
         return self.conversation.transcript.n_tokens
@@ -264,22 +449,74 @@ COMMANDS = {
     "/file": Command("PATH", "let the model read a document; ask about it afterwards", Chat.read, "paths"),
     "/save": Command("NAME", "save the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
     "/load": Command("NAME", "resume a saved conversation; without a name, list them", Chat.load, "saved"),
+    "/regen": Command("", "answer the last question again", Chat.regenerate),
+    "/edit": Command("[TEXT]", "change the last question, and answer it again", Chat.edit),
+    "/undo": Command("", "take back the last question and its answer", Chat.undo),
+    "/drop": Command("", "drop the oldest turns, to make room", Chat.drop),
+    "/summarise": Command("", "replace the oldest turns by a summary, to make room", Chat.summarise),
     "/reset": Command("", "forget the conversation so far", Chat.reset),
+    "/set": Command("NAME VALUE", "change temp, top-p, …; without a value, show it", Chat.set, "settings"),
     "/system": Command("TEXT", "set the system message; without text, show it", Chat.system),
     "/stats": Command("", "show tokens, band, cache, memory and speed", Chat.stats),
     "/help": Command("", "show this list", Chat.help),
     "/exit": Command("", "leave the chat", Chat.leave),
 }
 
+ALIASES = {
+    "/?": "/help",
+    "/h": "/help",
+    "/bye": "/exit",
+    "/quit": "/exit",
+    "/q": "/exit",
+    "/regenerate": "/regen",
+    "/retry": "/regen",
+    "/summarize": "/summarise",
+    "/compact": "/summarise",
+    "/clear": "/reset",
+    "/new": "/reset",
+}
+
 
 def say(text: str) -> None:
+    """Say something about the chat, dim and wrapped at words."""
     sys.stdout.flush()
-    err.print(CONTROL.sub("", text), style="dim", markup=False, soft_wrap=True)
+    err.print(CONTROL.sub("", text), style="dim", markup=False)
+
+
+def say_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Say a list of names and what they stand for, in two columns."""
+    sys.stdout.flush()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(Text(CONTROL.sub("", name)), Text(CONTROL.sub("", value)))
+    err.print(table, style="dim")
 
 
 def complain(text: str) -> None:
     sys.stdout.flush()
-    err.print(CONTROL.sub("", " ".join(text.split())), style="red", markup=False, soft_wrap=True)
+    words = CONTROL.sub("", text).split()
+    is_long = any(len(word) > LONG_WORD for word in words)  # a path, which stays whole for copying
+    err.print(" ".join(words), style="red", markup=False, soft_wrap=is_long)
+
+
+def _stamp(folder: Path) -> int:
+    """Return the modification time of the conversation saved there; 0 if there is none."""
+    try:
+        return (folder / RECORD).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _first_question(transcript: Transcript) -> str:
+    """Return the beginning of the first question, without the documents before it."""
+    first = next((message for message in transcript.messages if message.role == "user"), None)
+    return _shorten(" ".join(first.content[first.question_at :].split()), 40) if first else "no question yet"
+
+
+def _counted_turns(n: int) -> str:
+    return "oldest question and its answer" if n == 1 else f"{n} oldest questions and their answers"
 
 
 def _shorten(text: str, length: int = 76) -> str:

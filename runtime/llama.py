@@ -45,6 +45,7 @@ from .loading import (
     whole_number,
 )
 from .losses import Logits, Scored
+from .rendering import check_templates
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
@@ -147,6 +148,7 @@ class Llama(llama_cpp.Llama):
             logits_all=logits_all,
             bands=len(self._schedule.bands),
         )
+        check_templates(header)
         self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
         if fast_prefill and self.plan.flash_attn:
             import_torch()

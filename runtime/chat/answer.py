@@ -33,12 +33,20 @@ class ContextFull(UserError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 takes the most likely; `max_tokens` None means what the context leaves."""
+    """How tokens are chosen, and where an answer ends.
+
+    Temperature 0 takes the most likely token; `max_tokens` None means what the context leaves; `stops` are texts that
+    end the answer, and are not part of it.
+    """
 
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
     repeat_penalty: float = 1.1  # without it, small models fall into loops
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    stops: tuple[str, ...] = ()
 
 
 class Answer:
@@ -63,7 +71,7 @@ class Answer:
         self._llm = llm
         self._prompt = prompt
         self._sampling = sampling
-        self._stops = [stop for stop in stops if stop]
+        self._stops = [stop for stop in (*stops, *sampling.stops) if stop]
         self._limit = min(room, sampling.max_tokens or room)
         self._limit_ending: Literal["length", "context"] = "length" if self._limit == sampling.max_tokens else "context"
         self.text = ""
@@ -83,7 +91,14 @@ class Answer:
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         shown = 0
         started = time.perf_counter()
-        stream = llm.generate(self._prompt, temp=sampling.temperature, repeat_penalty=sampling.repeat_penalty)
+        stream = llm.generate(
+            self._prompt,
+            temp=sampling.temperature,
+            repeat_penalty=sampling.repeat_penalty,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+        )
         try:
             for token in stream:
                 if not self.written_tokens:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from ...files import write_file
 from .. import session
 from ..prompt_cache import MIN_TOKENS, PromptCache
 from .answer import Answer, ContextFull, Sampling
+from .summary import Summarizer, SummarySettings
 from .template import EXACT_CHARACTERS, ChatTemplate, Message, count_tokens
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 RECORD = "conversation.json"
 OURS = re.compile(r"\.?(cache-[0-9a-f]{8}\.safetensors|conversation\.json)(\..*part)?$")
 MAX_RECORD_BYTES = 256 << 20
+
+OLD_TURNS = "Summary of the conversation so far:"
+OLD_TURNS_PROMPT = "Summarise the conversation above in a few sentences: what was asked, and what was answered."
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,44 @@ class Transcript:
     def prompt_messages(self, *texts: str) -> tuple[Message, ...]:
         """Return the messages of the next prompt: all so far, and the user's with the pending documents and `texts`."""
         system = (Message("system", self.system),) if self.system else ()
-        return (*system, *self.messages, Message("user", "\n\n".join([*self.pending, *texts])))
+        before = "".join(f"{document}\n\n" for document in self.pending) if texts else ""
+        content = "\n\n".join([*self.pending, *texts])
+        return (*system, *self.messages, Message("user", content, question_at=len(before)))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been said or read yet."""
+        return not (self.messages or self.pending)
+
+    @property
+    def n_exchanges(self) -> int:
+        """How many questions have been asked."""
+        return sum(message.role == "user" for message in self.messages)
+
+    def without_last(self) -> tuple[Transcript, str]:
+        """Return the transcript before the last question, and that question.
+
+        Raises:
+            UserError: nothing has been asked yet.
+        """
+        places = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        if not places:
+            raise UserError("nothing has been asked yet")
+        last = self.messages[places[-1]]
+        documents = last.content[: last.question_at].removesuffix("\n\n")
+        pending = (documents, *self.pending) if documents else self.pending
+        return replace(self, messages=self.messages[: places[-1]], pending=pending), last.content[last.question_at :]
+
+    def without_oldest(self, n: int, summary: str = "") -> Transcript:
+        """Return the transcript without its first `n` exchanges, which `summary`, if given, takes the place of."""
+        places = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        kept = self.messages[places[n] if n < len(places) else len(self.messages) :]
+        if not summary:
+            return replace(self, messages=kept)
+        if not kept:
+            return replace(self, messages=(), pending=(summary, *self.pending))
+        first = Message("user", f"{summary}\n\n{kept[0].content}", len(summary) + 2 + kept[0].question_at)
+        return replace(self, messages=(first, *kept[1:]))
 
 
 class _Record(BaseModel):
@@ -60,7 +102,8 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["ropewalk-conversation-1"] = "ropewalk-conversation-1"
-    cache: Annotated[str, Field(pattern=r"^cache-[0-9a-f]{8}\.safetensors$")]
+    cache: Annotated[str, Field(pattern=r"^(cache-[0-9a-f]{8}\.safetensors)?$")]  # empty: none was saved
+    model: str = ""
     digest: str
     transcript: Transcript
 
@@ -92,6 +135,91 @@ class Conversation:
         if len(prompt) >= self.llm.n_ctx():
             raise self._full("this question", len(prompt), spare=1)
         answer = Answer(self.llm, prompt, sampling, self._template.stops)
+        return self._answer(messages, prompt, answer, on_text)
+
+    def ask_again(
+        self, sampling: Sampling, on_text: Callable[[str], None] | None = None, question: str | None = None
+    ) -> Answer:
+        """Replace the last answer by a new one, to the same question or to another; the documents before it stay.
+
+        Raises:
+            UserError: nothing has been asked yet, or the question does not fit; nothing has been done.
+        """
+        transcript = self.transcript
+        before, last = transcript.without_last()
+        self.transcript = self._counted(before)
+        try:
+            answer = self.ask(last if question is None else question, sampling, on_text)
+        except BaseException:
+            self.transcript = transcript
+            raise
+        if not answer.text and answer.ending == "interrupted":
+            self.transcript = transcript
+        return answer
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; return the question. Documents that came before it stay.
+
+        Raises:
+            UserError: nothing has been asked yet.
+        """
+        transcript, question = self.transcript.without_last()
+        self.transcript = self._counted(transcript)
+        return question
+
+    def drop_oldest(self) -> int:
+        """Forget the oldest exchanges, until half of the context is free; return how many, at least one.
+
+        Raises:
+            UserError: there is none.
+        """
+        n = self._n_too_old()
+        self.transcript = self._counted(self.transcript.without_oldest(n))
+        return n
+
+    def summarise_oldest(self) -> int:
+        """Replace the oldest exchanges by a summary, as `drop_oldest`; return how many.
+
+        Raises:
+            UserError: there is none, or the model wrote no summary; the conversation is unchanged.
+        """
+        n = self._n_too_old()
+        names = {"user": "User", "assistant": "Assistant", "system": "System"}
+        places = [i for i, message in enumerate(self.transcript.messages) if message.role == "user"]
+        old = self.transcript.messages[: places[n] if n < len(places) else None]
+        text = "\n\n".join(f"{names[message.role]}: {message.content.strip()}" for message in old)
+        settings = SummarySettings(prompt=OLD_TURNS_PROMPT, max_tokens=max(64, min(256, self.llm.n_ctx() // 8)))
+        summary = Summarizer(self.llm, settings, self._cache).summarize(text)
+        summarised = self.transcript.without_oldest(n, f"{OLD_TURNS} {summary.text}")
+        self.transcript = self._counted(summarised)
+        return n
+
+    def _n_too_old(self) -> int:
+        """Return how many exchanges have to go for the others to take at most half of the context."""
+        n = self.transcript.n_exchanges
+        if not n:
+            raise UserError("there are no older questions and answers to remove")
+        half = self.llm.n_ctx() // 2
+        return (
+            bisect_left(
+                range(1, n), True, key=lambda i: self._counted(self.transcript.without_oldest(i)).n_tokens <= half
+            )
+            + 1
+        )
+
+    def _counted(self, transcript: Transcript) -> Transcript:
+        """Return the transcript with its number of tokens."""
+        n_tokens = 0 if transcript.is_empty else len(self._template.tokens(transcript.prompt_messages("")))
+        return replace(transcript, n_tokens=n_tokens)
+
+    def _answer(
+        self,
+        messages: tuple[Message, ...],
+        prompt: list[int],
+        answer: Answer,
+        on_text: Callable[[str], None] | None,
+    ) -> Answer:
+        """Generate the answer, and keep it with its question."""
         seconds = 0.0
         with suppress(KeyboardInterrupt):  # what was generated is kept, as it is in the model's cache
             seconds = self._read_long(prompt, answer)
@@ -150,23 +278,28 @@ class Conversation:
         self.llm.reset()
         self._set_transcript(Transcript(system=self.transcript.system))
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, with_cache: bool = True) -> None:
         """Write the conversation and the model's cache to `folder`, replacing what was saved there before.
+
+        Without the cache it takes no time, and the conversation is read again after `load`.
 
         Raises:
             UserError: the folder holds something else, or cannot be written to.
         """
         folder = Path(folder)
-        cache = f"cache-{secrets.token_hex(4)}.safetensors"
-        record = _Record(cache=cache, digest=_digest(self.transcript), transcript=self.transcript)
+        cache = f"cache-{secrets.token_hex(4)}.safetensors" if with_cache else ""
+        model = str(Path(self.llm.model_path).absolute())
+        record = _Record(cache=cache, model=model, digest=_digest(self.transcript), transcript=self.transcript)
         try:
             _check_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                session.save(self.llm, folder / cache)
+                if cache:
+                    session.save(self.llm, folder / cache)
                 write_file(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode(), private=True)
             except BaseException:
-                (folder / cache).unlink(missing_ok=True)
+                if cache:
+                    (folder / cache).unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir()  # if it was created just now, and so is empty
                 raise
@@ -177,14 +310,35 @@ class Conversation:
             raise UserError(f"{folder}: cannot save the conversation: {error.strerror or error}") from None
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Resume a saved conversation; nothing of it is read again.
+        """Resume a saved conversation.
+
+        Nothing of it is read again, unless it was saved without a cache, or with one that does not suit this model,
+        cache type or context: then the next question reads all of it.
 
         Raises:
-            UserError: no such conversation, a damaged one, or another model's; this one is unchanged.
+            UserError: no such conversation, or a damaged one; this one is unchanged.
         """
         record = _read_record(Path(folder))
-        session.load(self.llm, Path(folder) / record.cache)
+        is_read = self._load_cache(Path(folder) / record.cache) if record.cache else False
         self._set_transcript(record.transcript)
+        if not is_read:
+            self.transcript = self._counted(record.transcript)
+
+    def _load_cache(self, path: Path) -> bool:
+        """Load the model's cache; return False, with the cache unchanged, where it does not suit.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            session.load(self.llm, path)
+        except session.DamagedSession:
+            raise
+        except UserError:
+            if path.is_file():
+                return False
+            raise
+        return True
 
     def _set_transcript(self, transcript: Transcript) -> None:
         self.transcript = transcript
@@ -209,8 +363,43 @@ def _check_ours(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not a saved conversation")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a saved conversation holds, and the path of the model that it was held with; empty if it does not say."""
+
+    transcript: Transcript
+    model: str
+
+
+def read_saved(folder: str | os.PathLike[str]) -> Saved:
+    """Read a saved conversation without a model.
+
+    Raises:
+        UserError: no such conversation, or a damaged one.
+    """
+    record = _read_record(Path(folder))
+    return Saved(record.transcript, record.model)
+
+
+def drop_saved_cache(folder: str | os.PathLike[str]) -> None:
+    """Free the disk of a saved conversation's cache; it is read again when it is resumed.
+
+    Raises:
+        UserError: no such conversation, or a damaged one.
+        OSError: it cannot be written.
+    """
+    record = _read_record(Path(folder))
+    if record.cache:
+        without = record.model_copy(update={"cache": ""})
+        write_file(Path(folder) / RECORD, (without.model_dump_json(indent=1) + "\n").encode(), private=True)
+        (Path(folder) / record.cache).unlink(missing_ok=True)
+
+
 def _digest(transcript: Transcript) -> str:
     data = TypeAdapter(Transcript).dump_python(transcript, mode="json")
+    for message in data["messages"]:
+        if not message["question_at"]:
+            del message["question_at"]  # as before there was one
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,10 +13,10 @@ from datetime import date
 from typing import TYPE_CHECKING, Literal
 
 import llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ...errors import UserError
 from ..control_tokens import CUT, ControlSpellings, text_of
+from ..rendering import TemplateError, render
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -37,6 +37,8 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+    question_at: int = 0
+    """Where the question starts in the content, after the documents that it is about."""
 
 
 class ChatTemplate:
@@ -55,10 +57,8 @@ class ChatTemplate:
         self._today = today or date.today()
         template = llm.metadata.get("tokenizer.chat_template")
         self.stops: tuple[str, ...] = () if template else PLAIN_STOPS
-        self._formatter = Jinja2ChatFormatter(
-            template=template or PLAIN_TEMPLATE, eos_token=self._text(llm.token_eos()), bos_token=self._bos
-        )
-        self._formatter.strftime_now = self._today.strftime
+        self._template = template or PLAIN_TEMPLATE
+        self._specials = {"eos_token": self._text(llm.token_eos()), "bos_token": self._text(llm.token_bos())}
         self._control = ControlSpellings(llm)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
@@ -89,20 +89,12 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
-            return self._format(messages)
-        except Exception as error:  # a template is a program in the model file, and may raise anything
-            if len(messages) > 1 and messages[0]["role"] == "system":  # some have no system role
+            return render(self._template, {"messages": messages, **self._specials}, self._today)
+        except TemplateError as error:
+            if not error.hopeless and len(messages) > 1 and messages[0]["role"] == "system":  # some have no system role
                 system, first, *rest = messages
                 return self._render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
             raise UserError(f"{self._llm.model_path}: its chat template fails: {error}") from None
-
-    def _format(self, messages: list[dict[str, str]]) -> str:
-        # A reasoning model is asked not to think, as its thoughts would be taken for the answer.
-        return str(self._formatter(messages=messages, enable_thinking=False).prompt)
-
-    @property
-    def _bos(self) -> str:
-        return self._text(self._llm.token_bos())
 
     def _text(self, token: int) -> str:
         return "" if token == -1 else text_of(self._llm, token)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,14 @@ def test_no_such_model(tmp_path: Path) -> None:
 class Terminal:
     """A chat at a pseudo-terminal: what it shows, and keys to press."""
 
-    def __init__(self, model: Path, home: Path, *arguments: str) -> None:
+    def __init__(self, model: Path, home: Path, *arguments: str, output: Path | None = None) -> None:
         self.shown = ""
         self._mark = 0
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.chdir(home)
+            if output is not None:
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
             places = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("STATE", "CACHE", "DATA", "CONFIG")}
             environment = {**os.environ, **places, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
             command = [*COMMAND, str(model), *FAST, "--max-tokens", "300", *arguments]
@@ -270,3 +273,220 @@ def test_a_file_that_was_read_in_another_chat_is_not_read_again(smollm2: Path, t
         finally:
             terminal.close()
     assert len(list((tmp_path / "prompts").iterdir())) == 1
+
+
+SHORT = ("--max-tokens", "6")
+
+
+@contextmanager
+def chatting(model: Path, home: Path, *arguments: str) -> Iterator[Terminal]:
+    terminal = Terminal(model, home, *arguments)
+    try:
+        terminal.see(r"/help lists the commands", 60)
+        terminal.see(r"\d/[\d,]+ tokens")
+        yield terminal
+        assert terminal.leave() == 0
+        assert "Traceback" not in terminal.shown
+    finally:
+        terminal.close()
+
+
+def test_no_talk_is_lost_by_leaving_loading_or_saving(smollm2: Path, tmp_path: Path) -> None:
+    saved, kept = tmp_path / "state/ropewalk/conversations", tmp_path / "state/ropewalk/autosaved"
+    with chatting(smollm2, tmp_path, *SHORT) as first:
+        first.enter("What is rain?")
+        first.see(r"[1-9]\d*/1,024 tokens")
+        first.enter("/save monday")
+        first.see("saved in ")
+        first.enter("What is snow?")
+        first.see("snow")
+        first.see(r"[1-9]\d*/1,024 tokens")
+        first.press("\x04")
+        first.see("kept: ropewalk chat --continue resumes it")
+    with chatting(smollm2, tmp_path, *SHORT, "--continue") as second:
+        assert re.search(r"loaded: 4 messages, \d+ tokens, nothing to read again", second.shown)
+        second.enter("/reset")
+        second.see(r"forgotten; /load (\S+) brings it back")
+        second.enter("What is hail?")
+        second.see(r"[1-9]\d*/1,024 tokens")
+        before = (saved / "monday/conversation.json").read_bytes()
+        for answer in ("n", "", "\x03"):
+            second.enter("/save monday")
+            second.see(r"monday is another saved conversation: 2 messages, 'What is rain\?'")
+            second.see(r"Overwrite it\? \[y/N\]")
+            second.press(answer if answer == "\x03" else answer + "\r")
+            second.see("stopped" if answer == "\x03" else "not saved")
+        assert (saved / "monday/conversation.json").read_bytes() == before
+        second.enter("/load monday")
+        second.see("loaded: 2 messages")
+        second.enter("/load")
+        second.see("saved: monday")
+        second.see("What is hail")
+        second.see("What is rain")
+        second.enter("/save monday")  # its own place: nothing to ask
+        second.see("saved in ")
+        second.enter("/reset")
+        second.enter("What is fog?")
+        second.see(r"fog\?")
+        second.see(r"[1-9]\d*/1,024 tokens")
+        second.enter("/save monday")
+        second.see("Overwrite it")
+        second.enter("y")
+        second.see("saved in ")
+        second.enter("/bye")
+    assert "fog" in (saved / "monday/conversation.json").read_text()
+    texts = [(place / "conversation.json").read_text() for place in kept.iterdir()]
+    for word in ("rain", "snow", "hail", "fog"):
+        assert any(word in text for text in texts)
+    assert len(list(kept.glob("*/cache-*"))) <= 1
+    assert {place.stat().st_mode & 0o77 for place in kept.iterdir()} == {0}
+
+
+def test_a_killed_chat_is_continued_and_another_model_reads_it(smollm2: Path, tmp_path: Path) -> None:
+    killed = Terminal(smollm2, tmp_path, *SHORT)
+    try:
+        killed.see(r"0/1,024 tokens", 60)
+        killed.enter("What is rain?")
+        killed.see(r"[1-9]\d*/1,024 tokens")
+    finally:
+        killed.close()
+    with chatting(smollm2, tmp_path, *SHORT, "-c", "--kv", "q8_0") as resumed:
+        assert re.search(r"loaded: 2 messages, \d+ tokens, read again with the next question", resumed.shown)
+        resumed.enter("/exit")
+
+
+def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "farm.txt").write_text(TEXT)
+    with chatting(smollm2, tmp_path, *SHORT, "-f", "farm.txt") as terminal:
+        assert re.search(r"read farm.txt: \d+ tokens", terminal.shown)
+        for line, shown in [
+            ("/undo", "nothing has been asked yet"),
+            ("/regen", "nothing has been asked yet"),
+            ("/edit", "nothing has been asked yet"),
+            ("/drop", "no older questions and answers"),
+            ("/set", r"top-p\s+0\.95"),
+            ("/set nonsense 1", "/set nonsense: no such setting, expected one of temp, top-p"),
+            ("/set top-p 2", "/set top-p: '2', expected a number from 0 to 1"),
+            ("/set temp nan", "/set temp: 'nan', expected a number of at least 0"),
+            ("/set seed -1", "/set seed: '-1', expected a whole number from 0 to 4294967295, or none"),
+            ("/set max_tokens 5", "max-tokens 5"),
+            ("/?", "/regen"),
+            ("/sav", "/sav: no such command, did you mean /save?"),
+        ]:
+            terminal.enter(line)
+            terminal.see(shown)
+        terminal.see(r"\d+/1,024 tokens")  # the prompt
+        terminal.press("\x03")
+        terminal.see("Ctrl-D or /exit leaves")
+        terminal.enter("What is rain?")
+        terminal.see("stopped at --max-tokens 5")
+        terminal.enter("/regen")
+        terminal.see("at temperature 0 the answer stays the same")
+        terminal.see("stopped at --max-tokens 5")
+        terminal.enter("/edit")
+        terminal.see(r"> What is rain\?")
+        terminal.press("\x7f\x7f\x7f\x7f\x7fsnow?\r")
+        terminal.see("stopped at --max-tokens 5")
+        terminal.enter("exit")
+        terminal.see(r"Leave the chat\? \[Y/n\]")
+        terminal.enter("n")
+        terminal.see("stopped at --max-tokens 5")
+        terminal.enter("/undo")
+        terminal.see("taken back: exit")
+        terminal.enter("/undo")
+        terminal.see(r"taken back: What is snow\?")
+        terminal.enter("exit")
+        terminal.see(r"Leave the chat\?")
+        terminal.enter("")
+
+
+def test_a_full_context_offers_to_make_room(smollm2: Path, tmp_path: Path) -> None:
+    long = " ".join(["rain and snow"] * 25)
+    with chatting(smollm2, tmp_path, *SHORT, "--context", "512") as terminal:
+        for letter, shown in [
+            ("n", r"\d/512 tokens"),
+            ("", r"\d/512 tokens"),
+            ("s", r"summarised the (\d oldest questions and their answers|oldest question and its answer)"),
+            ("d", r"dropped the (\d oldest questions and their answers|oldest question and its answer)"),
+        ]:
+            while True:
+                terminal.enter(f"What is {long}?")
+                if "[d/s/N]" in terminal.see(r"stopped at --max-tokens 6|\[d\]rop or \[s\]ummarise .* \[d/s/N\]"):
+                    break
+                terminal.see(r"\d/512 tokens")
+            assert re.search("this question: .* tokens, and .* are free; /reset starts over", terminal.shown)
+            terminal.enter(letter)
+            terminal.see(shown, 60)
+            if letter in ("d", "s"):
+                terminal.see("stopped at --max-tokens 6", 60)
+                terminal.see(r"\d/512 tokens")
+        terminal.press("\x04")
+
+
+def test_a_question_and_documents_on_the_command_line(ropewalk_command: Pipe, tmp_path: Path, smollm2: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"notes/{name}.txt").write_text(f"{name}: {TEXT}")
+    (tmp_path / "model.gguf").symlink_to(smollm2)
+
+    def ask(*arguments: str, stdin: bytes = b"") -> tuple[int, str]:
+        options = (*FAST, "--max-tokens", "4", "--json")
+        done = ropewalk_command("chat", *arguments, *options, cwd=tmp_path, stdin=stdin)
+        assert (done.returncode, done.stderr) == (0, "")
+        facts = json.loads(done.stdout)
+        return facts["tokens"]["prompt"], facts["answer"]
+
+    alone = ask("model.gguf", "What is rain?")
+    assert ask("model.gguf", "What", "is", "rain?") == ask("-m", "model.gguf", "What is rain?") == alone
+    assert ask("model.gguf", stdin=b"What is rain?") == ask("*.gguf", "What is rain?") == alone
+    after_text = ask("model.gguf", "Who has the farm?", stdin=TEXT.encode())
+    assert after_text[0] > alone[0] + 20
+    one = ask("model.gguf", "-f", "notes/a.txt", "Who has the farm?")[0]
+    three = ask("model.gguf", "-f", "notes", "Who has the farm?")
+    assert three[0] > one + 50
+    assert three == ask("model.gguf", "-f", "notes/*.txt", "Who has the farm?")
+    assert three == ask("-f", "notes/a.txt", "notes/b.txt", "notes/c.txt", "model.gguf", "Who has the farm?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nosuch"], "nosuch: no such file, and no downloaded model of that name"),
+        (["owner/nosuch"], "owner/nosuch: no such file, and no downloaded model of that name"),
+        (["*.gguf"], "*.gguf: a pattern without GGUF files, expected a model"),
+        (["-f", "nosuch.txt", "What?"], "nosuch.txt: No such file or directory"),
+        (["a.gguf", "text.txt"], "text.txt: a file, expected a question; -f text.txt lets the model read it"),
+        (["--top-p", "2"], "Invalid value for '--top-p'"),
+        (["--temp", "nan"], "Invalid value for '--temp'"),
+        (["--temp", "inf"], "inf: expected a finite number"),
+        (["--load", "nosuch", "-m", "a.gguf", "What?"], ""),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    mistake: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    for name in ("CACHE", "STATE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    message = mistake("chat", *arguments, cwd=tmp_path, stdin=b"hello" if arguments[0] != "-f" else b"")
+    assert message.startswith(f"ropewalk: {expected}")
+
+
+def test_output_to_another_program_has_no_escapes(smollm2: Path, tmp_path: Path) -> None:
+    terminal = Terminal(smollm2, tmp_path, *SHORT, output=tmp_path / "log.txt")
+    try:
+        terminal.see(r"0/1,024 tokens", 60)
+        terminal.enter("Name three colours, as a list.")
+        terminal.see("stopped at --max-tokens 6")
+        terminal.enter("/exit")
+        assert terminal.leave() == 0
+    finally:
+        terminal.close()
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("\n") >= 1 and "\x1b" not in text and "\r" not in text
+    assert len(text.split()) > 2 and ">" not in text

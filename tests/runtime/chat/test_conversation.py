@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import gguf
 import pytest
 from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.chat.answer import Answer, ContextFull, Sampling, piece
-from ropewalk.runtime.chat.conversation import Conversation
+from ropewalk.runtime.chat.conversation import Conversation, drop_saved_cache, read_saved
 from ropewalk.runtime.chat.template import PLAIN_STOPS, ChatTemplate, Message
+from tiny_models import tiny_llama
 
 SHORT = Sampling(max_tokens=8)
 TEXT = "Ann sold the farm to Bob in May. Bob planted apple trees on the hill, and lost half of them to the frost."
@@ -268,3 +270,156 @@ def test_saving_over_something_else_is_refused(llm: Llama, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(UserError, match="no saved conversation"):
         conversation.load(tmp_path / "nowhere")
+
+
+def test_the_last_answer_is_replaced_or_taken_back_with_its_documents_kept(llm: Llama) -> None:
+    conversation = Conversation(llm, "You are helpful.")
+    conversation.ask("What is rain?", SHORT)
+    first = conversation.transcript
+    conversation.read("farm.txt", TEXT)
+    given = conversation.transcript
+    answer = conversation.ask("Who has the farm?", SHORT)
+    asked = conversation.transcript
+    assert conversation.ask_again(SHORT).text == answer.text
+    assert conversation.transcript == asked
+    other = conversation.ask_again(SHORT, question="Who lost the trees?")
+    assert other.read_tokens < 16 and conversation.transcript.n_exchanges == 2
+    assert conversation.undo() == "Who lost the trees?"
+    assert (conversation.transcript.messages, conversation.transcript.pending) == (given.messages, given.pending)
+    assert conversation.undo() == "What is rain?"
+    assert conversation.transcript.messages == () and conversation.transcript.pending == given.pending
+    with pytest.raises(UserError, match="nothing has been asked yet"):
+        conversation.undo()
+    assert first.without_last()[0].is_empty
+
+
+def test_a_new_answer_that_fails_leaves_the_old_one(llm: Llama) -> None:
+    conversation = Conversation(llm)
+    conversation.ask("What is rain?", SHORT)
+    before = conversation.transcript
+    with pytest.raises(ContextFull):
+        conversation.ask_again(SHORT, question=TEXT * 30)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    llm.on_progress = interrupt
+    assert conversation.ask_again(SHORT, question="And this? " + TEXT).ending == "interrupted"
+    llm.on_progress = None
+    assert conversation.transcript == before
+
+
+@pytest.mark.parametrize("how", ["drop", "summarise"])
+def test_the_oldest_turns_make_room(llm: Llama, how: str) -> None:
+    conversation = Conversation(llm, "You are helpful.")
+    conversation.read("farm.txt", TEXT * 5)
+    for question in ("Who has the farm?", "What is rain?", "What is snow?", "What is hail?"):
+        conversation.ask(question, SHORT)
+    before = conversation.transcript
+    n = conversation.drop_oldest() if how == "drop" else conversation.summarise_oldest()
+    after = conversation.transcript
+    assert 1 <= n < 4 and after.n_exchanges == 4 - n
+    assert after.messages[-2:] == before.messages[-2:] and TEXT not in after.messages[0].content
+    assert after.n_tokens < before.n_tokens and after.n_tokens <= 256
+    assert after.messages[0].content.startswith("Summary of the conversation so far: ") == (how == "summarise")
+    assert conversation.ask("What is fog?", SHORT).text
+    while conversation.transcript.messages:
+        question = conversation.undo()
+    if how == "drop":
+        with pytest.raises(UserError, match="no older questions"):
+            conversation.drop_oldest()
+    else:
+        assert "Summary" not in question and "Summary" in conversation.transcript.pending[0]
+
+
+def test_a_conversation_kept_without_its_cache_is_read_again(llm: Llama, tmp_path: Path) -> None:
+    conversation = Conversation(llm, "You are helpful.")
+    conversation.ask("What is rain?", SHORT)
+    conversation.save(tmp_path / "kept", with_cache=False)
+    assert read_saved(tmp_path / "kept").model == llm.model_path
+    conversation.save(tmp_path / "whole")
+    drop_saved_cache(tmp_path / "whole")
+    drop_saved_cache(tmp_path / "whole")
+    expected = conversation.ask("What is snow?", SHORT)
+    for name in ("kept", "whole"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["conversation.json"]
+        llm.reset()
+        other = Conversation(llm)
+        other.load(tmp_path / name)
+        answer = other.ask("What is snow?", SHORT)
+        assert answer.text == expected.text and answer.read_tokens == answer.prompt_tokens
+
+
+def test_a_conversation_is_resumed_with_another_cache_type(llm: Llama, smollm2: Path, tmp_path: Path) -> None:
+    conversation = Conversation(llm)
+    conversation.ask("What is rain?", SHORT)
+    conversation.save(tmp_path / "kept")
+    small = Llama(str(smollm2), n_ctx=256, kv="q8_0", n_threads=1, n_threads_batch=1, verbose=False)
+    other = Conversation(small)
+    other.load(tmp_path / "kept")
+    assert other.transcript.messages == conversation.transcript.messages
+    assert other.ask("What is snow?", SHORT).read_tokens > 30
+    small.close()
+
+
+def test_a_conversation_saved_before_questions_had_places_is_still_read(llm: Llama, tmp_path: Path) -> None:
+    conversation = Conversation(llm)
+    conversation.ask("What is rain?", SHORT)
+    conversation.save(tmp_path / "kept")
+    path = tmp_path / "kept/conversation.json"
+    record = json.loads(path.read_text())
+    del record["model"]
+    for message in record["transcript"]["messages"]:
+        del message["question_at"]
+    path.write_text(json.dumps(record))
+    conversation.load(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_what_may_be_sampled_can_be_narrowed(llm: Llama, option: dict[str, float]) -> None:
+    prompt = llm.tokenize(b"one, two, three, four, five, six,", add_bos=False)
+    texts = set()
+    for seed in (1, 2):
+        answer = Answer(llm, prompt, Sampling(max_tokens=8, temperature=5.0, seed=seed, **option))  # type: ignore[arg-type]
+        answer.write()
+        texts.add(answer.text)
+    assert len(texts) == 1
+
+
+def test_a_users_stop_ends_an_answer(llm: Llama) -> None:
+    prompt = llm.tokenize(b"one, two, three, four, five, six,", add_bos=False)
+    free = Answer(llm, prompt, Sampling(max_tokens=12))
+    free.write()
+    stop = free.text[8:12]
+    answer = Answer(llm, prompt, Sampling(max_tokens=12, stops=(stop,)))
+    answer.write()
+    assert answer.text == free.text[: free.text.index(stop)] and answer.ending == "stop"
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "eom"])
+def test_every_end_token_of_the_file_ends_an_answer(tmp_path: Path, key: str) -> None:
+    def generate(path: Path) -> tuple[int, Answer]:
+        llm = Llama(str(path), n_ctx=64, verbose=False)
+        prompt = llm.tokenize(b"the tin", add_bos=True)
+        first = next(iter(llm.generate(prompt, temp=0.0, repeat_penalty=1.1)))
+        answer = Answer(llm, prompt, SHORT)
+        answer.write()
+        llm.close()
+        return first, answer
+
+    first, free = generate(tiny_llama(tmp_path / "free.gguf"))
+    assert free.written_tokens > 0
+    ids = {"eos": 2, key: first}
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        if key != "eos":
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", ids[key])
+
+    path = tiny_llama(tmp_path / "ends.gguf", extend=add)
+    if key == "eos":  # the tiny tokeniser has its own
+        raw = path.read_bytes()
+        name = b"tokenizer.ggml.eos_token_id"
+        place = raw.index(name) + len(name) + 4
+        path.write_bytes(raw[:place] + first.to_bytes(4, "little") + raw[place + 4 :])
+    _, answer = generate(path)
+    assert (answer.text, answer.ending, answer.written_tokens) == ("", "stop", 0)
