@@ -36,6 +36,7 @@ from .loading import (
     WeightsKey,
     check_context,
     context_length,
+    has_cells,
     import_torch,
     keys_can_shift,
     leave_out_gpu,
@@ -53,6 +54,8 @@ PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that C
 TOO_LONG = re.compile(r"(Requested tokens \(\d+\) exceed context window of )\d+")
 """llama_cpp's refusal of a prompt, which servers look for."""
 
+
+ONE_AXIS_ROPES = (-1, 0, 2)  # LLAMA_ROPE_TYPE_NONE, NORM and NEOX: a cached cell has one position
 
 FEW = 8
 """Cached tokens are read again when their band changes if so many times as many are to be read anyway: it costs little,
@@ -731,6 +734,10 @@ class Llama(llama_cpp.Llama):
         """
         self._forget()
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        prefix = check_engine().state_prefix
+        one_axis = llama_cpp.llama_model_rope_type(self.model) in ONE_AXIS_ROPES
+        if self.can_rewind and one_axis and prefix >= 0 and not has_cells(state, prefix, len(tokens)):
+            raise RuntimeError("the state does not hold one cell for each of its tokens")
         try:
             if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, data, state.nbytes, 0) != state.nbytes:
                 raise RuntimeError("llama.cpp did not accept the saved sequence")

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from gguf import GGUFValueType
 
 from ..container import Entry, Header, freq_scale, model_digest, model_parts, native_schedule, read_header, schedule_of
@@ -298,6 +299,20 @@ def import_torch() -> None:
 def _import_quietly(name: str) -> None:
     with suppress(ImportError):  # raised where it is used
         import_module(name)
+
+
+def has_cells(state: np.ndarray[Any, np.dtype[np.uint8]], start: int, n_tokens: int) -> bool:
+    """Whether a serialised state describes, from byte `start` on, one stream of `n_tokens` cells of one sequence.
+
+    llama.cpp (`llama_kv_cache::state_write`) writes the number of streams and of cells, then for each cell its
+    position, the number of its sequences and the sequence. It believes what it reads back: a forged number makes it
+    take all memory, or crash.
+    """
+    end = start + 8 + 12 * n_tokens
+    if len(state) < end or state[start : start + 8].view(np.uint32).tolist() != [1, n_tokens]:
+        return False
+    positions, counts, sequences = state[start + 8 : end].view(np.int32).reshape(n_tokens, 3).T
+    return bool((np.sort(positions) == np.arange(n_tokens)).all() and (counts == 1).all() and (sequences == 0).all())
 
 
 def keys_can_shift(header: Header, n_rot: int, type_k: str) -> bool:

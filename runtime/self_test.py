@@ -22,6 +22,7 @@ import numpy.typing as npt
 from ..factors import Band, RopeFacts, Schedule
 from .graph.admission import Verdict, trust
 from .llama import Llama
+from .loading import has_cells
 
 Floats = npt.NDArray[np.float32]
 Weights = dict[str, Floats]
@@ -52,19 +53,23 @@ class Failure(Exception):
 
 
 def main(extra_buffers: bool) -> None:
-    """Run all checks and end the process: with 0, or with 1 and the reason as the last line printed."""
+    """Run all checks and end the process.
+
+    With 0, the last line printed is `Verdict.state_prefix`; with 1, it is the reason.
+    """
     trust(Verdict(extra_buffers=extra_buffers))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _check_rotation(Path(folder) / "plain.gguf")
+            prefix = _check_rotation(Path(folder) / "plain.gguf")
             _check_taken_nodes(Path(folder) / "quantised.gguf")
+            print(prefix)
     except Exception as error:
         print(error.what if isinstance(error, Failure) else f"{type(error).__name__}: {error}".replace("\n", " "))
         sys.exit(1)
 
 
-def _check_rotation(path: Path) -> None:
-    """Rope nodes read our factors, and cached keys are rotated to another band's."""
+def _check_rotation(path: Path) -> int:
+    """Rope nodes read our factors, and cached keys are rotated to another band's; returns `Verdict.state_prefix`."""
     weights, tokens = _random_weights(), _random_tokens()
     _write_model(path, weights, gguf.GGMLQuantizationType.F32)
     changes: list[bool] = []
@@ -74,10 +79,21 @@ def _check_rotation(path: Path) -> None:
     _compare(found, _losses(weights, tokens[:SHORT], SCHEDULE.bands[0]), "rope nodes do not rotate by our factors")
     found = llm.token_losses(tokens, start=SHORT)
     expected = _losses(weights, tokens, SCHEDULE.bands[1])[SHORT - 1 :]
+    prefix = _state_prefix(llm)
     llm.close()
     if changes != [False]:
         raise Failure("cached keys cannot be rotated by a K-shift")
     _compare(found, expected, "a K-shift does not rotate cached keys by our factors")
+    return prefix
+
+
+def _state_prefix(llm: Llama) -> int:
+    """How many bytes of a saved sequence come before its one stream of cells at rising positions."""
+    state = llm.sequence_state()
+    for prefix in range(0, 64, 4):
+        if has_cells(state, prefix, llm.n_tokens):
+            return prefix
+    raise Failure("it saves a sequence in another format")
 
 
 def _check_taken_nodes(path: Path) -> None:

@@ -30,7 +30,7 @@ import platformdirs
 from ...files import write_file
 from . import ggml
 
-VERSION = 1  # raise it when the self-test asks for more than before
+VERSION = 2  # raise it when the self-test asks for more than before
 
 PATIENCE_S = 120.0
 
@@ -44,10 +44,12 @@ class Verdict:
     Attributes:
         refused: why this build cannot be used; empty if it can.
         extra_buffers: whether llama.cpp may keep weights in extra buffers, as it does unless told otherwise.
+        state_prefix: bytes of a saved sequence before the number of its streams; -1 = not known.
     """
 
     refused: str = ""
     extra_buffers: bool = True
+    state_prefix: int = -1
 
 
 def check_engine() -> Verdict:
@@ -103,21 +105,21 @@ def _processor() -> str:
 
 def _try() -> Verdict:
     """Run the self-test, and again without extra buffers where they are what makes it crash."""
-    reason, crashed = _run(extra_buffers=True)
+    verdict, crashed = _run(extra_buffers=True)
     if crashed:
         without, _ = _run(extra_buffers=False)
-        if not without:
+        if not without.refused:
             _logger.warning(
                 "ropewalk: llama.cpp's kernels for extra weight buffers (such as AMX) crash on this machine (%s):"
                 " they are left out",
-                reason,
+                verdict.refused,
             )
-            return Verdict(extra_buffers=False)
-    return Verdict(refused=reason)
+            return without
+    return verdict
 
 
-def _run(extra_buffers: bool) -> tuple[str, bool]:
-    """Run the self-test in a process of its own; why it failed ("" if it did not), and whether it crashed."""
+def _run(extra_buffers: bool) -> tuple[Verdict, bool]:
+    """Run the self-test in a process of its own; what it found, and whether it crashed."""
     module = f"{__name__.rsplit('.', 2)[0]}.self_test"
     start = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({extra_buffers})"
     try:
@@ -125,17 +127,22 @@ def _run(extra_buffers: bool) -> tuple[str, bool]:
             [sys.executable, "-c", start],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             timeout=PATIENCE_S,
             check=False,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
     except subprocess.TimeoutExpired:
-        return f"its self-test did not end within {PATIENCE_S:.0f} s", True
+        return Verdict(f"its self-test did not end within {PATIENCE_S:.0f} s"), True
     except OSError as error:
-        return f"its self-test could not be started: {error.strerror or error}", False
+        return Verdict(f"its self-test could not be started: {error.strerror or error}"), False
     if done.returncode < 0:
+        name = f"signal {-done.returncode}"
         with suppress(ValueError):
-            return f"its self-test crashed with {signal.Signals(-done.returncode).name}", True
-        return f"its self-test crashed with signal {-done.returncode}", True
+            name = signal.Signals(-done.returncode).name
+        return Verdict(f"its self-test crashed with {name}"), True
     lines = (done.stdout or done.stderr).decode(errors="replace").strip().splitlines()
-    return ("" if done.returncode == 0 else lines[-1] if lines else f"exit code {done.returncode}"), False
+    if done.returncode:
+        return Verdict(lines[-1] if lines else f"exit code {done.returncode}"), False
+    with suppress(IndexError, ValueError):
+        return Verdict(extra_buffers=extra_buffers, state_prefix=int(lines[-1])), False
+    return Verdict("its self-test ended without a result"), False

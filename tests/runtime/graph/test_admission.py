@@ -79,9 +79,10 @@ def test_what_fails_is_refused_in_one_line(fresh, python, monkeypatch, tiny_llam
 
 
 def test_extra_buffers_that_crash_are_left_out(fresh, python, caplog, tiny_llama, tmp_path):
-    python('case "$*" in *"main(True)"*) kill -SEGV $$;; esac')
+    python('case "$*" in *"main(True)"*) kill -SEGV $$;; esac; echo 8')
     with caplog.at_level(logging.WARNING):
-        assert admission.check_engine() == Verdict(extra_buffers=False)
+        verdict = admission.check_engine()
+    assert not verdict.refused and not verdict.extra_buffers
     assert "SIGSEGV" in caplog.text and "left out" in caplog.text
     llm = Llama(tiny_llama(tmp_path / "tiny.gguf"), n_ctx=128, verbose=False)
     assert llm.model_params.use_extra_bufts is False
