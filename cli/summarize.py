@@ -108,10 +108,14 @@ def _open_output(output: Path, force: bool) -> Results | StandardOutput:
 
 
 def _digest(source: Path, options: Any, settings: Any) -> str:
-    """Digest of all that a summary depends on besides its text; threads and the model's path are not part of it."""
+    """Digest of all that a summary depends on besides its text; the model's path is not part of it.
+
+    Threads are: with another number of them, sums are rounded otherwise, and a summary may turn out differently.
+    """
     from ..container import model_digest
     from ..factors import read_schedule
     from ..runtime.chat import settings_digest
+    from ..runtime.threads import default_threads
 
     schedule = read_schedule(options.schedule).model_dump(mode="json") if options.schedule else None
     return settings_digest(
@@ -120,6 +124,7 @@ def _digest(source: Path, options: Any, settings: Any) -> str:
             "model": model_digest(source),
             "context": options.context,
             "kv": options.kv,
+            "threads": options.threads or default_threads(),
             "schedule": schedule,
             **asdict(settings),
         }

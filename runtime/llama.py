@@ -95,6 +95,13 @@ class Llama(llama_cpp.Llama):
         band: the band that the cached keys are in.
         on_progress: called with (tokens read, tokens to read) while a prompt is read.
         on_band_change: called with a `BandChange` after each change.
+        rotates_back: whether keys are rotated when a sequence goes back to a shorter band; see below.
+
+    What is computed depends on how the cached tokens were read, as it does in llama_cpp wherever a prompt's start is
+    reused: in other batches, and here with keys that have been to another band and back, the last bits differ, and at
+    temperature 0 an answer may turn out differently. `reset()` before a prompt gives the answer of a fresh model, and
+    `rotates_back = False` has tokens read again on the way back, so that no trace of the longer band is left. (Those
+    that were read in the longer band always are.)
 
     Raises:
         UserError: not a GGUF file, an architecture without RoPE, a schedule for another model, a context that
@@ -104,6 +111,7 @@ class Llama(llama_cpp.Llama):
     n_tokens: int
     on_progress: Callable[[int, int], None] | None = None
     on_band_change: Callable[[BandChange], None] | None = None
+    rotates_back: bool = True
 
     def __init__(
         self,
@@ -413,7 +421,9 @@ class Llama(llama_cpp.Llama):
         band, old_index = self._schedule.bands[index], _index_of(self._schedule, self.band)
         if band != self.band:
             higher = self._schedule.bands[index + 1 :]
-            keep = 0 if self.n_tokens * FEW <= n_new else read_before(self._spans, self.n_tokens, higher)
+            keep = read_before(self._spans, self.n_tokens, higher)
+            if self.n_tokens * FEW <= n_new or (self.band in higher and not self.rotates_back):
+                keep = 0
             self._move_to(band, old_index, index, keep)
 
     def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:

@@ -332,5 +332,4 @@ def keys_can_shift(header: Header, n_rot: int, type_k: str) -> bool:
 
 def _is_set(name: str) -> bool:
     """Whether llama.cpp takes an environment variable for true: C's atoi of it is not 0."""
-    number = re.match(r"\s*[+-]?(\d+)", os.environ.get(name, ""))
-    return number is not None and int(number[1]) != 0
+    return re.match(r"\s*[+-]?0*[1-9]", os.environ.get(name, "")) is not None

@@ -309,3 +309,18 @@ def test_a_killed_runs_lock_is_gone(tmp_path: Path) -> None:
     with Results(path) as results:
         results.append({"id": "a", "digest": "d", "settings": "s", "summary": "x"})
     assert path.read_bytes().count(b"\n") == 1
+
+
+def test_the_number_of_threads_is_part_of_a_summarys_settings(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    from ropewalk.cli.model import LoadOptions
+    from ropewalk.cli.summarize import _digest
+    from ropewalk.runtime.chat import SummarySettings
+    from ropewalk.runtime.threads import default_threads
+
+    path, settings = tiny_llama(tmp_path / "m.gguf"), SummarySettings()
+    one, two, usual, same = (
+        _digest(path, LoadOptions(context=0, kv="f16", schedule=None, threads=threads), settings)
+        for threads in (1, 2, None, default_threads())
+    )
+    assert one != two
+    assert usual == same

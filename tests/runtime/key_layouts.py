@@ -124,7 +124,7 @@ def _wrong(layout: Layout, path: Path) -> str:
 
 
 def _load(path: Path, schedule: Schedule, layout: Layout) -> tuple[ropewalk.Llama, list[bool]]:
-    quiet = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    quiet: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
     llm = ropewalk.Llama(path, schedule=schedule, kv=layout.kv, n_ctx=200, **quiet)
     changes: list[bool] = []
     llm.on_band_change = lambda change: changes.append(change.reread)

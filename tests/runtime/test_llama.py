@@ -567,6 +567,21 @@ def test_after_going_back_the_model_is_as_it_was(tiny, load):
     assert [(c.new_index, c.n_tokens, c.reread) for c in changes] == [(2, 40, False), (0, 90, True)]
 
 
+def test_a_repeated_prompt_can_be_had_exactly(tiny, load):
+    schedule = three_bands(tiny, (0, 0, 0))
+    llm, fresh = (load(tiny, schedule=schedule, kv="q4_0") for _ in range(2))
+    llm.rotates_back = False
+    changes = []
+    llm.on_band_change = changes.append
+    llm.eval(TOKENS[:90])
+    llm.eval(TOKENS[90:150])
+    llm.rewind(90)
+    fresh.eval(TOKENS[:90])
+    expected = last(fresh, TOKENS[90:95])
+    np.testing.assert_array_equal(last(llm, TOKENS[90:95]), expected)
+    assert [(c.new_index, c.n_tokens, c.reread) for c in changes] == [(1, 90, False), (0, 90, True)]
+
+
 def test_a_long_text_is_read_as_if_its_short_beginning_were_new(tiny, load):
     schedule = three_bands(tiny, (0, 0, 0))
     llm, fresh = (load(tiny, schedule=schedule, kv="f32") for _ in range(2))
