@@ -60,6 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
     "yarn, qwen2's recipe": (QWEN2, RECIPE, [1024]),
     "yarn, qwen3's recipe": ({**QWEN3, "max_position_embeddings": 320}, RECIPE, [1024]),
     "yarn, no original context": (LLAMA, {"factor": 4.0, "type": "yarn"}, [1024]),
+    "yarn, two original contexts": ({**LLAMA, "original_max_position_embeddings": 32}, YARN, [256]),
     "yarn, no factor": (LLAMA, {**YARN, "factor": None}, [256]),
     "yarn, unrounded": (QWEN3, {**YARN, "truncate": False}, [256]),
     "yarn, unrounded, llama": (LLAMA, {**YARN, "truncate": False}, [256]),
