@@ -93,7 +93,7 @@ def _checked(value: Value, config: Config) -> Value:
     """Refuse a value that is not of its key's type, such as text for a temperature."""
     try:
         encode(value)
-    except (struct.error, AttributeError, TypeError, OverflowError, UnicodeError) as error:
+    except (struct.error, AttributeError, TypeError) as error:
         raise UserError(
             f"{config.path.parent}: {value.key}: {value.value!r:.60}, expected {gguf.GGUFValueType(value.type).name}"
             f" ({error})"
