@@ -44,16 +44,15 @@ def inspect(
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
     from collections import Counter
 
-    from gguf import GGMLQuantizationType
-
-    from ..container import embedded_schedule, model_parts, what_stock_does
+    from ..container import check_has_tensors, embedded_schedule, model_parts, type_name, what_stock_does
     from ..factors import doubling_contexts
 
+    check_has_tensors(header)
     arch = header.arch
     weights: Counter[str] = Counter()
     parts = model_parts(header)
     for tensor in (tensor for part in parts for tensor in part.tensors):
-        weights[GGMLQuantizationType(tensor.type).name.lower()] += tensor.n_bytes
+        weights[type_name(tensor.type).lower()] += tensor.n_bytes
     first, last = schedule.bands[0].context, schedule.context
     contexts = sorted({first, *(doubling_contexts(first, last) if last > first else [])})
     return {

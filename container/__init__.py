@@ -9,10 +9,12 @@ from .architectures import (
 from .digest import model_digest
 from .facts import FREQS, LONG, SHORT, freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
+from .kinds import check_has_tensors, check_is_model
 from .parts import model_parts
 from .reader import read_header
 from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values, trained_schedule
 from .stock import what_stock_does
+from .tensor_types import type_name
 from .values import Value
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Header",
     "Tensor",
     "Value",
+    "check_has_tensors",
+    "check_is_model",
     "embedded_schedule",
     "freq_scale",
     "has_rope",
@@ -40,5 +44,6 @@ __all__ = [
     "schedule_values",
     "takes_native_factors",
     "trained_schedule",
+    "type_name",
     "what_stock_does",
 ]

@@ -16,9 +16,12 @@ from ..errors import UserError
 from ..factors import MAX_CONTEXT, Array, Band, Provenance, RopeFacts, Schedule, native_band, yarn
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
+from .kinds import check_is_model
+from .tensor_types import type_name
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+LARGEST_SETTING = 1e9  # of attention factors and betas, with which powers and logarithms are computed
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
 
 
@@ -37,6 +40,7 @@ def native_schedule(header: Header) -> Schedule:
     Raises:
         UserError: as for `rope_facts`.
     """
+    check_is_model(header)
     arch = header.arch
     if not has_rope(header):
         raise UserError(f"{header.path}: architecture {arch!r} has no RoPE, so there is nothing to rescale")
@@ -107,8 +111,8 @@ def plain_context(header: Header) -> int:
 
 def _positive(header: Header, key: str, default: float) -> float:
     value = header.number(key, default)
-    if value <= 0:
-        raise GGUFError(f"{header.path}: {key}: {value:g}, expected a number above 0")
+    if not 0 < value <= LARGEST_SETTING:
+        raise GGUFError(f"{header.path}: {key}: {value:g}, expected a number above 0, and at most {LARGEST_SETTING:g}")
     return value
 
 
@@ -229,13 +233,13 @@ def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
     tensor = header.tensor(name)
     if tensor is None:
         return None
-    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(GGMLQuantizationType(tensor.type))
+    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(tensor.type)
     half = n_rot // 2
     # step35 stores the factors of its layers with most rotary dimensions; the other layers use the first ones of them
     long_enough = tensor.shape[:1] >= (half,) if header.arch == "step35" else tensor.shape[:1] == (half,)
     if dtype is None or not long_enough or any(n != 1 for n in tensor.shape[1:]):
         raise GGUFError(
-            f"{header.path}: tensor {name!r}: {GGMLQuantizationType(tensor.type).name} of shape {list(tensor.shape)},"
+            f"{header.path}: tensor {name!r}: {type_name(tensor.type)} of shape {list(tensor.shape)},"
             f" expected F32 of [{half}]"
         )
     with np.errstate(invalid="ignore"):  # NaNs are refused below, without a warning

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .header import GGUFError, Header
+from .kinds import later_part
 from .reader import read_header
 
 NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -22,10 +23,7 @@ def model_parts(header: Header) -> tuple[Header, ...]:
         return (header,)
     named = NAME.fullmatch(header.path.name)
     if header.number("split.no", 0) != 0 or not named or named["number"] != "00001" or int(named["count"]) != count:
-        first = f"-00001-of-{count:05d}.gguf"
-        raise GGUFError(
-            f"{header.path}: one of {count} parts of a model, expected the first, with a name like …{first}"
-        )
+        raise later_part(header)
     names = [header.path.with_name(f"{named['stem']}-{i + 1:05d}-of-{named['count']}.gguf") for i in range(1, count)]
     parts = (header, *(read_header(name) for name in names))
     for i, part in enumerate(parts):

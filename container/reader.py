@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from .header import Entry, GGUFError, Header, Tensor
+from .tensor_types import TENSOR_TYPES
 from .values import ARRAY, SCALARS, STRING, U32, U64, decode_scalar, scalar_size
 
 MAGIC = b"GGUF"
@@ -196,10 +197,9 @@ class _Reader:
         return tuple(tensors.values())
 
     def tensor_bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
-        try:
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        except (ValueError, KeyError):
-            raise self.fail(f"tensor {name!r}: type {kind}, expected a type that ggml stores") from None
+        if kind not in TENSOR_TYPES:
+            raise self.fail(f"tensor {name!r}: type {kind}, expected a type that ggml stores")
+        _, block, size = TENSOR_TYPES[kind]
         elements = 1
         for n in shape:
             elements *= n

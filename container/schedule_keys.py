@@ -18,6 +18,7 @@ from typing import Any
 from ..factors import FORMAT_VERSION, Schedule, ScheduleError, check_matches, native_band, schedule_from_dict
 from .facts import native_schedule
 from .header import Header
+from .kinds import check_has_tensors
 from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
@@ -119,8 +120,9 @@ def trained_schedule(header: Header) -> Schedule:
     """The schedule that a model was trained with: as `schedule_of`, without what was embedded in the file later.
 
     Raises:
-        UserError: as for `schedule_of`.
+        UserError: as for `schedule_of`, or the file has only a vocabulary.
     """
+    check_has_tensors(header)
     schedule = schedule_of(header)
     if embedded_schedule(header) is None:
         return schedule

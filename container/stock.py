@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .architectures import takes_native_factors
+from .architectures import KNOWN_ARCHITECTURES, LLAMA_CPP_PYTHON, takes_native_factors
 from .facts import native_schedule
 from .header import Header
 from .schedule_keys import schedule_of
@@ -10,6 +10,8 @@ from .schedule_keys import schedule_of
 
 def what_stock_does(header: Header) -> list[str]:
     """Return sentences on how stock llama.cpp, and programs built on it, will run this file."""
+    if header.arch not in KNOWN_ARCHITECTURES:
+        return [f"does not know the architecture {header.arch!r} (as of llama-cpp-python {LLAMA_CPP_PYTHON})."]
     schedule, native = schedule_of(header), native_schedule(header)
     if schedule == native and len(schedule.bands) == 1:
         return [f"runs it as it is, up to {schedule.context:,} tokens."]

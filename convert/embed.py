@@ -8,6 +8,7 @@ scaling that the file had before (its keys, Llama 3's `rope_freqs`) is removed; 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,8 @@ from ..container import (
     GGUFError,
     Header,
     Value,
+    check_has_tensors,
+    check_is_model,
     plain_context,
     read_header,
     rope_facts,
@@ -69,11 +72,13 @@ def embed_schedule(
 
 
 def check_source(header: Header) -> None:
-    """Refuse a file that is only a part of a model.
+    """Refuse a file that is not a whole model.
 
     Raises:
-        UserError: the file is one of several.
+        UserError: the file is one of several, a vocabulary, or something else than a model.
     """
+    check_is_model(header)
+    check_has_tensors(header)
     if header.number("split.count", 0) > 1:
         raise UserError(
             f"{header.path}: is one of {header.number('split.count'):.0f} parts of a model;"
@@ -157,7 +162,14 @@ def _factor_tensor(name: str, band: Band) -> TensorSource:
     return TensorSource(name, factors.shape, int(GGMLQuantizationType.F32), factors.nbytes, [factors.tobytes()])
 
 
-def encoded(value: Value) -> MetadataSource:
-    """Encode a value for writing."""
-    raw = encode(value)
+def encoded(value: Value, where: str = "the schedule") -> MetadataSource:
+    """Encode a value, which comes from `where`, for writing.
+
+    Raises:
+        UserError: it does not fit in its type, or is text that is not Unicode.
+    """
+    try:
+        raw = encode(value)
+    except (struct.error, OverflowError, UnicodeError) as error:
+        raise UserError(f"{where}: {value.key}: {value.value!r:.60}, which GGUF cannot hold: {error}") from None
     return MetadataSource(value.key, value.type, len(raw), [raw])

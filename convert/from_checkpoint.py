@@ -16,17 +16,20 @@ from gguf import GGMLQuantizationType
 from ..container import Header, Value, read_header, schedule_values
 from ..container.reader import DEFAULT_ALIGNMENT
 from ..container.writer import Advance, MetadataSource, TensorSource, gguf_bytes, write_gguf, write_gguf_head
+from ..errors import UserError
 from ..factors import Schedule
 from ..processes import usable_cores
 from .checkpoint import Architecture, Checkpoint, Config, architecture_of, open_checkpoint, read_config
 from .checkpoint.metadata import model_values
 from .checkpoint.own_schedule import own_schedule
-from .checkpoint.quantise import quantised, tensor_bytes
+from .checkpoint.quantise import TooLarge, quantised, tensor_bytes
 from .checkpoint.rope import rope_tensors
+from .checkpoint.scaled import with_scales
 from .checkpoint.tensors import Planned, first_matrix_type, plan_tensors
 from .embed import encoded, write_embedded
 from .from_gguf import Bar, no_bar
-from .output import check_space, output_file
+from .load_trial import check_loads
+from .output import check_space, named, output_file
 from .requantise import check_weight_type, requantise
 from .tokeniser import tokeniser_values
 
@@ -52,29 +55,35 @@ class Source:
     notes: tuple[str, ...]
 
 
-def read_source(folder: Path, weight_type: str | None = None, name: str | None = None) -> Source:
+def read_source(
+    folder: Path,
+    weight_type: str | None = None,
+    name: str | None = None,
+    wanted: GGMLQuantizationType | None = None,
+) -> Source:
     """Read all of a checkpoint except its weights, and check that they are what its config says.
 
     Args:
         weight_type: the type of matrices; by default the 16-bit type that loses least.
         name: the model's name; by default its model card's, or the folder's.
+        wanted: the type in which matrices are read, if it is not the one that follows from `weight_type`.
 
     Raises:
         UserError: something is missing, broken or of an unsupported kind.
     """
     raw = read_config(folder)
     entry = architecture_of(raw)
-    config = raw.with_defaults(entry.defaults)
-    if config.get("quantization_config"):
-        raise config.wrong("quantization_config", "none (weights as floats, not quantised by another program)")
-    checkpoint = open_checkpoint(folder)
-    wanted = STREAMED.get(weight_type or "", first_matrix_type(checkpoint))
+    config = raw.with_defaults(entry.defaults, entry.aliases)
+    config.check_scaling()
+    checkpoint = with_scales(open_checkpoint(folder), config)
+    if wanted is None:
+        wanted = STREAMED.get(weight_type or "", first_matrix_type(checkpoint))
     extra = rope_tensors(config, entry)
     tokeniser, tokeniser_notes = tokeniser_values(folder, config.values, entry.tokeniser)
-    planned = plan_tensors(checkpoint, config, entry, wanted, config.count("vocab_size"))
+    planned = plan_tensors(checkpoint, config, entry, wanted, _n_tokens(tokeniser))
     shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
     model, model_notes = model_values(folder, config, entry, shapes, wanted, name)
-    notes = (*_notes(config, entry), *model_notes, *tokeniser_notes)
+    notes = (*checkpoint.notes, *_notes(config, entry), *model_notes, *tokeniser_notes)
     return Source(checkpoint, config, entry, (*model, *tokeniser), planned, extra, notes)
 
 
@@ -102,16 +111,44 @@ def convert_checkpoint(
             then unchanged.
     """
     weight_type = check_weight_type(weight_type) if weight_type is not None else None
-    source = read_source(Path(folder), weight_type, name)
+    options = _Options(Path(folder), Path(target), weight_type, choose, force, bar)
+    source = read_source(options.folder, weight_type, name)
+    try:
+        return _convert(source, options)
+    except TooLarge as error:
+        if weight_type in STREAMED:
+            raise UserError(f"{error}, expected --type bf16 or f32") from None
+        source = read_source(options.folder, weight_type, name, wanted=GGMLQuantizationType.BF16)
+        return (*_convert(source, options), f"written in bfloat16: {error}")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `convert_checkpoint`."""
+
+    folder: Path
+    target: Path
+    weight_type: str | None
+    choose: Callable[[Header], Schedule | None]
+    force: bool
+    bar: Bar
+
+
+def _convert(source: Source, options: _Options) -> tuple[str, ...]:
+    folder, weight_type, bar = options.folder, options.weight_type, options.bar
     notes = list(source.notes)
-    with output_file(target, source=Path(folder), force=force) as output, ThreadPoolExecutor(usable_cores()) as pool:
-        metadata = [encoded(value) for value in source.values]
+    with (
+        output_file(options.target, source=folder, force=options.force) as output,
+        ThreadPoolExecutor(usable_cores()) as pool,
+    ):
+        metadata = [encoded(value, str(folder)) for value in source.values]
         tensors = list(_sources(source, pool, notes.append))
-        with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
+        with _head(folder, metadata, tensors, len(source.extra)) as header:
+            check_loads(header.path, str(folder))
             own = own_schedule(source.config, header)
         metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
-        with _head(Path(folder), metadata, tensors, len(source.extra)) as header:
-            schedule = choose(header)
+        with _head(folder, metadata, tensors, len(source.extra)) as header:
+            schedule = options.choose(header)
             streamed = weight_type is None or weight_type in STREAMED
             place = output.part if streamed else output.scratch
             with bar("Converting") as advance:
@@ -124,6 +161,8 @@ def convert_checkpoint(
             assert weight_type is not None
             with bar(f"Quantising to {weight_type}") as advance:
                 requantise(read_header(place), output.part, weight_type, target=output.target, on_progress=advance)
+        if schedule is not None or not streamed:  # otherwise its header is the one that was tried
+            check_loads(output.part, str(output.target))
     return tuple(notes)
 
 
@@ -135,11 +174,15 @@ def _notes(config: Config, entry: Architecture) -> tuple[str, ...]:
     return (f"hidden_act {activation}: llama.cpp computes {entry.activations[0]}", *entry.unread(config))
 
 
+def _n_tokens(tokeniser: Sequence[Value]) -> int:
+    return next(len(value.value) for value in tokeniser if value.key == "tokenizer.ggml.tokens")
+
+
 def _sources(source: Source, pool: ThreadPoolExecutor, add_note: Callable[[str], None]) -> Iterator[TensorSource]:
     """Yield the tensors to write, in order; their numbers are only read when needed."""
 
-    def warn(name: str) -> None:
-        add_note(f"{name}: contains NaNs; the model will generate noise")
+    def warn(name: str, what: str) -> None:
+        add_note(f"{name}: contains {what}; the model will generate noise")
 
     for name, factors in source.extra.items():
         raw = factors.numpy().tobytes()
@@ -163,7 +206,8 @@ def _head(
                 file.writelines(tensor.chunks)
                 file.write(bytes(-tensor.n_bytes % DEFAULT_ALIGNMENT))
             file.truncate(gguf_bytes(metadata, tensors, DEFAULT_ALIGNMENT))
-        yield read_header(path)
+        with named(folder, path):
+            yield read_header(path)
 
 
 def _write(

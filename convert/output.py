@@ -7,6 +7,7 @@ the leftover of a killed run is recognised as one and replaced.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, mib
-from ..files import check_place, is_same, lock, sync_folder
+from ..files import MAX_STEM_BYTES, check_place, is_same, lock, sync_folder
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,61 @@ def output_file(target: str | os.PathLike[str], *, source: Path, force: bool = F
     """
     path = Path(target)
     _check_output(path, source, force)
-    output = Output(path, path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.scratch.part"))
+    output = Output(path, _beside(path, "part"), _beside(path, "scratch.part"))
     fd = _claim(output.part, path)
     try:
         output.scratch.unlink(missing_ok=True)
-        yield output
+        with named(path, output.part, output.scratch):
+            yield output
         output.scratch.unlink(missing_ok=True)
         _publish(output, force)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:
         _release(output, fd)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Claim the name of a whole file beside `target`, which is then split, while the block runs; remove it afterwards.
+
+    Raises:
+        UserError: another run has claimed it, or its folder is not writable.
+    """
+    whole, claim = _beside(target, "whole.part"), _beside(target, "whole.claim.part")
+    fd = _claim(claim, target)
+    try:
+        with named(target, whole):
+            yield whole
+    finally:
+        whole.unlink(missing_ok=True)
+        with suppress(OSError):
+            if is_same(fd, claim):
+                claim.unlink()
+        os.close(fd)
+
+
+@contextmanager
+def named(target: Path | str, *places: Path) -> Iterator[None]:
+    """Let messages from the block name `target` where they would name a file that is gone when they are read."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for place in places:
+            text = text.replace(str(place), str(target))
+        if text == str(error):
+            raise
+        raise type(error)(text) from None
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A hidden name next to `target`; a name that would be too long for a file system is shortened to a digest."""
+    raw = os.fsencode(target.name)
+    if len(raw) <= MAX_STEM_BYTES:
+        return target.with_name(f".{target.name}.{ending}")
+    stem = raw[: MAX_STEM_BYTES - 9].decode("utf-8", errors="ignore")
+    return target.with_name(f".{stem}-{hashlib.sha256(raw).hexdigest()[:8]}.{ending}")
 
 
 def check_space(target: Path, n_bytes: int) -> None:

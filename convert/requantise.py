@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn
 
 from gguf import GGMLQuantizationType
 
-from ..container import GGUFError, Header, read_header
+from ..container import GGUFError, Header, read_header, type_name
 from ..container.reader import DEFAULT_ALIGNMENT
 from ..container.writer import Advance
 from ..errors import UserError
@@ -65,8 +65,7 @@ def check_weight_type(name: str) -> str:
 
 def quantised_types(header: Header) -> list[str]:
     """The quantised types that a model's weights already have; quantising them again loses a little more."""
-    kinds = {GGMLQuantizationType(tensor.type) for tensor in header.tensors} - {*FLOATS}
-    return sorted(kind.name.lower() for kind in kinds)
+    return sorted(type_name(kind).lower() for kind in {tensor.type for tensor in header.tensors} - {*FLOATS})
 
 
 def requantise(

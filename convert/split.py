@@ -16,7 +16,7 @@ from ..container.writer import Advance, MetadataSource, TensorSource, copied, gg
 from ..errors import UserError
 from .embed import check_source, encoded
 from .from_gguf import Bar, no_bar
-from .output import check_space, output_file
+from .output import check_space, output_file, whole_file
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 MAX_PARTS = 65535  # counted in 16 bits, and named in five digits
@@ -81,15 +81,12 @@ def in_parts(
     """Let `convert` write a whole file next to `target`, split it, and remove it again.
 
     Raises:
-        UserError: as for `split_model`, and as raised by `convert`.
+        UserError: as for `split_model`, and as raised by `convert`; or another run is writing there.
     """
-    whole = target.with_name(f".{target.name}.whole.part")
-    try:
+    with whole_file(target) as whole:
         convert(whole)
         with bar("Splitting") as advance:
             return split_model(whole, target, max_bytes, force=force, on_progress=advance)
-    finally:
-        whole.unlink(missing_ok=True)
 
 
 def _parts(header: Header, max_bytes: int) -> list[list[Tensor]]:

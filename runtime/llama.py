@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama import LlamaState as StockState
 
-from ..container import freq_scale, read_header
+from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
@@ -90,6 +90,8 @@ class Llama(llama_cpp.Llama):
         **options: Any,
     ) -> None:
         header = read_header(model_path)
+        if not options.get("vocab_only"):
+            check_has_tensors(header)
         fast_prefill = fast_prefill and not switched_off()
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None

@@ -103,6 +103,8 @@ class Architecture:
         defaults: values for what config.json leaves out.
         activations: what llama.cpp computes in the feed-forward part, by transformers' names.
         rope: which of RoPE's keys llama.cpp's converter writes for it: "common", "phi3", or "none".
+        experts: the config's name for the number of experts, if it has them.
+        aliases: other names of settings in some configs, by name.
         unread: returns notes on settings that llama.cpp does not read from the file and assumes to be different.
     """
 
@@ -114,6 +116,8 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     activations: tuple[str, ...] = ("silu", "swish")
     rope: str = "common"
+    experts: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
     unread: Callable[[Config], tuple[str, ...]] = lambda config: ()
 
 
@@ -123,6 +127,26 @@ def count(name: str) -> Callable[[Config], int]:
 
 def number(name: str) -> Callable[[Config], float]:
     return lambda config: config.number(name)
+
+
+def not_negative(name: str) -> Callable[[Config], float]:
+    def check(config: Config) -> float:
+        if config.number(name) < 0:  # llama.cpp aborts on it, while it computes
+            raise config.wrong(name, "a number of at least 0")
+        return config.number(name)
+
+    return check
+
+
+def experts_used(experts: str) -> Callable[[Config], int]:
+    """The number of experts per token, of those that the config calls `experts`."""
+
+    def check(config: Config) -> int:
+        if config.count("num_experts_per_tok") > config.count(experts):
+            raise config.wrong("num_experts_per_tok", f"at most {experts}, {config.count(experts)}")
+        return config.count("num_experts_per_tok")
+
+    return check
 
 
 def optional(name: str) -> Callable[[Config], int | None]:
@@ -152,7 +176,7 @@ SIZES = (
     Key("feed_forward_length", count("intermediate_size")),
     Key("head_count", count("num_attention_heads")),
     Key("head_count_kv", heads_kv),
-    Key("layer_norm_rms_eps", number("rms_norm_eps")),
+    Key("layer_norm_rms_eps", not_negative("rms_norm_eps")),
 )
 GIVEN_HEADS = (Key("key_length", optional("head_dim")), Key("value_length", optional("head_dim")))
 DERIVED_HEADS = (Key("key_length", head_dim), Key("value_length", head_dim))
@@ -164,7 +188,11 @@ INTERLEAVED = (
 )
 GEMMA_RULES = (Rule(r"lm_head\.weight", Drop()), Rule(r".*norm\.weight", Shift(1.0)))
 
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+"""The default of most classes; those without it have tied embeddings."""
+
 LLAMA_DEFAULTS: dict[str, Any] = {
+    **UNTIED,
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -176,7 +204,13 @@ MISTRAL_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
 }
-QWEN_DEFAULTS: dict[str, Any] = {**LLAMA_DEFAULTS, "vocab_size": 151936, "max_position_embeddings": 32768}
+QWEN_DEFAULTS: dict[str, Any] = {
+    **LLAMA_DEFAULTS,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 GEMMA_DEFAULTS: dict[str, Any] = {
     "vocab_size": 256000,
     "max_position_embeddings": 8192,
@@ -193,9 +227,31 @@ GELU = ("gelu_pytorch_tanh", "gelu")
 
 def _ignored_window(config: Config) -> tuple[str, ...]:
     window, context = config.get("sliding_window"), config.count("max_position_embeddings")
-    if isinstance(window, int) and window < context:
+    if isinstance(window, int) and not isinstance(window, bool) and 0 < window < context:
         return (f"sliding_window {window:,}: llama.cpp lets every token attend to all before it",)
     return ()
+
+
+def _ignored_switched_window(config: Config) -> tuple[str, ...]:
+    """Qwen and SmolLM3: a window only if it is switched on, in the layers of `layer_types` or from a layer on."""
+    if not config.get("use_sliding_window"):
+        return ()
+    kinds, first = config.get("layer_types"), config.get("max_window_layers")
+    if isinstance(kinds, list):
+        used = "sliding_attention" in kinds
+    else:
+        used = not isinstance(first, int) or first < config.count("num_hidden_layers")
+    return _ignored_window(config) if used else ()
+
+
+def _normalised_experts(config: Config) -> tuple[str, ...]:
+    if config.get("norm_topk_prob"):
+        return ()
+    return ("norm_topk_prob false: llama.cpp makes the weights of a token's experts sum to 1",)
+
+
+def _checks(*checks: Callable[[Config], tuple[str, ...]]) -> Callable[[Config], tuple[str, ...]]:
+    return lambda config: tuple(note for check in checks for note in check(config))
 
 
 def _every_fourth_without_rope(config: Config) -> tuple[str, ...]:
@@ -211,12 +267,20 @@ def _gemma(period: int, largest: int) -> Callable[[Config], tuple[str, ...]]:
     def check(config: Config) -> tuple[str, ...]:
         notes, n = [], config.count("num_hidden_layers")
         kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
-        if config.get("layer_types") not in (None, kinds):
-            notes.append(f"layer_types: llama.cpp gives full attention to one layer in {period}")
+        for name, usual in (("layer_types", kinds), ("sliding_window_pattern", period)):
+            if config.get(name) not in (None, usual):
+                notes.append(f"{name}: llama.cpp gives full attention to one layer in {period}")
+                break
         width = config.count("hidden_size") // config.count("num_attention_heads") if n == largest else head_dim(config)
         if config.get("query_pre_attn_scalar") not in (None, width):
             given = config.get("query_pre_attn_scalar")
             notes.append(f"query_pre_attn_scalar {given}: llama.cpp assumes {width}, so the answers will differ")
+        if config.get("use_bidirectional_attention"):
+            notes.append("use_bidirectional_attention: llama.cpp lets a token attend only to those before it")
+        if config.get("attn_logit_softcapping") and period != 2:
+            notes.append("attn_logit_softcapping: llama.cpp does not limit attention's logits in this architecture")
+        if config.get("tie_word_embeddings") is False and period == 2:
+            notes.append("tie_word_embeddings false: llama.cpp uses the embedding as the output")
         return tuple(notes)
 
     return check
@@ -248,7 +312,7 @@ ARCHITECTURES = (
             *GIVEN_HEADS,
             *LLAMA_SIZES,
             Key("expert_count", count("num_local_experts")),
-            Key("expert_used_count", count("num_experts_per_tok")),
+            Key("expert_used_count", experts_used("num_local_experts")),
         ),
         rules=(
             *INTERLEAVED,
@@ -265,6 +329,8 @@ ARCHITECTURES = (
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
+        experts="num_local_experts",
+        aliases={"num_local_experts": "num_experts"},
         unread=_ignored_window,
     ),
     Architecture(
@@ -275,12 +341,13 @@ ARCHITECTURES = (
         tokeniser=LLAMA,
         defaults={
             **LLAMA_DEFAULTS,
+            "tie_word_embeddings": True,
             "vocab_size": 128256,
             "max_position_embeddings": 32768,
             "num_key_value_heads": 4,
             "rope_theta": 2e6,
         },
-        unread=_every_fourth_without_rope,
+        unread=_checks(_every_fourth_without_rope, _ignored_switched_window),
     ),
     Architecture(
         classes=("Qwen2ForCausalLM",),
@@ -288,6 +355,7 @@ ARCHITECTURES = (
         keys=(*SIZES, *GIVEN_HEADS),
         tokeniser=QWEN,
         defaults={**QWEN_DEFAULTS, "num_key_value_heads": 32},
+        unread=_ignored_switched_window,
     ),
     Architecture(
         classes=("Qwen3ForCausalLM",),
@@ -295,6 +363,7 @@ ARCHITECTURES = (
         keys=(*SIZES, *GIVEN_HEADS),
         tokeniser=QWEN,
         defaults={**QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
+        unread=_ignored_switched_window,
     ),
     Architecture(
         classes=("Qwen3MoeForCausalLM",),
@@ -303,7 +372,7 @@ ARCHITECTURES = (
             *SIZES,
             *GIVEN_HEADS,
             Key("expert_count", count("num_experts")),
-            Key("expert_used_count", count("num_experts_per_tok")),
+            Key("expert_used_count", experts_used("num_experts")),
             Key("expert_feed_forward_length", count("moe_intermediate_size")),
         ),
         rules=(
@@ -324,6 +393,9 @@ ARCHITECTURES = (
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
+        experts="num_experts",
+        aliases={"num_experts": "num_local_experts"},
+        unread=_checks(_ignored_switched_window, _normalised_experts),
     ),
     Architecture(
         classes=("Phi3ForCausalLM",),
@@ -331,6 +403,7 @@ ARCHITECTURES = (
         keys=(*SIZES, Key("sliding_window", lambda config: config.optional("sliding_window") or 0)),
         tokeniser=PHI3,
         defaults={
+            **UNTIED,
             "vocab_size": 32064,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
@@ -340,6 +413,7 @@ ARCHITECTURES = (
             "hidden_act": "silu",
         },
         rope="phi3",
+        unread=_ignored_window,
     ),
     Architecture(
         classes=("Gemma2ForCausalLM",),

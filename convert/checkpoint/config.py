@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from ...errors import UserError
 from ..json_file import read_json
 
 MAX_COUNT = 1 << 31  # GGUF holds these as 32 bits
+MAX_NUMBER = 3.4e38  # and fractions as float32
+SCALING = ("rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,47 @@ class Config:
         return None if self.get(name) is None else self.count(name)
 
     def finite(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong(name, "a number", value)
+        """`value` as a number that fits in float32.
+
+        Raises:
+            UserError: it does not.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+            large = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) > MAX_NUMBER
+            raise self.wrong(name, f"a number up to {MAX_NUMBER:g}" if large else "a number", value)
         return float(value)
+
+    def check_scaling(self) -> None:
+        """Check the numbers in RoPE's maps, with which logarithms and powers are computed.
+
+        Raises:
+            UserError: one does not fit in float32, or the original context is too short for a logarithm.
+        """
+        for name in SCALING:
+            self._check_numbers(name, self.get(name))
+        original = self.get("original_max_position_embeddings")
+        self._check_numbers("original_max_position_embeddings", original)
+
+    def _check_numbers(self, name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                self._check_numbers(f"{name}.{key}", item)
+        elif isinstance(value, list):
+            for item in value:
+                self._check_numbers(name, item)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            self.finite(name, value)
+            if name.endswith("original_max_position_embeddings") and value < 2:
+                raise self.wrong(name, "a number of tokens, at least 2", value)
 
     def wrong(self, name: str, expected: str, found: Any = None) -> UserError:
         value = repr(self.get(name) if found is None else found)
         return UserError(f"{self.path}: {name}: {value[:60]}, expected {expected}")
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
-        return Config(self.path, {**defaults, **self.values})
+    def with_defaults(self, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Config:
+        """Fill in what the config omits: from a setting's other name, or else by default."""
+        found = {name: self.values[other] for name, other in (aliases or {}).items() if other in self.values}
+        return Config(self.path, {**defaults, **found, **self.values})
 
     def _given(self, name: str) -> Any:
         if self.get(name) is None:
@@ -73,6 +105,10 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder}: a LoRA adapter alone, expected the model with it merged (merge_and_unload, save_pretrained)"
+            )
         raise UserError(f"{folder}: no config.json, expected a Hugging Face checkpoint")
     values = read_json(path)
     inner = values.get("text_config")

@@ -34,18 +34,20 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Tensor types by their names in safetensors."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint and the file that holds it."""
+    """One tensor of a checkpoint and the file that holds it; if it has a scale, it is read as float32."""
 
     name: str
     shard: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scale: Scale | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -53,26 +55,40 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Factors for a tensor's numbers: for the whole, its rows, or blocks of a size in its last dimensions."""
+
+    stored: StoredTensor
+    block: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder and its tensors by name, ordered by shard, then by name."""
+    """A checkpoint's folder, its tensors by name, ordered by shard, then by name, and notes for the user."""
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
+    notes: tuple[str, ...] = ()
     _kept: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, memory-mapped from its shard.
+        """Return a tensor: memory-mapped from its shard, or as float32 if it has a scale.
 
         Raises:
             UserError: the shard cannot be read, or has changed since it was opened.
         """
         stored = self.tensors[name]
+        if stored.scale is None:
+            return self._stored(stored)
+        return _scaled(self._stored(stored), self._stored(stored.scale.stored), stored.scale.block)
+
+    def _stored(self, stored: StoredTensor) -> torch.Tensor:
         if stored.shard.suffix == ".safetensors":
             tensor = _read_safetensor(stored)
         else:
-            tensor = self._pickled(stored.shard)[name]
+            tensor = self._pickled(stored.shard)[stored.name]
         if tuple(tensor.shape) != stored.shape or tensor.dtype != stored.dtype:
-            raise UserError(f"{stored.shard}: {name}: changed while it was being read")
+            raise UserError(f"{stored.shard}: {stored.name}: changed while it was being read")
         return tensor
 
     def _pickled(self, shard: Path) -> dict[str, torch.Tensor]:
@@ -89,24 +105,41 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find a checkpoint's tensors without reading them: safetensors, or else pytorch_model*.bin.
 
+    As in transformers, a single file comes before an index, which may be left over; so may be an index's names.
+
     Raises:
-        UserError: there are none, a shard is missing or broken, or the index does not match the tensors.
+        UserError: there are none, or a shard is missing or broken.
     """
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        indexed = read_json(index).get("weight_map") if index.is_file() else None
-        shards = _indexed_shards(index, indexed) if index.is_file() else sorted(folder.glob(f"{stem}*{suffix}"))
+        index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        notes: tuple[str, ...] = ()
+        indexed = None
+        if index.is_file() and single.is_file():
+            notes = (f"{index.name}: ignored, as all weights are in {single.name}",)
+            shards = [single]
+        elif index.is_file():
+            indexed = read_json(index).get("weight_map")
+            shards = _indexed_shards(index, indexed)
+        else:
+            shards = sorted(folder.glob(f"{stem}*{suffix}"))
         if shards:
-            found: dict[str, StoredTensor] = {}
-            for shard in shards:
-                for stored in _tensors_of(shard):
-                    if stored.name in found:
-                        raise UserError(f"{shard}: {stored.name}: is also in {found[stored.name].shard.name}")
-                    found[stored.name] = stored
+            found = _found(shards)
             if isinstance(indexed, dict):
-                _check_index(index, indexed, found)
-            return Checkpoint(folder, found)
+                notes = _index_notes(index, indexed, found)
+            return Checkpoint(folder, found, notes)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: a LoRA adapter alone, expected the model with it merged (merge_and_unload)")
     raise UserError(f"{folder}: no weights, expected model*.safetensors or pytorch_model*.bin")
+
+
+def _found(shards: list[Path]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for stored in _tensors_of(shard):
+            if stored.name in found:
+                raise UserError(f"{shard}: {stored.name}: is also in {found[stored.name].shard.name}")
+            found[stored.name] = stored
+    return found
 
 
 def _indexed_shards(index: Path, weight_map: Any) -> list[Path]:
@@ -126,13 +159,17 @@ def _is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, StoredTensor]) -> None:
-    for name, shard in weight_map.items():
-        if name not in found:
-            raise UserError(f"{index}: {name}: is not in {shard}")
-    for name, stored in found.items():
-        if name not in weight_map:
-            raise UserError(f"{stored.shard}: {name}: is not in {index.name}")
+def _index_notes(index: Path, weight_map: Mapping[str, str], found: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Notes on names that only the index or only the shards have; what a model needs is checked later."""
+    notes = []
+    for names, where in (
+        ([name for name in weight_map if name not in found], "in no shard"),
+        ([name for name in found if name not in weight_map], "not in the index"),
+    ):
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            notes.append(f"{index.name}: out of date: {names[0]}{more} {where}")
+    return tuple(notes)
 
 
 def _tensors_of(shard: Path) -> list[StoredTensor]:
@@ -168,6 +205,19 @@ def _read_safetensor(stored: StoredTensor) -> torch.Tensor:
             return tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{stored.shard}: {stored.name}: cannot be read: {_line(error)}") from None
+
+
+def _scaled(tensor: torch.Tensor, scale: torch.Tensor, block: tuple[int, ...] | None) -> torch.Tensor:
+    """A tensor's numbers times their scales, as float32, in the same order of operations as llama.cpp's converter."""
+    scale = scale.to(torch.float32)
+    if block is not None and scale.dim() >= len(block):
+        first = scale.dim() - len(block)
+        for i, size in enumerate(block):
+            scale = scale.repeat_interleave(size, first + i)
+        scale = scale[tuple(slice(0, size) for size in tensor.shape)]  # the last block may be cut off
+    while scale.dim() < tensor.dim():
+        scale = scale.unsqueeze(-1)
+    return tensor.to(torch.float32).mul_(scale)
 
 
 def _load_pickled(shard: Path) -> tuple[dict[str, torch.Tensor], bool]:

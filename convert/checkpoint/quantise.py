@@ -11,12 +11,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from gguf.quants import quantize
 
+from ...errors import UserError
 from .tensors import Planned, TensorPart
 
 CHUNK_NUMBERS = 1 << 20
@@ -24,30 +26,48 @@ AHEAD = 16  # chunks in flight: enough for any number of cores that a disk can k
 
 Read = Callable[[str], torch.Tensor]
 
+LARGEST = {
+    GGMLQuantizationType.F32: 3.4028235677973366e38,
+    GGMLQuantizationType.F16: 65520.0,
+    GGMLQuantizationType.BF16: 3.3961775292304612e38,
+    GGMLQuantizationType.Q8_0: 127 * 65520.0,  # a block's scale is a float16
+}
+"""The smallest numbers that would become infinite, by type."""
+
+
+class TooLarge(UserError):
+    """A finite number that would become infinite in the type to be written."""
+
 
 def tensor_bytes(planned: Planned) -> int:
     """The number of bytes that the tensor takes in the file."""
     return math.prod(quant_shape_to_byte_shape(planned.shape, planned.type)) if planned.shape else 4
 
 
-def quantised(planned: Planned, read: Read, pool: ThreadPoolExecutor, on_nan: Callable[[str], None]) -> Iterator[bytes]:
-    """Yield the tensor's bytes in order; `on_nan` is called with the name of a stored tensor that contains NaNs."""
-    ahead: deque[Future[tuple[bytes, bool]]] = deque()
+def quantised(
+    planned: Planned, read: Read, pool: ThreadPoolExecutor, on_odd: Callable[[str, str], None]
+) -> Iterator[bytes]:
+    """Yield the tensor's bytes in order; `on_odd` is called with a stored tensor's name, and "NaNs" or "infinities".
+
+    Raises:
+        TooLarge: a finite number would become infinite in the tensor's type.
+    """
+    ahead: deque[Future[tuple[bytes, frozenset[str]]]] = deque()
     for part in planned.parts:
         tensor = part.view(read(part.stored.name))
-        bad = False
+        odd: set[str] = set()
         for rows in _chunks(tensor):
             ahead.append(pool.submit(_quantise, rows, part, planned.type))
             while len(ahead) >= AHEAD:
-                raw, nan = ahead.popleft().result()
-                bad |= nan
+                raw, found = ahead.popleft().result()
+                odd |= found
                 yield raw
         while ahead:
-            raw, nan = ahead.popleft().result()
-            bad |= nan
+            raw, found = ahead.popleft().result()
+            odd |= found
             yield raw
-        if bad:
-            on_nan(part.stored.name)
+        for what in sorted(odd):
+            on_odd(part.stored.name, what)
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -62,13 +82,30 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield rows[start : start + step]
 
 
-def _quantise(rows: torch.Tensor, part: TensorPart, kind: GGMLQuantizationType) -> tuple[bytes, bool]:
-    if kind == GGMLQuantizationType.BF16 and rows.dtype == torch.bfloat16 and not part.shift:
-        nan = bool(rows.isnan().any())
-        if not nan:  # nothing to round
-            return rows.contiguous().view(torch.uint8).numpy().tobytes(), False
+def _quantise(rows: torch.Tensor, part: TensorPart, kind: GGMLQuantizationType) -> tuple[bytes, frozenset[str]]:
+    as_stored = kind == GGMLQuantizationType.BF16 and rows.dtype == torch.bfloat16 and not part.shift
+    if as_stored and bool(rows.isfinite().all()):  # nothing to round
+        return rows.contiguous().view(torch.uint8).numpy().tobytes(), frozenset()
     floats = rows if rows.dtype in (torch.float16, torch.float32) else rows.to(torch.float32)
     numbers = (floats + part.shift if part.shift else floats).contiguous().numpy()
-    nan = bool(np.isnan(np.min(numbers))) if numbers.size else False
-    with np.errstate(invalid="ignore"):  # NaNs are reported once
-        return quantize(numbers, kind).tobytes(), nan
+    odd = _check_range(rows, numbers, part, kind)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaNs and infinities are reported once
+        return quantize(numbers, kind).tobytes(), odd
+
+
+def _check_range(
+    rows: torch.Tensor, numbers: np.ndarray[Any, np.dtype[Any]], part: TensorPart, kind: GGMLQuantizationType
+) -> frozenset[str]:
+    """Refuse finite numbers that are too large for the type; return what else there is besides finite numbers."""
+    if not numbers.size:
+        return frozenset()
+    low, high = float(np.min(numbers)), float(np.max(numbers))
+    if max(-low, high) < LARGEST.get(kind, np.inf):  # false for NaNs
+        return frozenset()
+    wide = rows.to(torch.float64)  # float8 has no functions of its own
+    finite = wide[wide.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    if largest >= LARGEST.get(kind, np.inf):
+        raise TooLarge(f"{part.stored.shard}: {part.stored.name}: {largest:.4g} is too large for {kind.name.lower()}")
+    found = {"NaNs": bool(wide.isnan().any()), "infinities": bool(wide.isinf().any())}
+    return frozenset(what for what, there in found.items() if there)

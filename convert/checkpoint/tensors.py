@@ -15,9 +15,10 @@ import torch
 from gguf import GGMLQuantizationType, get_tensor_name_map
 
 from ...errors import UserError
-from .architectures import Architecture, Drop, Halves, Permute, Rename, Rule, Shift, Stack, TrimRows, head_dim, heads_kv
+from .architectures import Architecture, Drop, Halves, Permute, Rename, Rule, Shift, Stack, TrimRows
 from .config import Config
 from .folder import Checkpoint, StoredTensor
+from .loader import Slot, loader_slots
 
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,8 +28,18 @@ BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 OTHER_MODALITIES = re.compile(r"(^|\.)(vision_|audio_|visual\.)|projector\.|vision_tower|audio_tower")
 """Matches in names of weights that do not belong to the language model."""
 
+WRAPPERS = {
+    "base_model.model.": "of a PEFT wrapper, expected the merged model (merge_and_unload, then save_pretrained)",
+    "_orig_mod.": "of a compiled model (torch.compile), expected its _orig_mod, saved by save_pretrained",
+    "module.": "of a DataParallel, DDP or FSDP wrapper, expected its module, saved by save_pretrained",
+}
+"""Beginnings of names that a program has put around a model's own, and what they say."""
+
 FLOAT32_NAMES = ("ffn_gate_inp.weight",)
 """Name endings of matrices that are float32 in every file, as llama.cpp expects; so are vectors and norms."""
+
+
+VOCABULARY_WIDE = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,14 @@ def plan_tensors(
     names = get_tensor_name_map(entry.arch, _layers(checkpoint, config))
     planned: dict[str, Planned] = {}
     for name, shape, parts in _changed(checkpoint, config, entry, rows):
+        _check_floats(parts)
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            where = parts[0].stored
-            raise UserError(f"{where.shard}: {where.name}: not a tensor of {entry.classes[0]}")
+            raise _unknown(parts[0].stored, entry)
         if new in planned:
             raise UserError(f"{parts[0].stored.shard}: {parts[0].stored.name}: is a second {new}")
         planned[new] = Planned(new, shape, _type_of(new, shape, wanted), parts)
-    _check_complete(checkpoint, config, planned)
+    _check_slots(checkpoint, config, entry, planned, rows)
     return tuple(planned.values())
 
 
@@ -210,54 +221,67 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
     return wanted
 
 
-def _check_complete(checkpoint: Checkpoint, config: Config, planned: Mapping[str, Planned]) -> None:
-    """Check that every layer has the same tensors, and that the sizes are those of the config."""
-    names = ["token_embd.weight", "output_norm.weight"]
-    if config.get("tie_word_embeddings") is False:
-        names.append("output.weight")
-    for name in names:
-        if name not in planned:
-            raise UserError(f"{checkpoint.folder}: no tensor for {name}, expected one ({config.path.name})")
+def _check_slots(
+    checkpoint: Checkpoint, config: Config, entry: Architecture, planned: Mapping[str, Planned], rows: int
+) -> None:
+    """Check that llama.cpp's loader has a place for every tensor, of its shape, and that it finds all that it needs."""
+    slots = loader_slots(entry, config, rows)
     layers: dict[int, set[str]] = {i: set() for i in range(config.count("num_hidden_layers"))}
-    for name in planned:
-        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+    for tensor in planned.values():
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", tensor.name)
         if match:
             layers[int(match.group(1))].add(match.group(2))
+        slot = slots.get(f"blk.*.{match.group(2)}" if match else tensor.name)
+        if slot is None:
+            stored = tensor.parts[0].stored
+            raise UserError(
+                f"{stored.shard}: {stored.name}: llama.cpp takes no {tensor.name} in a {entry.classes[0]} model"
+            )
+        _check_shape(config, tensor, slot)
+    for name, slot in slots.items():
+        if slot.required and not name.startswith("blk.") and name not in planned:
+            raise UserError(
+                f"{checkpoint.folder}: no tensor for {name}, expected one ({config.path.name}): {slot.usual}"
+            )
+    by_name = {name.removeprefix("blk.*."): slot for name, slot in slots.items() if name.startswith("blk.")}
     every = set().union(*layers.values())
     for i, found in layers.items():
-        for missing in sorted(every - found):
-            raise UserError(f"{checkpoint.folder}: layer {i} has no tensor for {missing}, which other layers have")
-    for tensor in planned.values():
-        _check_shape(config, tensor)
+        for missing in sorted((every | {name for name, slot in by_name.items() if slot.required}) - found):
+            why = "which other layers have" if missing in every else "which every layer needs"
+            usual = by_name[missing].usual.replace("*", str(i))
+            raise UserError(f"{checkpoint.folder}: layer {i} has no tensor for {missing}, {why}: {usual}")
 
 
-def _check_shape(config: Config, tensor: Planned) -> None:
-    """Check the widths that the config gives; the rest follows from them, or is checked by llama.cpp."""
-    embedding = config.count("hidden_size")
-    heads, dimensions = config.count("num_attention_heads"), head_dim(config)
-    expected: dict[str, tuple[int | None, ...]] = {
-        "token_embd.weight": (None, embedding),
-        "output.weight": (None, embedding),
-        "attn_q.weight": (heads * dimensions, embedding),
-        "attn_k.weight": (heads_kv(config) * dimensions, embedding),
-        "attn_v.weight": (heads_kv(config) * dimensions, embedding),
-        "attn_qkv.weight": ((heads + 2 * heads_kv(config)) * dimensions, embedding),
-        "attn_output.weight": (embedding, heads * dimensions),
-        "ffn_gate.weight": (config.count("intermediate_size"), embedding),
-        "ffn_up.weight": (None, embedding),
-        "ffn_down.weight": (embedding, config.count("intermediate_size")),
-        "attn_norm.weight": (embedding,),
-        "ffn_norm.weight": (embedding,),
-        "output_norm.weight": (embedding,),
-    }
-    wanted = expected.get(re.sub(r"^blk\.\d+\.", "", tensor.name))
-    if wanted is None:
+def _check_floats(parts: tuple[TensorPart, ...]) -> None:
+    for part in parts:
+        if part.stored.scale is None and not part.stored.dtype.is_floating_point:
+            kind = str(part.stored.dtype).removeprefix("torch.")
+            raise UserError(f"{part.stored.shard}: {part.stored.name}: {kind} numbers, expected floats")
+
+
+def _unknown(stored: StoredTensor, entry: Architecture) -> UserError:
+    """A name that gguf's map does not know."""
+    where = f"{stored.shard}: {stored.name}: "
+    if ".lora_" in stored.name:
+        return UserError(f"{where}a LoRA adapter's weight, expected a model with the adapter merged (merge_and_unload)")
+    for start, what in WRAPPERS.items():
+        if stored.name.startswith(start):
+            return UserError(f"{where}its name begins with {start!r}, which is {what}")
+    return UserError(f"{where}not a tensor of {entry.classes[0]}")
+
+
+def _check_shape(config: Config, tensor: Planned, slot: Slot) -> None:
+    if tensor.shape == slot.shape:
         return
-    if len(wanted) != len(tensor.shape) or any(
-        size is not None and size != found for size, found in zip(wanted, tensor.shape, strict=True)
-    ):
-        sizes = ", ".join("*" if size is None else str(size) for size in wanted)
-        raise _bad_shape(tensor.parts[0].stored, f"[{sizes}] from {config.path.name}")
+    stored = tensor.parts[0].stored
+    if len(tensor.parts) > 1:  # experts, one stored tensor each
+        expected = str(list(slot.shape[1:]))
+    elif stored.shape == tensor.shape:
+        expected = str(list(slot.shape))
+    else:
+        expected = f"{list(slot.shape)} in {tensor.name} instead of {list(tensor.shape)}"
+    rows = " and one row for each token" if slot.usual in VOCABULARY_WIDE else ""
+    raise _bad_shape(stored, f"{expected} from {config.path.name}{rows}")
 
 
 def _bad_shape(stored: StoredTensor, expected: str) -> UserError:

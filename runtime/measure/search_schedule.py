@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ...container import model_digest, read_header, schedule_of
+from ...container import check_has_tensors, model_digest, read_header, schedule_of
 from ...errors import UserError
 from ...factors import Band, Schedule, doubling_contexts
 from ...factors.search import (
@@ -132,7 +132,7 @@ def search_schedule(
         UserError: texts too short, a model without RoPE, a journal of another search, a budget too small, …; results
             so far are kept.
     """
-    base = schedule_of(read_header(plan.model))
+    base = _base(plan.model)
     _check(plan, base)
     contexts = [*([base.context] if plan.readjust else []), *plan.contexts]
     plan = replace(plan, texts=_long_enough(plan, contexts[-1], on_event))
@@ -153,13 +153,20 @@ def search_schedule(
     return Schedule(facts=base.facts, bands=tuple(bands)), tuple(found)
 
 
+def _base(model: Path) -> Schedule:
+    """The schedule to start from, of a file that is a whole model."""
+    header = read_header(model)
+    check_has_tensors(header)
+    return schedule_of(header)
+
+
 def default_contexts(model: Path, context: int) -> tuple[int, ...]:
     """Return contexts for bands up to `context`, each twice the one before.
 
     Raises:
         UserError: the model holds as much already, or has no RoPE.
     """
-    base = schedule_of(read_header(model))
+    base = _base(model)
     if context <= base.context:
         raise UserError(f"context: {context:,}, expected more than the {base.context:,} that the model holds already")
     return tuple(doubling_contexts(base.context, context))

@@ -237,6 +237,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "yarn that stretches too far": ({"scaling": yarn_of(1e8, 64)}, "rope.scaling.factor: 1e.08 times the original"),
     "attention factor": ({"scaling": {"attn_factor": 0.0}}, "rope.scaling.attn_factor: 0, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
+    "betas huge": (
+        {"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_fast=1e30)},
+        "yarn_beta_fast: 1e.30, exp",
+    ),
     "original": ({"scaling": yarn_of(4.0, 2**32 - 1)}, "original_context_length: 4294967295, expected"),
     "freqs not a number": ({"rope_freqs": [1.0] * 15 + [NAN]}, "'rope_freqs.weight': element 15 is nan"),
     "freqs huge": ({"rope_freqs": [1.0] * 15 + [HUGE]}, "'rope_freqs.weight': element 15 is 3e"),

@@ -51,10 +51,30 @@ def test_what_is_missing_is_named(tmp_path):
     refused(tmp_path, r"two.safetensors: missing, although model.safetensors.index.json names it for 1 of the tensors")
     save_file({"a": A}, tmp_path / "two.safetensors")
     refused(tmp_path, "two.safetensors: a: is also in one.safetensors")
-    save_file({"c": A}, tmp_path / "two.safetensors")
-    refused(tmp_path, "index.json: b: is not in two.safetensors")
-    save_file({"b": B, "c": A}, tmp_path / "two.safetensors")
-    refused(tmp_path, "two.safetensors: c: is not in model.safetensors.index.json")
+    (tmp_path / "two.safetensors").unlink()
+    index.unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "a LoRA adapter alone, expected the model with it merged")
+    with pytest.raises(UserError, match="a LoRA adapter alone"):
+        read_config(tmp_path)
+
+
+def test_an_index_that_is_out_of_date_is_noted(tmp_path):
+    """What the model needs is checked later; a list of names alone never stops it."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
+    save_file({"a": A, "c": A + 1, "d": B}, tmp_path / "one.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.tensors) == ["a", "c", "d"]
+    assert checkpoint.notes == (
+        "model.safetensors.index.json: out of date: b in no shard",
+        "model.safetensors.index.json: out of date: c and 1 more not in the index",
+    )
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.tensors) == ["a"] and checkpoint.tensors["a"].shard.name == "model.safetensors"
+    assert checkpoint.notes == ("model.safetensors.index.json: ignored, as all weights are in model.safetensors",)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_yarn_with_its_own_betas_and_attention_factor_gives_transformers_logits(
         ),
         ({"architectures": None}, "architectures: None, expected a list"),
         ({"hidden_size": "64"}, "config.json: hidden_size: '64', expected a positive whole number"),
-        ({"hidden_size": 128}, r"shape \[512, 64\], expected \[\*, 128\] from config.json"),
+        ({"hidden_size": 128}, r"shape \[512, 64\], expected \[512, 128\] from config.json"),
         (
             {"num_attention_heads": 7},
             r"shape \[64, 128\], expected \[64, 224\] from config.json",
@@ -176,7 +176,16 @@ def test_yarn_with_its_own_betas_and_attention_factor_gives_transformers_logits(
             "long_factor: '?1 numbers'?, expected a list of",
         ),
         ({"max_position_embeddings": -5}, "max_position_embeddings: -5, expected a positive whole number"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: .*gptq.*, expected none"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps: -1e-06, expected a number of at least 0"),
+        ({"rope_theta": 1e39}, "rope_theta: 1e\\+39, expected a number up to 3.4e"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+            "rope_scaling.factor: 1000.*, expected a number up",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}},
+            "original_max_position_embeddings: 1, expected a number of tokens, at least 2",
+        ),
     ],
 )
 def test_an_invalid_config(copy, tmp_path, config, message):

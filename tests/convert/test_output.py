@@ -282,3 +282,16 @@ def test_progress_reaches_its_end(source, schedule, place):
     embed_schedule(source, place / "out.gguf", schedule, on_progress=lambda done, total: seen.append((done, total)))
     size = (place / "out.gguf").stat().st_size
     assert seen[-1] == (size, size) and seen == sorted(seen)
+
+
+def test_a_name_as_long_as_the_file_system_takes(source, place):
+    target = place / f"{'n' * 250}.gguf"
+    with output_file(target, source=source) as output:
+        output.part.write_bytes(b"ours")
+    assert target.read_bytes() == b"ours" and [path.name for path in place.iterdir()] == [target.name]
+
+
+def test_messages_name_the_output(source, place):
+    with pytest.raises(UserError) as error, output_file(place / "out.gguf", source=source) as output:
+        raise UserError(f"{output.scratch}: broken")
+    assert str(error.value) == f"{place / 'out.gguf'}: broken"

@@ -1,12 +1,15 @@
 """Several files instead of one: how llama.cpp reads them, their sizes, and what is left after a failure."""
 
+import shutil
+
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
 import ropewalk
 from ropewalk.container import model_parts, read_header
-from ropewalk.convert.split import parse_size, split_model
+from ropewalk.convert import convert_model
+from ropewalk.convert.split import in_parts, parse_size, split_model
 from ropewalk.errors import UserError
 
 
@@ -88,3 +91,40 @@ def test_a_part_that_is_not_the_first_and_one_that_is_missing(model, tmp_path):
     names[1].unlink()
     with pytest.raises(UserError, match=r"out-00002.*cannot read"):
         model_parts(read_header(names[0]))
+
+
+def test_a_second_run_leaves_the_first_ones_files_alone(model, tmp_path):
+    target, limit = tmp_path / "out.gguf", max(t.n_bytes for t in read_header(model).tensors)
+
+    def second(_):
+        raise AssertionError("started while another run is writing")
+
+    def first(whole):
+        shutil.copy(model, whole)
+        with pytest.raises(UserError, match=r"out.gguf: another run is writing it"):
+            in_parts(second, target, limit)
+        assert whole.read_bytes() == model.read_bytes()
+
+    names = in_parts(first, target, limit)
+    assert sorted(tmp_path.iterdir()) == sorted([model, *names])
+
+
+def test_what_a_killed_run_left_is_replaced(model, tmp_path):
+    for name in (".out.gguf.whole.part", ".out.gguf.whole.claim.part"):
+        (tmp_path / name).write_bytes(b"half")
+    limit = max(t.n_bytes for t in read_header(model).tensors)
+    names = in_parts(
+        lambda whole: convert_model(model, whole, weight_type="f16", force=True), tmp_path / "out.gguf", limit
+    )
+    assert sorted(tmp_path.iterdir()) == sorted([model, *names])
+
+
+def test_messages_name_the_output_and_not_the_file_beside_it(model, tmp_path):
+    def convert(whole):
+        assert whole.name.startswith(".")
+        raise UserError(f"{whole}: cannot write: the disk is full")
+
+    with pytest.raises(UserError) as error:
+        in_parts(convert, tmp_path / "out.gguf", 1 << 30)
+    assert str(error.value) == f"{tmp_path / 'out.gguf'}: cannot write: the disk is full"
+    assert list(tmp_path.iterdir()) == [model]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from gguf import GGMLQuantizationType
 
-from ....container import GGUFError, Header, trained_schedule
+from ....container import GGUFError, Header, trained_schedule, type_name
 from ....container import Tensor as TensorInfo
 from ....errors import UserError, mib
 from ....factors import RopeFacts
@@ -31,7 +31,7 @@ UNCOVERED = ("attn_logit_softcapping", "final_logit_softcapping", "attention.tem
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
-_PLAIN = {
+_PLAIN: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
@@ -269,9 +269,10 @@ class _Builder:
             raise GGUFError(f"{self.header.path}: tensor {name!r}: missing, expected one of shape {list(shape)}")
         if tensor.shape != shape:
             raise GGUFError(f"{self.header.path}: tensor {name!r}: shape {list(tensor.shape)}, expected {list(shape)}")
-        kind = GGMLQuantizationType(tensor.type)
-        if kind not in _PLAIN and not ggml.is_blocks(tensor.type):
-            raise GGUFError(f"{self.header.path}: tensor {name!r}: type {kind.name}, expected a type of weights")
+        if tensor.type not in _PLAIN and not ggml.is_blocks(tensor.type):
+            raise GGUFError(
+                f"{self.header.path}: tensor {name!r}: type {type_name(tensor.type)}, expected a type of weights"
+            )
         self.taken.add(name)
         if self.file is not None:
             self._read(self.file, tensor, out.view(-1, shape[0]))
@@ -292,7 +293,7 @@ class _Builder:
 
 def _dequantise(raw: bytearray, kind: int, out: torch.Tensor) -> None:
     """Dequantise the bytes of some rows into `out`."""
-    plain = _PLAIN.get(GGMLQuantizationType(kind))
+    plain = _PLAIN.get(kind)
     if plain is not None:
         out.copy_(torch.frombuffer(raw, dtype=plain).view(out.shape))
         return
