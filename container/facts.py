@@ -33,6 +33,7 @@ from .tensor_types import type_name
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+LARGEST_SETTING = 1e9  # of attention factors and betas, with which powers and logarithms are computed
 LARGEST_FACTOR = 1e38  # 1e30 is real: Gemma 4's pairs that do not rotate
 
 
@@ -129,8 +130,8 @@ def plain_context(header: Header) -> int:
 
 def _positive(header: Header, key: str, default: float) -> float:
     value = header.number(key, default)
-    if value <= 0:
-        raise GGUFError(f"{header.path}: {key}: {value:g}, expected a number above 0")
+    if not 0 < value <= LARGEST_SETTING:
+        raise GGUFError(f"{header.path}: {key}: {value:g}, expected a number above 0, and at most {LARGEST_SETTING:g}")
     return value
 
 

@@ -8,6 +8,7 @@ scaling that the file had before (its keys, Llama 3's `rope_freqs`) is removed; 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -161,7 +162,14 @@ def _factor_tensor(name: str, band: Band) -> TensorSource:
     return TensorSource(name, factors.shape, int(GGMLQuantizationType.F32), factors.nbytes, [factors.tobytes()])
 
 
-def encoded(value: Value) -> MetadataSource:
-    """Encode a value for writing."""
-    raw = encode(value)
+def encoded(value: Value, where: str = "the schedule") -> MetadataSource:
+    """Encode a value, which comes from `where`, for writing.
+
+    Raises:
+        UserError: it does not fit in its type, or is text that is not Unicode.
+    """
+    try:
+        raw = encode(value)
+    except (struct.error, OverflowError, UnicodeError) as error:
+        raise UserError(f"{where}: {value.key}: {value.value!r:.60}, which GGUF cannot hold: {error}") from None
     return MetadataSource(value.key, value.type, len(raw), [raw])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -142,7 +141,7 @@ def _convert(source: Source, options: _Options) -> tuple[str, ...]:
         output_file(options.target, source=folder, force=options.force) as output,
         ThreadPoolExecutor(usable_cores()) as pool,
     ):
-        metadata = [_encoded(value, folder) for value in source.values]
+        metadata = [encoded(value, str(folder)) for value in source.values]
         tensors = list(_sources(source, pool, notes.append))
         with _head(folder, metadata, tensors, len(source.extra)) as header:
             check_loads(header.path, str(folder))
@@ -177,13 +176,6 @@ def _notes(config: Config, entry: Architecture) -> tuple[str, ...]:
 
 def _n_tokens(tokeniser: Sequence[Value]) -> int:
     return next(len(value.value) for value in tokeniser if value.key == "tokenizer.ggml.tokens")
-
-
-def _encoded(value: Value, folder: Path) -> MetadataSource:
-    try:
-        return encoded(value)
-    except (struct.error, OverflowError, UnicodeError) as error:
-        raise UserError(f"{folder}: {value.key}: {value.value!r:.60}, which GGUF cannot hold: {error}") from None
 
 
 def _sources(source: Source, pool: ThreadPoolExecutor, add_note: Callable[[str], None]) -> Iterator[TensorSource]:

@@ -144,8 +144,9 @@ def _special_tokens(files: TokeniserFiles) -> set[str]:
     """Texts of the tokens that the configuration names: BOS, EOS, UNK and so on."""
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     entries = [files.config.get(f"{name}_token") for name in names]
-    more = files.config.get("additional_special_tokens") or files.config.get("extra_special_tokens")
-    entries += more if isinstance(more, list) else []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = files.config.get(key)
+        entries += more if isinstance(more, list) else more.values() if isinstance(more, dict) else ()
     texts = {entry.get("content") if isinstance(entry, dict) else entry for entry in entries}
     return {text for text in texts if isinstance(text, str)}
 

@@ -72,14 +72,7 @@ def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFi
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= MAX_TOKENS:
         raise UserError(f"{folder / 'config.json'}: vocab_size: {size!r:.40}, expected a number up to {MAX_TOKENS:,}")
     json_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    bpe: dict[str, Any] | None = None
-    added: tuple[AddedToken, ...] = ()
-    broken: UserError | None = None
-    try:
-        if json_file.is_file():
-            bpe, added = _tokenizer_json(json_file)
-    except UserError as error:
-        broken = error
+    bpe, added, broken = _tokenizer_json(json_file) if json_file.is_file() else (None, (), None)
     config = read_json(config_file) if config_file.is_file() else {}
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -104,21 +97,31 @@ def _generation(path: Path) -> Mapping[str, Any]:
         return {}  # noted where the settings for sampling are read from it
 
 
-def _tokenizer_json(path: Path) -> tuple[dict[str, Any], tuple[AddedToken, ...]]:
-    data = read_json(path)
-    model = data.get("model")
-    if not isinstance(model, dict):
-        raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
-    kind = model.get("type", "BPE")
-    if kind != "BPE":
-        raise UserError(f"{path}: model.type: {kind!r}, expected 'BPE', the only supported kind of tokenizer.json")
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
-        raise UserError(f"{path}: model.vocab: expected a map of tokens to ids from 0")
-    added = data.get("added_tokens") or []
-    if not isinstance(added, list):
-        raise UserError(f"{path}: added_tokens: {type(added).__name__}, expected a list")
-    return data, tuple(_token(path, entry, None) for entry in added)
+def _tokenizer_json(
+    path: Path,
+) -> tuple[dict[str, Any] | None, tuple[AddedToken, ...], UserError | None]:
+    """Its contents, its added tokens (a vocabulary of another kind has some, too), and why it cannot be used."""
+    added: tuple[AddedToken, ...] = ()
+    try:
+        data = read_json(path)
+        model = data.get("model")
+        if not isinstance(model, dict):
+            raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
+        entries = data.get("added_tokens") or []
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: added_tokens: {type(entries).__name__}, expected a list")
+        added = tuple(_token(path, entry, None) for entry in entries)
+        kind = model.get("type", "BPE")
+        if kind != "BPE":
+            raise UserError(
+                f"{path}: model.type: {kind!r:.40}, expected 'BPE', the only supported kind of tokenizer.json"
+            )
+        vocab = model.get("vocab")
+        if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
+            raise UserError(f"{path}: model.vocab: expected a map of tokens to ids from 0")
+    except UserError as error:
+        return None, added, error
+    return data, added, None
 
 
 def _token(path: Path, entry: Any, key: str | None) -> AddedToken:

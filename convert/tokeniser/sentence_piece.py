@@ -39,7 +39,9 @@ def write_sentencepiece(
 
     for token, text in _added_json(files):
         put(token, text, TokenType.USER_DEFINED)
-    entries = (*files.configured, *files.added) if rules.literal_added else (*files.added, *files.configured)
+    # Of a tokenizer.json that cannot be used otherwise, only tokens after the model's own are certain to be for it.
+    added = tuple(entry for entry in files.added if files.broken is None or entry.id >= model.vocab_size())
+    entries = (*files.configured, *added) if rules.literal_added else (*added, *files.configured)
     configured = {entry.id for entry in files.configured}
     for entry in entries:
         kept = entry.id < len(tokens) and tokens[entry.id] == entry.text and types[entry.id] in SPECIAL

@@ -239,6 +239,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "attention factor 1e30": ({"scaling": {"attn_factor": 1e30}}, "scaling of its metadata: native_attention_factor: "),
     "linear factor": ({"scaling": {"type": "linear", "factor": 1e-7}}, "rope.scaling.factor: 1e-07, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
+    "betas huge": (
+        {"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_fast=1e30)},
+        "yarn_beta_fast: 1e.30, exp",
+    ),
     "original": ({"scaling": yarn_of(4.0, 2**32 - 1)}, "original_context_length: 4294967295, expected"),
     "freqs not a number": ({"rope_freqs": [1.0] * 15 + [NAN]}, "'rope_freqs.weight': element 15 is nan"),
     "freqs huge": ({"rope_freqs": [1.0] * 15 + [HUGE]}, "'rope_freqs.weight': element 15 is 3e"),

@@ -9,9 +9,11 @@ import tiny_checkpoints as tc
 import torch
 from gguf import GGMLQuantizationType
 from ropewalk.container import read_header
+from ropewalk.container.values import F32, STRING, U32, Value
 from ropewalk.convert import convert_checkpoint
 from ropewalk.convert.checkpoint import Config, architecture_of, open_checkpoint, read_config
 from ropewalk.convert.checkpoint.scaled import with_scales
+from ropewalk.convert.embed import encoded
 from ropewalk.convert.from_checkpoint import read_source
 from ropewalk.convert.load_trial import check_loads
 from ropewalk.errors import UserError
@@ -385,11 +387,22 @@ def test_experts_whose_weights_are_not_normalised(tmp_path, given):
 # --- hostile text
 
 
-def test_half_a_surrogate_in_the_config(make, tmp_path):
+@pytest.mark.parametrize(("kind", "value"), [(STRING, "x/\ud83d"), (F32, 1e39), (U32, 10**400), (U32, -1)])
+def test_what_gguf_cannot_hold(kind, value):
+    with pytest.raises(UserError, match=r"^folder: general.name: .*, which GGUF cannot hold") as error:
+        encoded(Value("general.name", kind, value), "folder")
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_with_half_a_surrogate_is_not_a_traceback(make, tmp_path):
     folder = make(tc.LLAMA)
-    text = (folder / "config.json").read_text().replace("{", '{"_name_or_path": "x/\\ud83d",', 1)
-    (folder / "config.json").write_text(text)
-    refused(folder, "general.name: .*ud83d")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    text = (folder / "tokenizer_config.json").read_text().replace("{", '{"chat_template": "\\ud83d",', 1)
+    (folder / "tokenizer_config.json").write_text(text)
+    try:
+        convert_checkpoint(folder, tmp_path / "out.gguf")
+    except UserError as error:
+        assert "chat_template" in str(error)
 
 
 def test_no_temporary_path_is_in_a_message(make, tmp_path):

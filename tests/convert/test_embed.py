@@ -236,3 +236,13 @@ def test_a_broken_source_leaves_no_output(tiny_llama, tmp_path):
             embed_schedule(source, tmp_path / "out.gguf", schedule)
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_an_attention_factor_that_the_file_cannot_hold(tiny_llama, tmp_path):
+    def extend_with_huge(writer):
+        writer.add_float64("llama.rope.scaling.attn_factor", 1e300)
+
+    source = tiny_llama(tmp_path / "in.gguf", extend=extend_with_huge)
+    with pytest.raises(UserError, match=r"attn_factor|attention_factor"):
+        embed_schedule(source, tmp_path / "out.gguf", plan_extension(read_header(source), 512, "pi").schedule)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]

@@ -185,6 +185,17 @@ def test_an_unusable_json_beside_a_good_model(what: str, tmp_path: Path) -> None
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
 
 
+def test_added_tokens_of_a_json_of_another_kind(tmp_path: Path) -> None:
+    """T5's and ALBERT's are Unigram, which llama.cpp does not read from tokenizer.json."""
+    folder = written(tmp_path, {**LLAMA, "vocab_size": 513}, tokeniser_files="both", added=("<|im_start|>",))
+    edit(folder / "tokenizer_config.json", lambda data: data.pop("added_tokens_decoder"))
+    (folder / "added_tokens.json").unlink()
+    edit(folder / "tokenizer.json", lambda data: data.update(model={"type": "Unigram", "vocab": [["<unk>", 0.0]]}))
+    (note,) = convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert "'Unigram'" in note and note.endswith("tokenizer.model is used")
+    assert llama_tokens(tmp_path / "out.gguf", ["<|im_start|>"], special=True) == [[512]]
+
+
 def test_both_unusable(tmp_path: Path) -> None:
     folder = written(tmp_path, LLAMA, tokeniser_files="both")
     (folder / "tokenizer.model").write_bytes(b"no model")
