@@ -64,7 +64,8 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"ropewalk: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(char for char in " ".join(message.split()) if char.isprintable())  # names in it may be anyone's
+    print(f"ropewalk: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 

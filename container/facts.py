@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from ..errors import UserError
-from ..factors import Array, Band, Provenance, RopeFacts, Schedule, native_band, yarn
+from ..factors import MAX_CONTEXT, Array, Band, Provenance, RopeFacts, Schedule, native_band, yarn
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
 from .kinds import check_is_model
@@ -45,8 +45,9 @@ def native_schedule(header: Header) -> Schedule:
     if not has_rope(header):
         raise UserError(f"{header.path}: architecture {arch!r} has no RoPE, so there is nothing to rescale")
     n_rot, base = _n_rot(header), _freq_base(header)
-    context = _context(header, f"{arch}.context_length")
-    scaled, attention = _scaling(header, n_rot, base, context)
+    given = _context(header, f"{arch}.context_length")
+    scaled, attention = _scaling(header, n_rot, base, given)
+    context = max(given, _yarn_context(header))
     freqs = _factor_tensor(header, FREQS, n_rot)
     long, short = (_factor_tensor(header, name, n_rot) for name in (LONG, SHORT))
     original, first = context, scaled
@@ -74,6 +75,24 @@ def native_schedule(header: Header) -> Schedule:
             )
         )
     return Schedule(facts=facts, bands=tuple(bands))
+
+
+def _yarn_context(header: Header) -> int:
+    """The context up to which YaRN scales; 0 without YaRN, or if the file lacks its original context.
+
+    Where scaling was switched on by Qwen's recipe, the file's `context_length` is still the unscaled one.
+    """
+    key = f"{header.arch}.rope.scaling.original_context_length"
+    if _scaling_type(header) != "yarn" or not header.get(key):
+        return 0
+    factor = _scaling_factor(header)
+    context = factor * _context(header, key)
+    if context > MAX_CONTEXT:
+        raise GGUFError(
+            f"{header.path}: {header.arch}.rope.scaling.factor: {factor:g} times the original context, expected at most"
+            f" {MAX_CONTEXT:,} tokens"
+        )
+    return int(context)
 
 
 def freq_scale(header: Header) -> float:

@@ -82,9 +82,9 @@ def read_source(
     tokeniser, tokeniser_notes = tokeniser_values(folder, config.values, entry.tokeniser)
     planned = plan_tensors(checkpoint, config, entry, wanted, _n_tokens(tokeniser))
     shapes = {**{n: tuple(t.shape) for n, t in extra.items()}, **{tensor.name: tensor.shape for tensor in planned}}
-    values = (*model_values(folder, config, entry, shapes, wanted, name), *tokeniser)
-    notes = (*checkpoint.notes, *_notes(config, entry), *tokeniser_notes)
-    return Source(checkpoint, config, entry, values, planned, extra, notes)
+    model, model_notes = model_values(folder, config, entry, shapes, wanted, name)
+    notes = (*checkpoint.notes, *_notes(config, entry), *model_notes, *tokeniser_notes)
+    return Source(checkpoint, config, entry, (*model, *tokeniser), planned, extra, notes)
 
 
 def convert_checkpoint(
@@ -101,7 +101,8 @@ def convert_checkpoint(
 
     Args:
         weight_type: as for `convert_model`; by default the 16-bit type that loses least.
-        choose: given the header of the file as it would be without a schedule, returns the schedule to embed, if any.
+        choose: given the header of the file as it would be without another schedule than its own, returns the schedule
+            to embed, if any.
         name: the model's name; by default its model card's, or the folder's.
         bar: shows the progress of each stage, in bytes.
 
@@ -144,10 +145,10 @@ def _convert(source: Source, options: _Options) -> tuple[str, ...]:
         tensors = list(_sources(source, pool, notes.append))
         with _head(folder, metadata, tensors, len(source.extra)) as header:
             check_loads(header.path, str(folder))
+            own = own_schedule(source.config, header)
+        metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
+        with _head(folder, metadata, tensors, len(source.extra)) as header:
             schedule = options.choose(header)
-            if schedule is None:
-                own = own_schedule(source.config, header)
-                metadata += [encoded(value) for value in (schedule_values(own) if own else [])]
             streamed = weight_type is None or weight_type in STREAMED
             place = output.part if streamed else output.scratch
             with bar("Converting") as advance:

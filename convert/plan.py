@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..container import Header, embedded_schedule, native_schedule, plain_context, schedule_of
+from ..container import Header, embedded_schedule, plain_context, schedule_of
 from ..errors import UserError
 from ..factors import MAX_CONTEXT, RopeFacts, Schedule, check_matches, extend, native_band, schedule_from_dict
 
@@ -81,7 +81,7 @@ def plan_given(
     factors = _describe_factors(header)
     if not factors:
         return Plan(schedule, "the model carried no factors")
-    kept = embedded_schedule(header) is None and _same_start(schedule.facts, carried.facts)
+    kept = _added_schedule(header) is None and _same_start(schedule.facts, carried.facts)
     return Plan(schedule, f"{factors} is {'part of' if kept else 'replaced by'} {where}")
 
 
@@ -97,7 +97,7 @@ def _same_start(one: RopeFacts, other: RopeFacts) -> bool:
 
 def _start(header: Header, existing: str | None) -> tuple[Schedule, str]:
     """Return the schedule to which new bands are added, and the note."""
-    embedded, factors = embedded_schedule(header), _describe_factors(header)
+    embedded, factors = _added_schedule(header), _describe_factors(header)
     carried = schedule_of(header)
     if not factors:
         return carried, "the model carried no factors"
@@ -124,7 +124,7 @@ def _plain_context(header: Header, carried: Schedule, factors: str) -> int:
     facts, key = carried.facts, f"{header.arch}.rope.scaling.original_context_length"
     if not facts.native_factors and facts.native_attention_factor == 1:
         return facts.original_context
-    if embedded_schedule(header) is not None or not header.get(key):
+    if _added_schedule(header) is not None or not header.get(key):
         raise UserError(
             f"{header.path}: existing: {factors} cannot be replaced, as the file does not say for what context the"
             f" model was trained without it ({key}); expected compose"
@@ -138,12 +138,19 @@ def _as_trained(embedded: Schedule) -> Schedule:
     return Schedule(facts=embedded.facts, bands=own or (native_band(embedded.facts),))
 
 
+def _added_schedule(header: Header) -> Schedule | None:
+    """The schedule that was embedded in a file, unless it is the scaling that the model was trained with."""
+    embedded = embedded_schedule(header)
+    trained = embedded is None or {band.found.method for band in embedded.bands} == {"native"}
+    return None if trained else embedded
+
+
 def _describe_factors(header: Header) -> str:
     """Describe the factors that a file carries; empty if there are none."""
-    embedded = embedded_schedule(header)
+    embedded = _added_schedule(header)
     if embedded is not None:
         return f"the schedule in the file ({_methods(embedded)}, {embedded.context:,} tokens)"
-    native = native_schedule(header)
+    native = schedule_of(header)
     plain = not native.facts.native_factors and native.facts.native_attention_factor == 1 and len(native.bands) == 1
     return "" if plain else f"the model's own scaling ({_range(native.bands[-1].rescale_factors)})"
 

@@ -58,27 +58,32 @@ def yarn(
     original_context: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    *,
+    truncate: bool = True,
 ) -> Array:
     """YaRN's "NTK-by-parts" (Peng et al., arXiv 2309.00071, equations 17 to 21).
 
     Pairs that rotate more than `beta_fast` times within the original context stay unchanged, those that rotate less
     than `beta_slow` times are interpolated by s, and the frequencies between are blended on a linear ramp.
-    The ramp's ends are rounded outwards to whole dimensions, as in the authors' code, transformers and llama.cpp.
+    The ramp's ends are rounded outwards to whole dimensions, as in the authors' code, transformers and llama.cpp, or
+    not if `truncate` is false, as in transformers (gpt-oss was trained so).
     """
     _check(n_rot, scale)
 
     def correction_dim(n_rotations: float) -> float:
         return n_rot * math.log(original_context / (n_rotations * 2 * math.pi)) / (2 * math.log(freq_base))
 
-    low = max(math.floor(correction_dim(beta_fast)), 0)
-    high = min(math.ceil(correction_dim(beta_slow)), n_rot - 1)
-    ramp = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = correction_dim(beta_fast), correction_dim(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, n_rot - 1)
+    ramp: Array = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
     return 1 / (ramp / scale + (1 - ramp))
 
 
-def yarn_attention_factor(scale: float) -> float:
-    """YaRN's scale on the rotated vectors, ``0.1 ln s + 1`` (arXiv 2309.00071, equation 22)."""
-    return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
+def yarn_attention_factor(scale: float, mscale: float = 1.0) -> float:
+    """YaRN's scale on the rotated vectors, ``0.1 m ln s + 1`` (arXiv 2309.00071, equation 22, where m is 1)."""
+    return 0.1 * mscale * math.log(scale) + 1.0 if scale > 1 else 1.0
 
 
 def longrope_attention_factor(scale: float, original_context: int) -> float:

@@ -1,7 +1,8 @@
 """RoPE in a checkpoint's config, and the form in which llama.cpp reads it: keys, and tensors of factors.
 
-The config uses transformers' names (`rope_scaling`, or `rope_parameters` since version 5). Linear, YaRN, Llama 3 and
-LongRoPE scaling have a native form in GGUF, from which our own schedule is then read; dynamic NTK has none.
+The config uses transformers' names (`rope_scaling`, or `rope_parameters` since version 5), and is read as transformers
+reads it. Linear and YaRN scaling have a native form in GGUF; Llama 3's and LongRoPE have one for some architectures.
+What has none is in our own schedule (see `own_schedule`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from gguf import GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
 
 from ...container import FREQS, LONG, SHORT
+from ...container.architectures import NATIVE_FACTOR_ARCHITECTURES
+from ...factors import MAX_CONTEXT, longrope_attention_factor
 from .architectures import Architecture, head_dim
 from .config import Config
 
@@ -25,6 +28,10 @@ YARN_KEYS = (
 )
 LONGROPE = ("longrope", "su")
 KNOWN = ("linear", "yarn", "llama3", "dynamic", "default", *LONGROPE)
+READING_FREQS = (MODEL_ARCH.LLAMA, MODEL_ARCH.MINICPM)
+"""Architectures whose loader takes a tensor of Llama 3's factors; others refuse a file that has one."""
+MAX_FACTOR = 1024
+PLAIN_BASE = 10000.0  # llama.cpp's if the file gives none
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
@@ -33,21 +40,89 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     Raises:
         UserError: they are not a map, or of an unknown type.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise config.wrong("rope_scaling", "a map", given)
-    full = given.get("full_attention", given)
-    if not isinstance(full, Mapping):
-        raise config.wrong("rope_parameters.full_attention", "a map", full)
-    own = dict(full)
+    full = _full_attention(config, "rope_parameters")
+    scaling = _full_attention(config, "rope_scaling")
+    own = dict(scaling or full)  # someone who adds `rope_scaling` to a newer config means it
     kind = own.pop("type", None)
-    own.setdefault("rope_type", kind or "default")
+    own["rope_type"] = own.get("rope_type") or kind or "default"
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if own.get(name) is None and config.get(name) is not None:
-            own[name] = config.get(name)
+        for value in (full.get(name), config.get(name)):
+            if own.get(name) is None and value is not None:
+                own[name] = value
+    if config.get("original_max_position_embeddings") is not None:  # this one goes before that among the parameters
+        own["original_max_position_embeddings"] = config.get("original_max_position_embeddings")
     if own["rope_type"] not in KNOWN:
         raise config.wrong("rope_scaling.rope_type", ", ".join(KNOWN), own["rope_type"])
     return own
+
+
+def _full_attention(config: Config, name: str) -> Mapping[str, Any]:
+    given = config.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise config.wrong(name, "a map", given)
+    full = given.get("full_attention", given)
+    if not isinstance(full, Mapping):
+        raise config.wrong(f"{name}.full_attention", "a map", full)
+    return full
+
+
+def original_context(config: Config, parameters: Mapping[str, Any]) -> int:
+    """The number of tokens that the model was trained for before it was scaled."""
+    if parameters.get("original_max_position_embeddings") is None:
+        return config.count("max_position_embeddings")
+    tokens = _positive(config, parameters, "original_max_position_embeddings")
+    if not 1 <= tokens <= MAX_CONTEXT:
+        raise config.wrong("original_max_position_embeddings", "a number of tokens", tokens)
+    return int(tokens)
+
+
+def scaling_factor(config: Config, parameters: Mapping[str, Any]) -> float:
+    """The factor of YaRN or LongRoPE; without one, the ratio of the contexts.
+
+    Raises:
+        UserError: a given one is out of range.
+    """
+    if parameters.get("factor") is not None:
+        return factor_in_range(config, parameters)
+    return max(config.count("max_position_embeddings") / original_context(config, parameters), 1.0)
+
+
+def factor_in_range(config: Config, parameters: Mapping[str, Any]) -> float:
+    """The given factor.
+
+    Raises:
+        UserError: it is missing, not a number, or out of range.
+    """
+    factor = config.finite("rope_scaling.factor", parameters.get("factor"))
+    if not 1 <= factor <= MAX_FACTOR:
+        raise config.wrong("rope_scaling.factor", f"a number from 1 to {MAX_FACTOR}", factor)
+    return factor
+
+
+def scaled_context(config: Config) -> int:
+    """The longest context in tokens, which `max_position_embeddings` is not if it was left unscaled (Qwen's recipe).
+
+    Raises:
+        UserError: a value that this needs is invalid, or the context is longer than llama.cpp's positions.
+    """
+    parameters, longest = rope_parameters(config), config.count("max_position_embeddings")
+    if parameters["rope_type"] == "yarn" or (parameters["rope_type"] in LONGROPE and parameters.get("factor")):
+        factor = scaling_factor(config, parameters)
+        scaled = factor * original_context(config, parameters)
+        if scaled > MAX_CONTEXT:
+            raise config.wrong("rope_scaling.factor", f"a context of at most {MAX_CONTEXT:,} tokens", factor)
+        longest = max(longest, int(scaled))
+    return longest
+
+
+def longrope_attention(config: Config, parameters: Mapping[str, Any]) -> float:
+    """LongRoPE's attention factor: the given one, or that of the scale, which all bands have."""
+    if parameters.get("attention_factor") is not None:
+        return _positive(config, parameters, "attention_factor")
+    scale, original = scaling_factor(config, parameters), original_context(config, parameters)
+    if scale > 1 and original < 2:
+        raise config.wrong("original_max_position_embeddings", "at least 2 tokens", original)
+    return longrope_attention_factor(scale, original)
 
 
 def rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
@@ -63,10 +138,11 @@ def write_rope(writer: GGUFWriter, config: Config, entry: Architecture) -> None:
         UserError: a value that the scaling needs is missing or not a number.
     """
     parameters = rope_parameters(config)
+    plain = parameters["rope_type"] == "default" and parameters.get("rope_theta") in (None, PLAIN_BASE)
     if entry.rope == "phi3":
         _write_phi3(writer, config, parameters)
-    elif entry.rope == "common":
-        _write_scaling(writer, config, parameters)
+    elif entry.rope == "common" or not plain:
+        _write_scaling(writer, config, parameters, entry)
         if parameters.get("rope_theta") is not None:
             writer.add_rope_freq_base(_positive(config, parameters, "rope_theta"))
         local = _local_theta(config)
@@ -80,18 +156,28 @@ def rope_tensors(config: Config, entry: Architecture) -> dict[str, torch.Tensor]
     Raises:
         UserError: factors are invalid, too many or too few.
     """
-    if entry.rope == "none":
-        return {}
     parameters = rope_parameters(config)
-    if parameters["rope_type"] == "llama3":
+    if parameters["rope_type"] == "llama3" and entry.arch in READING_FREQS:
         return {FREQS: llama3_factors(config, parameters)}
-    if parameters["rope_type"] not in LONGROPE:
+    if parameters["rope_type"] not in LONGROPE or not _reads_longrope(entry):
         return {}
+    short, long = longrope_factors(config, parameters)
+    return {LONG: long, SHORT: short}
+
+
+def _reads_longrope(entry: Architecture) -> bool:
+    return MODEL_ARCH_NAMES[entry.arch] in NATIVE_FACTOR_ARCHITECTURES
+
+
+def longrope_factors(config: Config, parameters: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """LongRoPE's short and long λ, float32 of shape (n_rot/2,).
+
+    Raises:
+        UserError: factors are invalid, too many or too few.
+    """
     n = rotary_dimensions(config, parameters) // 2
-    return {
-        LONG: _factors(config, parameters, "long_factor", n),
-        SHORT: _factors(config, parameters, "short_factor", n),
-    }
+    long = _factors(config, parameters, "long_factor", n)
+    return _factors(config, parameters, "short_factor", n), long
 
 
 def llama3_factors(config: Config, parameters: Mapping[str, Any]) -> torch.Tensor:
@@ -115,20 +201,30 @@ def llama3_factors(config: Config, parameters: Mapping[str, Any]) -> torch.Tenso
     return torch.where(wavelengths < context / high, torch.ones_like(between), slow)
 
 
-def _write_scaling(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any]) -> None:
-    kind = parameters["rope_type"]
+def _write_scaling(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any], entry: Architecture) -> None:
+    kind, original = parameters["rope_type"], original_context(config, parameters)
     if kind in LONGROPE:
-        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        if _reads_longrope(entry):
+            writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+            attention = longrope_attention(config, parameters)
+            if attention != 1:
+                writer.add_rope_scaling_attn_factors(attention)
+        if original < scaled_context(config):
+            writer.add_rope_scaling_orig_ctx_len(original)
     elif kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(_positive(config, parameters, "factor"))
+        _write_factor(writer, config, parameters)
     if kind == "yarn":
-        original = parameters.get("original_max_position_embeddings")
-        writer.add_rope_scaling_orig_ctx_len(
-            config.count("max_position_embeddings")
-            if original is None
-            else int(_positive(config, parameters, "original_max_position_embeddings"))
-        )
+        writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def _write_factor(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any]) -> None:
+    """Write linear scaling's or YaRN's keys except the original context."""
+    if parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(_positive(config, parameters, "factor"))
+    else:
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling_factor(config, parameters))
         for key, names in YARN_KEYS:
             value = next((parameters[name] for name in names if parameters.get(name) is not None), None)
             if value is not None:
@@ -136,15 +232,13 @@ def _write_scaling(writer: GGUFWriter, config: Config, parameters: Mapping[str, 
 
 
 def _write_phi3(writer: GGUFWriter, config: Config, parameters: Mapping[str, Any]) -> None:
-    original = int(_positive(config, parameters, "original_max_position_embeddings"))
-    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_orig_ctx_len(original_context(config, parameters))
     writer.add_rope_dimension_count(rotary_dimensions(config, parameters))
     writer.add_rope_freq_base(_positive(config, parameters, "rope_theta"))
     if parameters["rope_type"] in LONGROPE:
-        scale = config.count("max_position_embeddings") / original
-        # LongRoPE, arXiv 2402.13753, section 3.3; as in transformers' Phi-3.
-        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(factor)
+        writer.add_rope_scaling_attn_factors(longrope_attention(config, parameters))
+    elif parameters["rope_type"] in ("linear", "yarn"):
+        _write_factor(writer, config, parameters)
 
 
 def _local_theta(config: Config) -> float | None:

@@ -13,7 +13,7 @@ from ...errors import UserError
 from .bpe import write_byte_fallback_bpe, write_byte_level_bpe
 from .files import TokeniserFiles, open_tokeniser
 from .rules import GEMMA2, GEMMA3, LLAMA, PHI3, QWEN, SENTENCEPIECE_ONLY, TokeniserRules
-from .sentence_piece import write_sentencepiece
+from .sentence_piece import load_model, write_sentencepiece
 from .special import write_special
 from .template import write_template
 
@@ -30,6 +30,9 @@ __all__ = [
 
 CODE_LLAMA_SIZE, CODE_LLAMA_EOT = 32016, 32010
 """Code Llama's vocabulary size, and its end-of-turn token, which none of its files names."""
+
+MAX_OTHER_PIECES = 0.01
+"""Share of tokens that may differ between tokenizer.model and tokenizer.json, as some models rename spare ones."""
 
 STARCODER_SIZE = 49152
 """Vocabulary size of StarCoder, Granite and SmolLM, whose tokenisers add no token before a text."""
@@ -49,40 +52,45 @@ def tokeniser_values(
     """
     files = open_tokeniser(folder, config)
     writer = GGUFWriter(path=None, arch="")
-    kind = _kind(files, rules)
+    kind, kind_notes = _kind(files, rules)
     space_prefix = files.config.get("add_prefix_space")
     space_prefix = space_prefix if rules.reads_space_prefix and isinstance(space_prefix, bool) else None
     if space_prefix is not None:
         writer.add_add_space_prefix(space_prefix)
     if kind == "sentencepiece":
         prefix = space_prefix if rules.space_prefix is None else rules.space_prefix
-        n_tokens, notes = write_sentencepiece(writer, files, rules, prefix)
-        write_special(writer, files, n_tokens, merges=())
+        vocabulary, notes = write_sentencepiece(writer, files, rules, prefix)
     elif kind == "byte-fallback":
-        n_tokens, notes = write_byte_fallback_bpe(writer, files, space_prefix)
-        write_special(writer, files, n_tokens, merges=())
+        vocabulary, notes = write_byte_fallback_bpe(writer, files, space_prefix)
     else:
-        merges, notes = write_byte_level_bpe(writer, files)
-        write_special(writer, files, None, merges=merges)
+        vocabulary, notes = write_byte_level_bpe(writer, files)
+    special_notes = write_special(writer, files, vocabulary)
     write_template(writer, files)
     _write_extras(writer, files, rules, kind)
-    return tuple(_values(writer)), notes
+    return tuple(_values(writer)), (*kind_notes, *notes, *special_notes)
 
 
-def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:
-    """The kind of tokeniser that is there: the first that the architecture may have, in the order of the rules."""
-    if rules.byte_level_class and files.config.get("tokenizer_class") == rules.byte_level_class:
-        return "byte-level"
-    there = {
-        "sentencepiece": (files.folder / "tokenizer.model").is_file(),
-        "byte-fallback": files.is_byte_fallback,
-        "byte-level": files.bpe is not None and not files.is_byte_fallback,
-    }
-    for kind in rules.kinds:
-        if there[kind]:
-            return kind
-    names = {"sentencepiece": "tokenizer.model", "byte-fallback": "tokenizer.json", "byte-level": "tokenizer.json"}
-    wanted = " or ".join(dict.fromkeys(names[kind] for kind in rules.kinds))
+def _kind(files: TokeniserFiles, rules: TokeniserRules) -> tuple[str, tuple[str, ...]]:
+    """The kind of tokeniser that is there, and a note if a file of another kind cannot be used.
+
+    tokenizer.model comes first: llama.cpp's own form is nearest to it.
+
+    Raises:
+        UserError: there is none, or none that can be used.
+    """
+    model_file = files.folder / "tokenizer.model"
+    in_json = None if files.bpe is None else "byte-fallback" if files.is_byte_fallback else "byte-level"
+    unusable = _unusable(model_file, files) if model_file.is_file() else None
+    in_model = "sentencepiece" if model_file.is_file() and unusable is None else None
+    broken = [str(error) for error in (unusable, files.broken) if error is not None]
+    configured = rules.byte_level_class and files.config.get("tokenizer_class") == rules.byte_level_class
+    kind = (in_json or in_model) if configured else (in_model or in_json)
+    if kind is not None:
+        used = "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
+        return kind, tuple(f"{message}; {used} is used" for message in broken)
+    if broken:
+        raise unusable or files.broken or AssertionError(broken)
+    wanted = "tokenizer.model or tokenizer.json"
     if (files.folder / "tekken.json").is_file():
         raise UserError(
             f"{files.folder}: has only tekken.json, expected {wanted} (Mistral's models also come with one)"
@@ -90,12 +98,30 @@ def _kind(files: TokeniserFiles, rules: TokeniserRules) -> str:
     raise UserError(f"{files.folder}: no tokeniser, expected {wanted}")
 
 
+def _unusable(path: Path, files: TokeniserFiles) -> UserError | None:
+    """Why a tokenizer.model cannot be used: it is of another kind, or its pieces are not those of tokenizer.json."""
+    try:
+        model = load_model(path)
+    except UserError as error:
+        return error
+    if files.bpe is None:
+        return None
+    texts = {token: text for text, token in files.bpe["model"]["vocab"].items()}
+    texts |= {entry.id: entry.text for entry in files.added}
+    added = {entry.id for entry in files.added}
+    pieces = range(min(model.vocab_size(), files.vocab_size))
+    other = sum(i not in added and texts.get(i) != model.IdToPiece(i) for i in pieces)
+    if other <= len(pieces) * MAX_OTHER_PIECES:
+        return None
+    return UserError(f"{path}: {other:,} of {len(pieces):,} tokens are not those of tokenizer.json")
+
+
 def _write_extras(writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules, kind: str) -> None:
     if rules.space_prefix is not None and kind == "sentencepiece":
         writer.add_add_space_prefix(rules.space_prefix)
     if not rules.llama_sizes:
         return
-    if files.vocab_size == CODE_LLAMA_SIZE:
+    if files.vocab_size == CODE_LLAMA_SIZE and "tokenizer.ggml.eot_token_id" not in writer.kv_data[0]:
         writer.add_eot_token_id(CODE_LLAMA_EOT)
     if files.vocab_size == STARCODER_SIZE:
         writer.add_add_bos_token(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from .trial import SAMPLE, Vocabulary, differing_texts, note
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Write the vocabulary; return the merges, which `write_special` writes, and notes for the user.
+def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Vocabulary, tuple[str, ...]]:
+    """Write the vocabulary, except its merges, which `write_special` writes; return it, and notes for the user.
 
     Raises:
         UserError: there are tokens beyond the model's vocabulary or invalid merges, or llama.cpp lacks the
@@ -27,8 +27,7 @@ def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Seq
     """
     path = files.folder / "tokenizer.json"
     tokeniser = load(path)
-    texts = {token: text for text, token in tokeniser.get_vocab(with_added_tokens=True).items()}
-    _check_size(path, texts, files.vocab_size)
+    texts, notes = _texts(path, files, tokeniser)
     added = {entry.id: entry for entry in (*files.configured, *files.added) if texts.get(entry.id) == entry.text}
     tokens, types = [], []
     for i in range(files.vocab_size):
@@ -45,13 +44,13 @@ def write_byte_level_bpe(writer: GGUFWriter, files: TokeniserFiles) -> tuple[Seq
     vocabulary.check_distinct()
     pre = find_pre_tokeniser(files, tokeniser, vocabulary)
     vocabulary.write(writer, pre.name)
-    return merges, note(f"llama.cpp's pre-tokeniser {pre.name}", pre.differing)
+    return vocabulary, (*notes, *note(f"llama.cpp's pre-tokeniser {pre.name}", pre.differing))
 
 
 def write_byte_fallback_bpe(
     writer: GGUFWriter, files: TokeniserFiles, space_prefix: bool | None
-) -> tuple[int, tuple[str, ...]]:
-    """Write the vocabulary as a SentencePiece one; return the number of tokens, and notes for the user.
+) -> tuple[Vocabulary, tuple[str, ...]]:
+    """Write the vocabulary as a SentencePiece one; return it, and notes for the user.
 
     llama.cpp first merges the pair with the highest score, so a token's score is the negative rank of its merge.
     (llama.cpp's own converter gives all tokens the same score, so that half of all lines get other tokens than with the
@@ -65,10 +64,10 @@ def write_byte_fallback_bpe(
     """
     path = files.folder / "tokenizer.json"
     tokeniser = load(path)
-    n_base = len(tokeniser.get_vocab(with_added_tokens=False))
-    texts = {token: text for text, token in tokeniser.get_vocab(with_added_tokens=True).items()}
-    _check_size(path, texts, files.vocab_size)
-    special = _special_tokens(files)
+    base = tokeniser.get_vocab(with_added_tokens=False)
+    texts, notes = _texts(path, files, tokeniser)
+    added = {entry.text: entry for entry in (*files.configured, *files.added)}
+    special = _special_tokens(files) | {e.text for e in added.values() if e.special or looks_special(e.text)}
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(_pairs(path, files)):
         ranks.setdefault(left + right, rank)
@@ -77,12 +76,14 @@ def write_byte_fallback_bpe(
         text = texts.get(i, f"[PAD{i}]")
         if i not in texts:
             kind = TokenType.UNUSED
-        elif BYTE.fullmatch(text) and i < n_base:
+        elif BYTE.fullmatch(text) and text in base:
             kind = TokenType.BYTE
         elif text in special:
             kind = TokenType.CONTROL
+        elif text in base and (text not in added or "▁" in text):
+            kind = TokenType.NORMAL  # merges lead to added ones with "▁", which is not in the original text
         else:
-            kind = TokenType.NORMAL if i < n_base else TokenType.USER_DEFINED
+            kind = TokenType.USER_DEFINED
         tokens.append(text)
         scores.append(float(-ranks.get(text, len(ranks))))
         types.append(int(kind))
@@ -96,7 +97,7 @@ def write_byte_fallback_bpe(
         if len(without) < len(differing):
             writer.add_add_space_prefix(False)
             differing = without
-    return len(tokens), note("llama.cpp", differing)
+    return vocabulary, (*notes, *note("llama.cpp", differing))
 
 
 def load(path: Path) -> Any:
@@ -113,12 +114,20 @@ def load(path: Path) -> Any:
         raise UserError(f"{path}: not a tokeniser: {' '.join(str(error).split())[:160]}") from None
 
 
-def _check_size(path: Path, texts: dict[int, str], rows: int) -> None:
+def _texts(path: Path, files: TokeniserFiles, tokeniser: Any) -> tuple[dict[int, str], tuple[str, ...]]:
+    """The tokens' texts by id, and a note if there are added ones beyond the model's rows, which are left out."""
+    texts = {token: text for text, token in tokeniser.get_vocab(with_added_tokens=True).items()}
+    base, rows = tokeniser.get_vocab(with_added_tokens=False), files.vocab_size
     if not texts:
         raise UserError(f"{path}: model.vocab: no tokens")
-    last = max(texts)
+    last = max(base.values(), default=0)
     if last >= rows:
         raise UserError(f"{path}: token {texts[last]!r:.40} has id {last:,}, expected less than vocab_size, {rows:,}")
+    beyond = [text for token, text in texts.items() if token >= rows]
+    kept = {token: text for token, text in texts.items() if token < rows}
+    if not beyond:
+        return kept, ()
+    return kept, (f"tokeniser: {len(beyond)} added tokens beyond vocab_size are left out, e.g. {beyond[0]!r:.40}",)
 
 
 def _added(entry: AddedToken, tokeniser: Any) -> tuple[str, TokenType]:
@@ -135,8 +144,9 @@ def _special_tokens(files: TokeniserFiles) -> set[str]:
     """Texts of the tokens that the configuration names: BOS, EOS, UNK and so on."""
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     entries = [files.config.get(f"{name}_token") for name in names]
-    more = files.config.get("additional_special_tokens") or files.config.get("extra_special_tokens")
-    entries += more if isinstance(more, list) else []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = files.config.get(key)
+        entries += more if isinstance(more, list) else more.values() if isinstance(more, dict) else ()
     texts = {entry.get("content") if isinstance(entry, dict) else entry for entry in entries}
     return {text for text in texts if isinstance(text, str)}
 

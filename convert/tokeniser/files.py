@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ class TokeniserFiles:
     """The tokeniser's files in a checkpoint's folder.
 
     Attributes:
-        bpe: tokenizer.json, or None if there is none.
+        bpe: tokenizer.json, or None if there is none that can be used.
+        broken: why tokenizer.json cannot be used, if there is one.
         config: tokenizer_config.json, or empty.
         model_config: config.json's values.
+        generation: generation_config.json, or empty if there is none that can be read.
         vocab_size: the model's, to which the vocabulary is padded.
         added: tokens that tokenizer.json adds.
         configured: tokens in tokenizer_config.json's `added_tokens_decoder`.
@@ -43,6 +45,8 @@ class TokeniserFiles:
     vocab_size: int
     added: tuple[AddedToken, ...]
     configured: tuple[AddedToken, ...]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    broken: UserError | None = None
 
     @property
     def is_byte_fallback(self) -> bool:
@@ -59,20 +63,17 @@ class TokeniserFiles:
 
 
 def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFiles:
-    """Read and check the tokeniser's files.
+    """Read and check the tokeniser's files; a broken tokenizer.json is only reported, as there may be another.
 
     Raises:
-        UserError: a file is broken, or a token's id is out of range.
+        UserError: tokenizer_config.json is broken, or a token's id in it is out of range.
     """
     size = model_config.get("vocab_size")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= MAX_TOKENS:
         raise UserError(f"{folder / 'config.json'}: vocab_size: {size!r:.40}, expected a number up to {MAX_TOKENS:,}")
     json_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    bpe = _tokenizer_json(json_file) if json_file.is_file() else None
+    bpe, added, broken = _tokenizer_json(json_file) if json_file.is_file() else (None, (), None)
     config = read_json(config_file) if config_file.is_file() else {}
-    added = bpe.get("added_tokens") or [] if bpe else []
-    if not isinstance(added, list):
-        raise UserError(f"{json_file}: added_tokens: {type(added).__name__}, expected a list")
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise UserError(f"{config_file}: added_tokens_decoder: {type(decoder).__name__}, expected a map")
@@ -82,23 +83,45 @@ def open_tokeniser(folder: Path, model_config: Mapping[str, Any]) -> TokeniserFi
         config=config,
         model_config=model_config,
         vocab_size=size,
-        added=tuple(_token(json_file, entry, None) for entry in added),
+        added=added,
         configured=tuple(_token(config_file, entry, key) for key, entry in decoder.items()),
+        generation=_generation(folder / "generation_config.json"),
+        broken=broken,
     )
 
 
-def _tokenizer_json(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    model = data.get("model")
-    if not isinstance(model, dict):
-        raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
-    kind = model.get("type", "BPE")
-    if kind != "BPE":
-        raise UserError(f"{path}: model.type: {kind!r}, expected 'BPE', the only supported kind of tokenizer.json")
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
-        raise UserError(f"{path}: model.vocab: expected a map of tokens to ids from 0")
-    return data
+def _generation(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_json(path) if path.is_file() else {}
+    except UserError:
+        return {}  # noted where the settings for sampling are read from it
+
+
+def _tokenizer_json(
+    path: Path,
+) -> tuple[dict[str, Any] | None, tuple[AddedToken, ...], UserError | None]:
+    """Its contents, its added tokens (a vocabulary of another kind has some, too), and why it cannot be used."""
+    added: tuple[AddedToken, ...] = ()
+    try:
+        data = read_json(path)
+        model = data.get("model")
+        if not isinstance(model, dict):
+            raise UserError(f"{path}: model: missing, expected the tokeniser's vocabulary")
+        entries = data.get("added_tokens") or []
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: added_tokens: {type(entries).__name__}, expected a list")
+        added = tuple(_token(path, entry, None) for entry in entries)
+        kind = model.get("type", "BPE")
+        if kind != "BPE":
+            raise UserError(
+                f"{path}: model.type: {kind!r:.40}, expected 'BPE', the only supported kind of tokenizer.json"
+            )
+        vocab = model.get("vocab")
+        if not isinstance(vocab, dict) or not all(isinstance(i, int) and 0 <= i < MAX_TOKENS for i in vocab.values()):
+            raise UserError(f"{path}: model.vocab: expected a map of tokens to ids from 0")
+    except UserError as error:
+        return None, added, error
+    return data, added, None
 
 
 def _token(path: Path, entry: Any, key: str | None) -> AddedToken:

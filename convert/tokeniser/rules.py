@@ -10,16 +10,13 @@ class TokeniserRules:
     """How the tokenisers of some architectures are read.
 
     Attributes:
-        kinds: kinds that an architecture may have, in the order in which they are looked for: "sentencepiece"
-            (tokenizer.model), "byte-fallback" (its vocabulary as BPE, in tokenizer.json), "byte-level" (BPE).
         space_prefix: whether a space is added before a text, where that is fixed for SentencePiece.
         reads_space_prefix: whether tokenizer_config.json decides on that space.
-        byte_level_class: the `tokenizer_class` that means byte-level BPE in spite of `kinds`.
+        byte_level_class: the `tokenizer_class` that means byte-level BPE although there is a tokenizer.model.
         literal_added: added tokens are kept as written: "▁" is not replaced, and their form does not make them special.
         llama_sizes: vocabularies that are recognised by their size have rules of their own (Code Llama, StarCoder).
     """
 
-    kinds: tuple[str, ...]
     space_prefix: bool | None = None
     reads_space_prefix: bool = False
     byte_level_class: str | None = None
@@ -27,9 +24,9 @@ class TokeniserRules:
     llama_sizes: bool = False
 
 
-LLAMA = TokeniserRules(("sentencepiece", "byte-fallback", "byte-level"), reads_space_prefix=True, llama_sizes=True)
-QWEN = TokeniserRules(("sentencepiece", "byte-level"))
-PHI3 = TokeniserRules(("sentencepiece",), byte_level_class="GPT2Tokenizer", literal_added=True)
-GEMMA2 = TokeniserRules(("sentencepiece",), space_prefix=False)
-GEMMA3 = TokeniserRules(("sentencepiece", "byte-level"), space_prefix=False)
-SENTENCEPIECE_ONLY = TokeniserRules(("sentencepiece",))
+LLAMA = TokeniserRules(reads_space_prefix=True, llama_sizes=True)
+QWEN = TokeniserRules()
+PHI3 = TokeniserRules(byte_level_class="GPT2Tokenizer", literal_added=True)
+GEMMA2 = TokeniserRules(space_prefix=False)
+GEMMA3 = TokeniserRules(space_prefix=False)
+SENTENCEPIECE_ONLY = TokeniserRules()

@@ -15,13 +15,14 @@ from .rules import TokeniserRules
 from .trial import SAMPLE, Vocabulary, differing_texts, note
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
+SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL)
 MAX_MODEL_BYTES = 256 << 20
 
 
 def write_sentencepiece(
     writer: GGUFWriter, files: TokeniserFiles, rules: TokeniserRules, space_prefix: bool | None
-) -> tuple[int, tuple[str, ...]]:
-    """Write the vocabulary of tokenizer.model; return the number of tokens, and notes for the user.
+) -> tuple[Vocabulary, tuple[str, ...]]:
+    """Write the vocabulary of tokenizer.model; return it, and notes for the user.
 
     Args:
         space_prefix: whether a space will be added before a text, if that is written.
@@ -29,7 +30,7 @@ def write_sentencepiece(
     Raises:
         UserError: sentencepiece cannot read it, or an added token is invalid.
     """
-    model = _model(files.folder / "tokenizer.model")
+    model = load_model(files.folder / "tokenizer.model")
     tokens, scores, types = _pieces(model, files.vocab_size)
 
     def put(token: int, text: str, kind: TokenType) -> None:
@@ -38,17 +39,27 @@ def write_sentencepiece(
 
     for token, text in _added_json(files):
         put(token, text, TokenType.USER_DEFINED)
-    entries = (*files.configured, *(files.added if rules.literal_added else ()))
+    # Of a tokenizer.json that cannot be used otherwise, only tokens after the model's own are certain to be for it.
+    added = tuple(entry for entry in files.added if files.broken is None or entry.id >= model.vocab_size())
+    entries = (*files.configured, *added) if rules.literal_added else (*added, *files.configured)
+    configured = {entry.id for entry in files.configured}
     for entry in entries:
-        put(entry.id, *_added(entry, rules))
+        kept = entry.id < len(tokens) and tokens[entry.id] == entry.text and types[entry.id] in SPECIAL
+        if rules.literal_added or entry.id in configured or not kept:  # the model knows <unk> and <s> as they are
+            put(entry.id, *_added(entry, rules))
     vocabulary = Vocabulary(files.folder / "tokenizer.model", "llama", tokens, types, scores)
     vocabulary.check_distinct()
     vocabulary.write(writer, "default")
     differing = differing_texts(vocabulary, "default", SAMPLE, model.encode(list(SAMPLE)), space_prefix)
-    return len(tokens), note("llama.cpp", differing)
+    return vocabulary, note("llama.cpp", differing)
 
 
-def _model(path: Path) -> Any:
+def load_model(path: Path) -> Any:
+    """Load tokenizer.model with the `sentencepiece` library.
+
+    Raises:
+        UserError: the library cannot read it.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:

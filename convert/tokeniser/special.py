@@ -6,14 +6,14 @@ the ids in config.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 
-from ...errors import UserError
 from .files import TokeniserFiles
+from .trial import Vocabulary, ending_tokens
 
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -27,28 +27,25 @@ class _Found:
     names: tuple[str, ...] = NAMES
 
 
-def write_special(writer: GGUFWriter, files: TokeniserFiles, n_tokens: int | None, merges: Sequence[str]) -> None:
-    """Write the merges, the ids of special tokens, and whether they are added.
-
-    Args:
-        n_tokens: ids from here on are left out; None leaves out none.
-
-    Raises:
-        UserError: an id is negative.
-    """
+def write_special(writer: GGUFWriter, files: TokeniserFiles, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Write the merges, the ids of special tokens, and whether they are added; return notes for the user."""
     found = _Found(texts={name: text for name in NAMES if (text := _text(files.config.get(f"{name}_token")))})
     if files.bpe is not None:
         _post_process(files.bpe.get("post_processor"), found, has_config=bool(files.config))
-    if merges:
-        writer.add_token_merges(list(merges))
-    for name, token in _ids(files, found, n_tokens).items():
-        getattr(writer, f"add_{name}_token_id")(token)
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    ids, notes = _ids(files, found, len(vocabulary.tokens))
+    notes += _add_ends(files, vocabulary, ids)
+    for name, token in ids.items():
+        if hasattr(writer, f"add_{name}_token_id"):  # there is no key for CLS
+            getattr(writer, f"add_{name}_token_id")(token)
     for name, add in _flags(files, found).items():
         if hasattr(writer, f"add_add_{name}_token"):
             getattr(writer, f"add_add_{name}_token")(add)
     if files.bpe is not None:
         for key, value in _normaliser(files.bpe.get("normalizer")).items():
             writer.add_bool(f"tokenizer.ggml.normalizer.{key}", value)
+    return tuple(notes)
 
 
 def _text(entry: Any) -> str | None:
@@ -57,24 +54,57 @@ def _text(entry: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _ids(files: TokeniserFiles, found: _Found, n_tokens: int | None) -> dict[str, int]:
+def _ids(files: TokeniserFiles, found: _Found, n_tokens: int) -> tuple[dict[str, int], list[str]]:
+    """The ids of special tokens by name, and notes on ids in config.json that no token has."""
     ids: dict[str, int] = {}
+    notes: list[str] = []
 
     def put(name: str, token: Any) -> None:
         if isinstance(token, bool) or not isinstance(token, int) or name in ids:
             return
-        if token < 0:
-            raise UserError(f"{files.folder / 'config.json'}: {name}_token_id: {token}, expected a number from 0")
-        if n_tokens is None or token < n_tokens:
+        if 0 <= token < n_tokens:
             ids[name] = token
+        else:
+            notes.append(f"{name}_token_id {token}: not one of the {n_tokens:,} tokens, and ignored")
 
     if files.config:
         for name in found.names:
             if name in found.texts:
                 put(name, next((entry.id for entry in files.added if entry.text == found.texts[name]), None))
     for name in found.names:
-        put(name, files.model_config.get(f"{name}_token_id"))
-    return ids
+        given = files.model_config.get(f"{name}_token_id")
+        for token in given if isinstance(given, list) else [given]:
+            put(name, token)
+    return ids, notes
+
+
+def _add_ends(files: TokeniserFiles, vocabulary: Vocabulary, ids: dict[str, int]) -> list[str]:
+    """Add ids of more tokens that end a generation, as EOT and EOM; return a note if there are too many.
+
+    config.json and generation_config.json may list several EOS tokens. llama.cpp has one, but ends a generation at
+    these two as well, and at tokens with some well-known texts.
+    """
+    given: list[Any] = []
+    for settings in (files.model_config, files.generation):
+        value = settings.get("eos_token_id")
+        given += value if isinstance(value, list) else [value]
+    tokens = [token for token in given if isinstance(token, int) and not isinstance(token, bool)]
+    more = [
+        token
+        for token in dict.fromkeys(tokens)
+        if token not in {ids.get(name) for name in ("eos", "eot", "eom", "unk")}
+        and 0 <= token < len(vocabulary.tokens)
+        and vocabulary.types[token] not in (TokenType.UNKNOWN, TokenType.UNUSED)
+    ]
+    known = ending_tokens(vocabulary, more) if more else ()
+    more = [token for token in more if token not in known]
+    for name in ("eot", "eom"):
+        if more and name not in ids:
+            ids[name] = more.pop(0)
+    if not more:
+        return []
+    names = ", ".join(repr(vocabulary.tokens[token])[:40] for token in more)
+    return [f"eos_token_id: llama.cpp has no more keys for tokens that end a generation; {names} will not"]
 
 
 def _flags(files: TokeniserFiles, found: _Found) -> dict[str, bool]:

@@ -17,22 +17,33 @@ MAX_BYTES = 16 << 20
 
 
 def write_template(writer: GGUFWriter, files: TokeniserFiles) -> None:
-    """Write the template in tokenizer_config.json, or else in chat_template.jinja or chat_template.json.
+    """Write the template in chat_template.jinja, or else in tokenizer_config.json or chat_template.json.
+
+    That is the order of transformers.
 
     Raises:
         UserError: a template is not text.
     """
-    if not files.config:
-        return
-    given = files.config.get("chat_template", _in_files(files.folder))
+    configured = files.config.get("chat_template")
+    _check(configured, files.folder)
+    given = _in_files(files.folder)
+    given = configured if given is None else given
+    old = files.folder / "chat_template.json"
+    if given is None and old.is_file():
+        given = read_json(old).get("chat_template")
+        _check(given, files.folder)
     if isinstance(given, str):
         writer.add_chat_template(given)
-    elif isinstance(given, list):
-        _write_named(writer, given, files.folder)
     elif given is not None:
-        raise UserError(
-            f"{files.folder}: chat_template: {type(given).__name__}, expected text or a list of named templates"
-        )
+        _write_named(writer, given)
+
+
+def _check(given: Any, folder: Path) -> None:
+    if given is not None and not isinstance(given, str | list):
+        raise UserError(f"{folder}: chat_template: {type(given).__name__}, expected text or a list of named templates")
+    for entry in given if isinstance(given, list) else ():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("template"), str):
+            raise UserError(f"{folder}: chat_template: {entry!r:.60}, expected a map with name and template")
 
 
 def _in_files(folder: Path) -> Any:
@@ -43,17 +54,13 @@ def _in_files(folder: Path) -> Any:
             return _text(main)
         named = [{"name": path.stem, "template": _text(path)} for path in more]
         return [{"name": "default", "template": _text(main)}, *named]
-    if (folder / "chat_template.json").is_file():
-        return read_json(folder / "chat_template.json").get("chat_template")
     return None
 
 
-def _write_named(writer: GGUFWriter, templates: list[Any], folder: Path) -> None:
+def _write_named(writer: GGUFWriter, templates: list[Any]) -> None:
     names = []
     default = None
     for entry in templates:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("template"), str):
-            raise UserError(f"{folder}: chat_template: {entry!r:.60}, expected a map with name and template")
         name = "".join(c if c.isascii() and c.isalnum() else "_" for c in str(entry.get("name", "")))
         if name == "default":
             default = entry["template"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,22 +101,27 @@ def tokens_of(
     Raises:
         UserError: llama.cpp does not accept the vocabulary.
     """
-    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        writer = GGUFWriter(path, "llama")
-        vocabulary.write(writer, pre)
-        if vocabulary.merges:
-            writer.add_token_merges(list(vocabulary.merges))
-        if space_prefix is not None:
-            writer.add_add_space_prefix(space_prefix)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        return _tokenise(vocabulary.path, path, texts)
+    with _loaded(vocabulary, pre, space_prefix) as vocab:
+        return [_tokens(vocab, text.encode()) for text in texts]
 
 
-def _tokenise(source: Path, path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Use llama.cpp's C functions, as llama_cpp.Llama would also create a context and warn about its size."""
+def ending_tokens(vocabulary: Vocabulary, tokens: Sequence[int]) -> set[int]:
+    """Those of `tokens` at which llama.cpp ends a generation because of their texts.
+
+    Raises:
+        UserError: llama.cpp does not accept the vocabulary.
+    """
+    import llama_cpp
+
+    with _loaded(vocabulary, "default") as vocab:
+        # Without a key, llama.cpp takes a fixed id for EOS, which says nothing about that token.
+        usual = llama_cpp.llama_vocab_eos(vocab)
+        return {token for token in tokens if token != usual and llama_cpp.llama_vocab_is_eog(vocab, token)}
+
+
+@contextmanager
+def _loaded(vocabulary: Vocabulary, pre: str, space_prefix: bool | None = None) -> Iterator[Any]:
+    """llama.cpp's vocabulary, through its C functions, as llama_cpp.Llama would also create a context."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -123,18 +129,32 @@ def _tokenise(source: Path, path: Path, texts: Sequence[str]) -> list[list[int]]
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    llama_cpp.llama_log_set(silence, None)
-    try:
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            raise UserError(f"{source}: llama.cpp does not accept its vocabulary")
+    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        _write(path, vocabulary, pre, space_prefix)
+        llama_cpp.llama_log_set(silence, None)
         try:
-            vocab = llama_cpp.llama_model_get_vocab(model)
-            return [_tokens(vocab, text.encode()) for text in texts]
+            model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+            if not model:
+                raise UserError(f"{vocabulary.path}: llama.cpp does not accept its vocabulary")
+            try:
+                yield llama_cpp.llama_model_get_vocab(model)
+            finally:
+                llama_cpp.llama_model_free(model)
         finally:
-            llama_cpp.llama_model_free(model)
-    finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+            llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+
+
+def _write(path: Path, vocabulary: Vocabulary, pre: str, space_prefix: bool | None) -> None:
+    writer = GGUFWriter(path, "llama")
+    vocabulary.write(writer, pre)
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    if space_prefix is not None:
+        writer.add_add_space_prefix(space_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def _tokens(vocab: Any, raw: bytes) -> list[int]:

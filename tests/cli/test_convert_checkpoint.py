@@ -104,3 +104,21 @@ def test_mistakes(mistake, run, folder, tmp_path):
     out.write_bytes(b"precious")
     assert "already exists (--force replaces it)" in mistake("convert", folder, out)
     assert run(folder, out, "--force").returncode == 0
+
+
+def test_names_from_a_checkpoint_reach_the_terminal_without_control_characters(run, tmp_path):
+    case = checkpoints.Case("tiny", {**checkpoints.LLAMA, "_name_or_path": 3}, added=("\x1b]0;gone\x07",))
+    if not case.can_be_made():
+        pytest.skip(f"{case.needs}, which the tokeniser comes from, is not installed")
+    folder = checkpoints.write_checkpoint(case, tmp_path)
+    (folder / "README.md").write_text('---\n"tags": {"\x85[red]": "\u202etxt"}\n"language": [}\n---\n')
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "\x1b[2J"}}))
+    named = folder.rename(tmp_path / "\x1b[31m[bold]red")
+    done = run(named, tmp_path / "out.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "[31m[bold]red" in done.stdout and "tokenizer.model is used" in done.stdout
+    (named / "tokenizer.model").write_bytes(b"\x1b[2J")
+    failed = run(named, tmp_path / "no.gguf")
+    assert failed.returncode == 2 and "[31m[bold]red" in failed.stderr and failed.stderr.count("\n") == 1
+    for text in (done.stdout, done.stderr, failed.stderr):
+        assert all(char.isprintable() or char == "\n" for char in text)

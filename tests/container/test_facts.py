@@ -160,6 +160,18 @@ def test_rotary_dimensions_are_found_without_their_key(tmp_path: Path) -> None:
             rope_facts(read_header(write(name, **keys)))
 
 
+@pytest.mark.parametrize(("context_length", "arch"), [(128, "llama"), (160, "qwen2"), (512, "qwen2")])
+def test_a_context_left_unscaled_is_the_original_one(
+    context_length: int, arch: str, tmp_path: Path, tiny_llama: TinyLlama
+) -> None:
+    """Qwen's recipe for YaRN leaves `context_length` as it was."""
+    path = tiny_llama(tmp_path / "m.gguf", arch=arch, context_length=context_length, scaling=yarn_of(4.0, 128))
+    native = native_schedule(read_header(path))
+    assert [band.context for band in native.bands] == [512]
+    np.testing.assert_allclose(native.bands[0].rescale_factors, yarn(32, 4.0, 10000.0, 128))
+    assert native.facts.native_attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
 def test_deepseek_has_yarns_scale_in_its_attention(tmp_path: Path, tiny_llama: TinyLlama) -> None:
     scaling = yarn_of(40.0, 64, yarn_log_multiplier=0.0707)
     deepseek2, mistral4 = (
@@ -222,6 +234,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "factor infinite": ({"scaling": {"factor": float("inf")}}, "rope.scaling.factor: inf, expected"),
     "factor tiny": ({"scaling": {"factor": 1e-40}}, "rope.scaling.factor: 9.99995e-41, expected"),
     "yarn that shrinks": ({"scaling": yarn_of(0.5, 64)}, "rope.scaling.factor: 0.5, expected at least 1"),
+    "yarn that stretches too far": ({"scaling": yarn_of(1e8, 64)}, "rope.scaling.factor: 1e.08 times the original"),
     "attention factor": ({"scaling": {"attn_factor": 0.0}}, "rope.scaling.attn_factor: 0, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
     "betas huge": (

@@ -7,10 +7,12 @@ transformers' models.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_digest as digest
 import numpy as np
 import pytest
@@ -38,9 +40,26 @@ def test_equals_llama_cpps_converter(name, kind, checkpoint, tmp_path):
         # llama.cpp's converter gives all tokens of such a tokeniser the same score, so that half of all lines get other
         # tokens than with the original (test_tokeniser.py).
         assert metadata.pop("tokenizer.ggml.scores") != expected["metadata"].pop("tokenizer.ggml.scores")
+        # It also takes special added tokens for user-defined ones, which are recognised in what a user types.
+        types = special_as_user_defined(file, len(CASES[name].added))
+        assert metadata.pop("tokenizer.ggml.token_type") != expected["metadata"]["tokenizer.ggml.token_type"]
+        assert types == expected["metadata"].pop("tokenizer.ggml.token_type")
+    if name.startswith("gemma3"):
+        # It writes no EOS token if there are several, so that llama.cpp takes its default, which is Gemma's BOS.
+        ends = [metadata.pop(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        assert ends == [["UINT32", 1], ["UINT32", 106]]
     differing = digest.differences(metadata, expected["metadata"])
     differing += digest.differences(found["tensors"], expected["tensors"])
     assert not differing, "\n".join(differing)
+
+
+def special_as_user_defined(file: Path, n_added: int) -> list[Any]:
+    """The digest of a file's token types, with the control tokens among the last `n_added` made user-defined ones."""
+    field = gguf.GGUFReader(file).fields["tokenizer.ggml.token_type"]
+    types = np.array([int(field.parts[i][0]) for i in field.data], "<i4")
+    last = types[-n_added:]
+    last[last == gguf.TokenType.CONTROL] = gguf.TokenType.USER_DEFINED
+    return ["INT32[]", {"length": len(types), "sha256": hashlib.sha256(types.tobytes()).hexdigest()[:32]}]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def test_pi_and_yarn_and_ntk_agree_with_transformers(n_rot, base, original, scal
     np.testing.assert_allclose(ntk(n_rot, length / original), factors, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n_rot, base, original", MODELS)
+def test_yarn_with_a_ramp_that_is_not_rounded_agrees_with_transformers(n_rot, base, original):
+    factors, _ = reference("yarn", n_rot, base, original, 4.0, truncate=False)
+    np.testing.assert_allclose(yarn(n_rot, 4.0, base, original, truncate=False), factors, rtol=1e-5)
+    assert not np.allclose(yarn(n_rot, 4.0, base, original), factors, rtol=1e-3)
+
+
 @pytest.mark.parametrize("scale, original", [(8.0, 4096), (32.0, 4096), (1.0, 4096)])
 def test_longrope_attention_factor_agrees_with_transformers(scale, original):
     ones = [1.0] * 32
