@@ -101,6 +101,8 @@ def requantise(
     if code != 0:
         if "iostream" in reason or "write error" in reason:
             raise UserError(f"{target}: cannot write: the disk is full, or a size limit is reached")
+        if "data validation failed" in reason:
+            reason += f" (a number is too large for {weight_type}, expected bf16 or f32)"
         raise UserError(
             f"{header.path}: llama.cpp cannot convert it to {weight_type}: {reason or f'ended with code {code}'}"
         )

@@ -63,12 +63,11 @@ class Config:
         """Check the numbers in RoPE's maps, with which logarithms and powers are computed.
 
         Raises:
-            UserError: one does not fit in float32, or the original context is too short for a logarithm.
+            UserError: one does not fit in float32.
         """
         for name in SCALING:
             self._check_numbers(name, self.get(name))
-        original = self.get("original_max_position_embeddings")
-        self._check_numbers("original_max_position_embeddings", original)
+        self._check_numbers("original_max_position_embeddings", self.get("original_max_position_embeddings"))
 
     def _check_numbers(self, name: str, value: Any) -> None:
         if isinstance(value, Mapping):
@@ -79,8 +78,6 @@ class Config:
                 self._check_numbers(name, item)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             self.finite(name, value)
-            if name.endswith("original_max_position_embeddings") and value < 2:
-                raise self.wrong(name, "a number of tokens, at least 2", value)
 
     def wrong(self, name: str, expected: str, found: Any = None) -> UserError:
         value = repr(self.get(name) if found is None else found)

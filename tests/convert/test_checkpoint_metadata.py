@@ -116,5 +116,5 @@ def test_an_odd_name_in_the_config(name: Any, folder: Path, tmp_path: Path) -> N
 def test_numbers_that_do_not_fit_their_keys(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1e39}))
-    with pytest.raises(UserError, match=r"(rope_theta|freq_base): 1e\+39, expected"):
+    with pytest.raises(UserError, match=r"rope_theta: 1e\+39, expected"):
         convert_checkpoint(folder, tmp_path / "out.gguf")

@@ -182,10 +182,6 @@ def test_yarn_with_its_own_betas_and_attention_factor_gives_transformers_logits(
             {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
             "rope_scaling.factor: 1000.*, expected a number up",
         ),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}},
-            "original_max_position_embeddings: 1, expected a number of tokens, at least 2",
-        ),
     ],
 )
 def test_an_invalid_config(copy, tmp_path, config, message):

@@ -161,3 +161,14 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_number_too_large_for_float16(tiny_llama, tmp_path):
+    source = tiny_llama(tmp_path / "in.gguf")
+    header, raw = read_header(source), bytearray(source.read_bytes())
+    at = header.data_start + header.tensor("blk.0.ffn_up.weight").offset
+    raw[at : at + 4] = np.float32(1e5).tobytes()
+    source.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a number is too large for f16, expected bf16 or f32"):
+        convert_model(source, tmp_path / "out.gguf", weight_type="f16")
+    convert_model(source, tmp_path / "out.gguf", weight_type="bf16")
