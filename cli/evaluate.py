@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .terminal import Advance, note, out, printable, progress
+from .terminal import Advance, note, out, print_table, printable, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
@@ -295,7 +295,7 @@ def _show(found: Found, original: int) -> None:
             f"{math.fsum(reading.key_loss for _, reading in readings) / len(readings):.2f}",
         )
         last = context
-    out.print(table, width=out.width if not out.is_terminal else max(out.width, out.measure(table).maximum), crop=False)
+    print_table(table)
     for context, method in found:
         difference = _against_yarn(found, context, method, original)
         if method == "schedule" and difference and context > original:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 PIPED_WIDTH = 200  # columns for tables when the output is not a terminal
 WIDE = 80  # columns that a progress bar with all numbers takes
@@ -33,6 +35,13 @@ err = Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int], None]
 """Called with (done, total), in any unit."""
+
+
+def print_table(table: Table) -> None:
+    """Print a table whole: a terminal that is too narrow breaks its lines, which is easier to read than its cells."""
+    natural = Measurement.get(out, out.options.update(max_width=PIPED_WIDTH), table).maximum
+    console = out if natural <= out.width else Console(highlight=False, width=natural)
+    console.print(table)
 
 
 def note(line: str, style: str = "dim") -> None:
