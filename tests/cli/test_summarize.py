@@ -91,7 +91,7 @@ def test_documents_of_every_kind(tmp_path: Path, run: Run) -> None:
     )
     found = {record["id"]: record for record in records(tmp_path / "out.jsonl")}
     assert len(found) == 14
-    assert found["docs/latin.txt"]["note"] == "not UTF-8 (byte 0xe9 at offset 108): read as cp1252"
+    assert found["docs/latin.txt"]["note"] == "not UTF-8 (byte 0xe9 at offset 109): read as cp1252"
     errors = {name: record["error"] for name, record in found.items() if "error" in record}
     for name, word in {
         "docs/binary.txt": "binary",
