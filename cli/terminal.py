@@ -71,7 +71,7 @@ def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
             TimeRemainingColumn(),
         ]
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(label, total=1)
+        task = bar.add_task(plain(label), total=1)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
