@@ -235,7 +235,7 @@ def decode(raw: bytes, encoding: str | None = None, *, fallback: bool = True) ->
     nuls, controls = text.count("\0"), len(CONTROLS.findall(text))
     if controls > MOST_CONTROLS * len(text):
         if nuls:
-            raise DocumentError(f"binary (a NUL byte at offset {raw.index(0)}), expected UTF-8 text")
+            raise DocumentError(f"binary (a NUL byte at offset {max(raw.find(0), 0)}), expected UTF-8 text")
         raise DocumentError(f"binary ({controls} control characters), expected UTF-8 text")
     if nuls:
         notes.append(f"{nuls} NUL{'s' * (nuls > 1)} replaced")
@@ -252,6 +252,8 @@ def _decoded(raw: bytes, encoding: str | None, fallback: bool) -> tuple[str, lis
             return raw.decode(name), []
         except UnicodeDecodeError as error:
             problem = f"not {name.removesuffix('-sig').upper()} ({error.reason} at offset {error.start})"
+        except UnicodeError as error:  # some codecs say no more
+            problem = f"not {name.upper()} ({error})"
     if marked or encoding:
         raise DocumentError(problem)
     try:

@@ -57,6 +57,8 @@ def test_encodings(raw: bytes, encoding: str | None, text: str, note: str | None
         (RUSSIAN.encode("koi8-r"), None, "cp1252; --encoding names another"),
         (b"\xff\xfea", None, "not UTF-16"),
         (FRENCH.encode("cp1252"), "utf-8", "not UTF-8"),
+        (b"xn--a-\xe9-b..c", "idna", "not IDNA"),
+        (b"+AAA-", "utf-7", "binary"),
         (b"", None, "empty"),
         (b"\xef\xbb\xbf \n", None, "empty"),
     ],
