@@ -91,11 +91,12 @@ def _open_streams() -> None:
 
 def _drop_output() -> None:
     """Let what is still to be printed go nowhere, also when the interpreter exits."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(nowhere, 2)
 
 
 def _is_of_output(error: OSError) -> bool:
@@ -131,6 +132,10 @@ def main() -> None:
         fail("interrupted", 130)
     except BrokenPipeError:
         _broken_pipe(out)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit with 1 of it
+            _broken_pipe(out)
+        raise
     except OSError as error:
         if not _is_of_output(error):
             raise

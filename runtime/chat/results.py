@@ -77,7 +77,12 @@ class Results:
         return True
 
     def begin(self, retried: Collection[str]) -> None:
-        """Prepare to append: drop the errors of the documents in `retried`."""
+        """Prepare to append: drop the errors of the documents in `retried`.
+
+        Raises:
+            UserError: the file was moved or removed, or cannot be written.
+        """
+        self._file.check_place()
         if self._errors.intersection(retried):
             self._file.rewrite(lambda line: not _is_error_of(json.loads(line), retried))
 

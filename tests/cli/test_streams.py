@@ -16,6 +16,7 @@ COMMAND = f"{sys.executable} -m ropewalk"
 def folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     tiny_llama(folder / "m.gguf")
+    (folder / "rain.txt").write_text("the rain in the the there then")
     return folder
 
 
@@ -35,6 +36,8 @@ def shell(folder: Path, line: str) -> tuple[int, str, str]:
         ("ropewalk inspect nosuch.gguf 2>/dev/full", 2, None),
         ("ropewalk inspect m.gguf <&- >/dev/null", 0, None),
         ("ropewalk inspect m.gguf | true; exit ${PIPESTATUS[0]}", 141, None),
+        ("ropewalk inspect m.gguf --json | true; exit ${PIPESTATUS[0]}", 141, None),
+        ("ropewalk summarize rain.txt -m m.gguf --max-tokens 16 -o - | true; exit ${PIPESTATUS[0]}", 141, None),
         ("ropewalk --help | true; exit ${PIPESTATUS[0]}", 141, None),
     ],
 )

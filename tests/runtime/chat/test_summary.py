@@ -286,6 +286,10 @@ def test_an_output_that_is_moved_during_the_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out\.jsonl: was moved, removed or replaced during the run"):
             results.append(record("b"))
     assert lines(tmp_path / "moved.jsonl") == ["a", "b"] and not path.exists()
+    with Results(path) as results:
+        path.unlink()
+        with pytest.raises(UserError, match="was moved, removed or replaced during the run"):
+            results.begin(set())
 
 
 def test_an_empty_output_is_removed(tmp_path: Path) -> None:
