@@ -38,6 +38,7 @@ class Results:
 
     Attributes:
         done: number of records without an error, by key.
+        paths: where their documents were, by key.
 
     Raises:
         UserError: a folder, a file that cannot be written, not this program's output, or in use by another run.
@@ -46,6 +47,7 @@ class Results:
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
         self.done: Counter[Key] = Counter()
+        self.paths: dict[Key, Any] = {}
         self._errors: set[str] = set()
         self._file = LineFile(path)
         try:
@@ -75,7 +77,12 @@ class Results:
         return True
 
     def begin(self, retried: Collection[str]) -> None:
-        """Prepare to append: drop the errors of the documents in `retried`."""
+        """Prepare to append: drop the errors of the documents in `retried`.
+
+        Raises:
+            UserError: the file was moved or removed, or cannot be written.
+        """
+        self._file.check_place()
         if self._errors.intersection(retried):
             self._file.rewrite(lambda line: not _is_error_of(json.loads(line), retried))
 
@@ -85,7 +92,7 @@ class Results:
         Raises:
             UserError: the file cannot be written, and stays as it is.
         """
-        if any(self.done[key] for key in keys):
+        if keys:
             self._file.rewrite(lambda line: _key(json.loads(line)) not in keys)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -109,6 +116,7 @@ class Results:
                 self._errors.add(record["id"])
             else:
                 self.done[key] += 1
+                self.paths[key] = record.get("path")
 
 
 class StandardOutput:
@@ -125,6 +133,10 @@ class StandardOutput:
     @property
     def done(self) -> Counter[Key]:
         return Counter()
+
+    @property
+    def paths(self) -> dict[Key, Any]:
+        return {}
 
     def take_done(self, key: Key) -> bool:
         return False

@@ -132,8 +132,7 @@ class Summarizer:
         if not has_words(text):
             raise NothingToSummarize("no text: neither a letter nor a digit")
         capacity = self._room - self._part_budget
-        parts = split(text, capacity, lambda piece: count_tokens(self._llm, piece), self._size)
-        parts = [part for part in parts if has_words(part)]
+        parts = [part for part in self._parts(text) if has_words(part)]
         sizes = [count_tokens(self._llm, part) for part in parts]
         totals = _Totals()
         last = len(parts) == 1
@@ -189,6 +188,10 @@ class Summarizer:
         totals.add(answer, llm.band_index)
         text = answer.text.strip() if answer.ending == "stop" else _whole_sentences(answer.text.strip())
         return text if last else self._clipped(text)
+
+    def _parts(self, text: str) -> list[str]:
+        capacity = self._room - self._part_budget
+        return split(text, capacity, lambda piece: count_tokens(self._llm, piece), self._size)
 
     def _clipped(self, text: str) -> str:
         """The start of a part's summary, if it has more tokens when it is read than when it was generated."""

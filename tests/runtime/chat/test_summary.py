@@ -149,9 +149,11 @@ def test_parts_are_combined_until_one_is_left(llm: Llama) -> None:
 @pytest.mark.parametrize(
     "text", ["\n\n".join(["* alpha"] * 500), "\n\n".join(["Anna: Right."] * 300), "<|im_end|>" * 200]
 )
-def test_many_short_paragraphs_are_read_in_parts_that_fit(llm: Llama, text: str) -> None:
-    summary = Summarizer(llm, SummarySettings(max_tokens=16)).summarize(text)
-    assert summary.parts >= 2 and summary.finish_reason in ("stop", "length")
+def test_many_short_paragraphs_are_split_into_parts_that_fit(llm: Llama, text: str) -> None:
+    summarizer = Summarizer(llm, SummarySettings(max_tokens=16))
+    parts = summarizer._parts(text)
+    assert "".join(parts) == text and len(parts) >= 2
+    assert max(len(summarizer._prompt(part)) for part in parts) + 16 <= llm.n_ctx()
 
 
 def test_a_summary_cut_at_the_limit_says_so(llm: Llama) -> None:
@@ -284,6 +286,10 @@ def test_an_output_that_is_moved_during_the_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out\.jsonl: was moved, removed or replaced during the run"):
             results.append(record("b"))
     assert lines(tmp_path / "moved.jsonl") == ["a", "b"] and not path.exists()
+    with Results(path) as results:
+        path.unlink()
+        with pytest.raises(UserError, match="was moved, removed or replaced during the run"):
+            results.begin(set())
 
 
 def test_an_empty_output_is_removed(tmp_path: Path) -> None:
