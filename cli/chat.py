@@ -118,7 +118,9 @@ def chat(
     for number in (temp, top_p, min_p, repeat_penalty):
         if not math.isfinite(number):
             raise UserError(f"{number}: expected a finite number")
-    files = _documents(names)
+    from .chat_prompt import named_documents
+
+    files = named_documents(names)
     if piped:
         question = _with_input(question)
     place = _place(resume, load)
@@ -180,14 +182,6 @@ def _parts(words: list[str], model: str | None, files: list[str]) -> tuple[str |
 def _is_question(word: str) -> bool:
     """Whether the first word is a question in quotes and not a model's name."""
     return any(char.isspace() for char in word.strip()) and not Path(word).expanduser().exists()
-
-
-def _documents(names: list[str]) -> list[Path]:
-    if not names:
-        return []
-    from .documents import find_files
-
-    return find_files(names, records=False)
 
 
 def _place(resume: bool, load: str | None) -> Path | None:

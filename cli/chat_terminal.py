@@ -32,7 +32,7 @@ from .chat_prompt import (
     prompt_session,
     saved_names,
     saved_place,
-    typed_path,
+    typed_files,
     without_echo,
 )
 from .chat_settings import set_setting, shown_settings
@@ -143,17 +143,21 @@ class Chat:
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
-        """While the block runs, Ctrl-C interrupts only the handling of a line."""
+        """While the block runs, Ctrl-C interrupts only the handling of a line, and closing the window ends the chat."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self._interruptible:
                 raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            raise SystemExit(128 + number)  # the window was closed: what was generated so far is kept
+
+        before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGHUP, hang_up)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before[0])
+            signal.signal(signal.SIGHUP, before[1])
 
     def handle(self, line: str, edited: str | None = None) -> None:
         """Run one line of input: a command, a question, or the `edited` question in its new form."""
@@ -256,7 +260,8 @@ class Chat:
         say(", ".join(f"{name} {value}" for name, value, _ in shown_settings(self.sampling)))
 
     def read(self, argument: str) -> None:
-        self.read_file(typed_path(argument, "/file"))
+        for path in typed_files(argument, "/file"):
+            self.read_file(path)
 
     def give(self, path: Path) -> int:
         """Have the model read a document, with a bar; return the number of tokens read.
@@ -446,7 +451,9 @@ class Chat:
 
 
 COMMANDS = {
-    "/file": Command("PATH", "let the model read a document; ask about it afterwards", Chat.read, "paths"),
+    "/file": Command(
+        "PATH", "let the model read a document, a folder or a pattern; then ask about it", Chat.read, "paths"
+    ),
     "/save": Command("NAME", "save the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
     "/load": Command("NAME", "resume a saved conversation; without a name, list them", Chat.load, "saved"),
     "/regen": Command("", "answer the last question again", Chat.regenerate),

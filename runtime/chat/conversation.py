@@ -221,9 +221,14 @@ class Conversation:
     ) -> Answer:
         """Generate the answer, and keep it with its question."""
         seconds = 0.0
-        with suppress(KeyboardInterrupt):  # what was generated is kept, as it is in the model's cache
+        ended: SystemExit | None = None
+        try:
             seconds = self._read_long(prompt, answer)
             answer.write(on_text)
+        except KeyboardInterrupt:
+            pass  # what was generated is kept, as it is in the model's cache
+        except SystemExit as error:  # a signal ends the program, which may save the conversation first
+            ended = error
         answer.read_s += seconds
         if answer.text or answer.ending != "interrupted":
             history = messages[1:] if self.transcript.system else messages
@@ -233,6 +238,8 @@ class Conversation:
                 pending=(),
                 n_tokens=answer.prompt_tokens + answer.written_tokens,
             )
+        if ended is not None:
+            raise ended
         return answer
 
     def _read_long(self, prompt: list[int], answer: Answer) -> float:

@@ -355,8 +355,26 @@ def test_a_killed_chat_is_continued_and_another_model_reads_it(smollm2: Path, tm
         resumed.enter("/exit")
 
 
+def test_what_was_generated_is_kept_when_the_window_is_closed(smollm2: Path, tmp_path: Path) -> None:
+    terminal = Terminal(smollm2, tmp_path)
+    try:
+        terminal.see(r"0/1,024 tokens", 60)
+        terminal.enter("Write a long story about a farm.")
+        terminal.see(r"about a farm\.")
+        terminal.see(r"(\w+\W+){60}", 60)  # it is generating, and draws it again and again
+        os.kill(terminal.pid, signal.SIGHUP)
+        assert terminal.leave() == 129
+    finally:
+        terminal.close()
+    (record,) = tmp_path.glob("state/ropewalk/autosaved/*/conversation.json")
+    question, answer = json.loads(record.read_text())["transcript"]["messages"]
+    assert question["content"] == "Write a long story about a farm." and len(answer["content"].split()) > 2
+
+
 def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) -> None:
-    (tmp_path / "farm.txt").write_text(TEXT)
+    (tmp_path / "notes").mkdir()
+    for place in ("farm.txt", "notes/farm.txt"):
+        (tmp_path / place).write_text(TEXT)
     with chatting(smollm2, tmp_path, *SHORT, "-f", "farm.txt") as terminal:
         assert re.search(r"read farm.txt: \d+ tokens", terminal.shown)
         for line, shown in [
@@ -378,6 +396,9 @@ def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) 
         terminal.see(r"\d+/1,024 tokens")  # the prompt
         terminal.press("\x03")
         terminal.see("Ctrl-D or /exit leaves")
+        for line in ("/file fa*.txt", "/file notes"):
+            terminal.enter(line)
+            terminal.see(r"read farm.txt: \d+ tokens")
         terminal.enter("What is rain?")
         terminal.see("stopped at --max-tokens 5")
         terminal.enter("/regen")
