@@ -134,7 +134,7 @@ def chat(
     from ..runtime.chat import Conversation, Sampling
     from .chat_autosave import Autosave
     from .chat_terminal import Chat
-    from .terminal import err
+    from .terminal import err, plain
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -146,7 +146,7 @@ def chat(
         min_p=min_p,
         stops=tuple(read_stop(text) for text in stop or ()),
     )
-    with err.status(f"Loading {path.name}") if err.is_terminal else nullcontext():
+    with err.status(f"Loading {plain(path.name)}") if err.is_terminal else nullcontext():
         llm = load_model(path, options) if kv else load_fast(path, options)
         conversation = Conversation(llm, system, open_cache(llm, folder))
         if place is not None:

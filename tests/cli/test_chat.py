@@ -387,7 +387,8 @@ def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) 
             ("/set top-p 2", "/set top-p: '2', expected a number from 0 to 1"),
             ("/set temp nan", "/set temp: 'nan', expected a number of at least 0"),
             ("/set seed -1", "/set seed: '-1', expected a whole number from 0 to 4294967295, or none"),
-            ("/set max_tokens 5", "max-tokens 5"),
+            ("/set temperature=0", "temp 0"),
+            ("/set parameter max_tokens 5", "max-tokens 5"),
             ("/?", "/regen"),
             ("/sav", "/sav: no such command, did you mean /save?"),
         ]:
