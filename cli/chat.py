@@ -200,9 +200,14 @@ def _place(resume: bool, load: str | None) -> Path | None:
 def _model_of(place: Path) -> str | None:
     """Return the model that a conversation was held with, if it is still there."""
     from ..runtime.chat import read_saved
+    from .terminal import err, plain
 
     model = read_saved(place).model
-    return model if model and Path(model).is_file() else None
+    if model and Path(model).is_file():
+        return model
+    if model and err.is_terminal:
+        err.print(f"{plain(model)} is gone; the bundled model continues the conversation", style="dim")
+    return None
 
 
 def _with_input(question: str) -> str:

@@ -146,7 +146,7 @@ class Terminal:
     def enter(self, line: str) -> None:
         self.press(line + "\r")
 
-    def see(self, pattern: str, seconds: float = 15) -> str:
+    def see(self, pattern: str, seconds: float = 60) -> str:
         """Wait until `pattern` is shown, after the previous match; return what was shown up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown[self._mark :])):
