@@ -12,15 +12,16 @@ Linux and macOS are supported, which have POSIX locks and renames; on Windows us
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -29,6 +30,12 @@ MAX_STEM_BYTES = 200
 
 DEAD_AFTER_S = 24 * 3600.0
 """On a file system without locks, a part file that has not been written to for this long is dead."""
+
+MAX_LINE = 1 << 26
+"""Bytes; a longer line was not written by this program, and is not read as a whole."""
+
+MAX_ZEROS = 1 << 16
+"""Most zero bytes that a crash is believed to have left in place of a line."""
 
 # --- whole files
 
@@ -172,7 +179,7 @@ def is_same(fd: int, path: Path) -> bool:
     """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -202,6 +209,9 @@ def open_locked(path: Path) -> int:
         os.close(fd)
 
 
+STRING = re.compile(rb'(?:[^"\\]|\\.)*\\?', re.DOTALL)  # up to its closing quotes, or to the end
+
+
 def append_line(fd: int, path: Path, line: bytes) -> None:
     """Append one line, with its newline, and sync it to disk: whole or not at all.
 
@@ -213,7 +223,8 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
         write_all(fd, line)
         os.fsync(fd)
     except OSError as error:
-        os.ftruncate(fd, size)
+        with suppress(OSError):
+            os.ftruncate(fd, size)
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 
 
@@ -224,13 +235,31 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def is_torn(line: bytes, beginning: bytes) -> bool:
-    """Whether `line`, the last of a file, is an incomplete line that starts with `beginning`.
+def json_value(line: bytes) -> Any:
+    """The JSON value in `line`; None if it is not JSON, nested too deeply, or has numbers too long to read."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
-    A crash can leave zeros in place of what was to be written.
+
+def is_torn(line: bytes, start: bytes, key: bytes = b"", *, alone: bool = False) -> bool:
+    """Whether `line`, the last of a file, is an incomplete line of JSON that this program wrote.
+
+    Such a line starts with `start`; with a `key`, the rest of a string and then `key` follow. If the line stands
+    `alone`, with no complete one before it, it must reach beyond `key`, or not beyond `start`, to be recognised. A
+    crash can leave zeros in place of what was to be written. What parses is never torn.
     """
     rest = line.rstrip(b"\0")
-    return not line.endswith(b"\n") and (rest.startswith(beginning) or beginning.startswith(rest))
+    if line.endswith(b"\n") or len(line) - len(rest) > MAX_ZEROS or json_value(rest) is not None:
+        return False
+    if len(rest) <= len(start):
+        return start.startswith(rest)
+    if not rest.startswith(start):
+        return False
+    text = STRING.match(rest, len(start))
+    after = rest[text.end() :] if text else b""
+    return after.startswith(key) or (not alone and key.startswith(after))
 
 
 def close_log(fd: int, path: Path) -> None:
@@ -239,3 +268,103 @@ def close_log(fd: int, path: Path) -> None:
     if os.fstat(fd).st_size == 0 and is_same(fd, target):
         target.unlink()
     os.close(fd)
+
+
+class LineFile:
+    """A file of lines that this process alone appends to; see `open_locked`.
+
+    Opening and reading it changes nothing: a torn last line is cut off with the first `append`.
+
+    Raises:
+        UserError: as `open_locked`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        existed = os.path.lexists(os.path.realpath(path))
+        self._fd = open_locked(path)
+        self._created = not existed
+        self._size = self._kept = os.fstat(self._fd).st_size
+        self._newline_missing = False
+
+    def close(self) -> None:
+        """Close the file, which releases the lock; remove it if it was created here and nothing was written."""
+        if self._fd >= 0:
+            if self._created:
+                close_log(self._fd, self.path)
+            else:
+                os.close(self._fd)
+            self._fd = -1
+
+    def read(self, torn: Callable[[int, bytes], bool]) -> Iterator[tuple[int, bytes]]:
+        """Yield each line and its number, from 1; not a last one of which `torn` says that it is torn."""
+        end = 0
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+                is_last = not line.endswith(b"\n") and len(line) < MAX_LINE
+                if is_last and torn(number, line):
+                    self._kept = end
+                    return
+                yield number, line.rstrip(b"\0") if is_last else line
+                if is_last:
+                    self._kept, self._newline_missing = end + len(line.rstrip(b"\0")), True
+                end += len(line)
+
+    def drop_all(self) -> None:
+        """Let the first `append` start the file over."""
+        self._kept, self._newline_missing = 0, False
+
+    def append(self, line: bytes) -> None:
+        """Append one line, with its newline, and sync it to disk: whole or not at all.
+
+        Raises:
+            UserError: it cannot be written; or the file is no longer the one at its path, which is checked when the
+                line is in it (so that nothing is lost of a file that was only moved), or another program wrote to it.
+        """
+        if os.fstat(self._fd).st_size != self._size:
+            raise UserError(f"{self.path}: another program has changed it during the run, which has stopped")
+        try:
+            if self._kept != self._size:
+                os.ftruncate(self._fd, self._kept)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
+        self._size = self._kept
+        append_line(self._fd, self.path, b"\n" * self._newline_missing + line)
+        self._newline_missing = False
+        self._size = self._kept = os.fstat(self._fd).st_size
+        self.check_place()
+
+    def check_place(self) -> None:
+        """Check that the file is still the one at its path.
+
+        Raises:
+            UserError: it was moved, removed or replaced.
+        """
+        if not is_same(self._fd, self.path):
+            raise UserError(f"{self.path}: was moved, removed or replaced during the run, which has stopped")
+
+    def rewrite(self, wanted: Callable[[bytes], bool]) -> None:
+        """Replace the file with one of the wanted lines only, without ever releasing the lock.
+
+        Raises:
+            UserError: it cannot be written, and stays as it is; or as `check_place`.
+        """
+        self.check_place()
+        fd = -1
+        try:
+            with os.fdopen(os.dup(self._fd), "rb") as file:
+                file.seek(0)
+                lines = (file.read(self._kept) + b"\n" * self._newline_missing).splitlines(keepends=True)
+            with replacement(self.path) as file:
+                file.writelines(line for line in lines if wanted(line))
+                file.flush()
+                size = os.fstat(file.fileno()).st_size
+                fd = os.dup(file.fileno())  # shares the lock
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
+        os.close(self._fd)
+        self._fd, self._size, self._kept, self._newline_missing = fd, size, size, False
+        self._created = self._created or not size  # what was there was ours, and is gone

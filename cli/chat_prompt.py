@@ -137,7 +137,11 @@ def named_documents(names: Sequence[str]) -> list[Path]:
     """
     from .documents import find_files
 
-    return find_files(names, records=False) if names else []
+    found = find_files(names, records=False) if names else None
+    for source in found.sources if found else []:
+        if source.error is not None:
+            raise UserError(f"{source.path}: {source.error}")
+    return [source.path for source in found.sources] if found else []
 
 
 def _saved_folder() -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .terminal import Advance, out, progress, size
+from .terminal import Advance, out, printable, progress, size
 
 if TYPE_CHECKING:
     from ..container import Header
@@ -194,7 +194,7 @@ def _gather(source: str, names: tuple[Path, ...], conversion: ConversionNotes) -
 
 def _show(facts: dict[str, Any]) -> None:
     def say(line: str) -> None:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(printable(line), markup=False, soft_wrap=True)
 
     more = f" and {len(facts['files']) - 1} more" if len(facts["files"]) > 1 else ""
     say(f"{facts['target']}{more}: {size(facts['bytes'])}, {facts['architecture']}")

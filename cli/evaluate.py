@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .terminal import Advance, out, progress
+from .terminal import Advance, note, out, print_table, printable, progress
 
 if TYPE_CHECKING:
     from ..factors import Band, Schedule
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METHODS = "none,pi,ntk,yarn,schedule"
 QUARTERS = 4
+MAX_EXPONENT = 700.0  # the largest that `math.exp` has a number for, about
 
 
 def evaluate(
@@ -96,7 +97,7 @@ def evaluate(
 
         save_figure(draw_evaluation(found, native.context, f"{path.name}: perplexity and hidden keys"), plot)
         if not as_json:
-            out.print(f"plotted in {plot}", soft_wrap=True)
+            out.print(f"plotted in {printable(plot)}", markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,13 @@ def _names(methods: str) -> tuple[str, ...]:
 def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
     """Read the texts that --text and the arguments after it name; by default, Python's documentation.
 
+    One that cannot be read is left out with a note.
+
     Raises:
-        UserError: one of them does not exist, or is not a text.
+        UserError: none of them can be read.
     """
     from ..runtime.measure import Text
-    from .documents import find_files, read_document
+    from .documents import DocumentError, find_files, read_noted
 
     if not named and more:
         raise UserError(f"{more[0]}: expected --text before the texts")
@@ -171,12 +174,24 @@ def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:
         import pydoc_data.topics
 
         return [Text("Python's documentation", "\n\n".join(pydoc_data.topics.topics.values()))]
-    texts = []
-    for file in find_files([*named, *(more or [])], records=False):
+    found = find_files([*named, *(more or [])], records=False)
+    texts, notes = [], list(found.notes)
+    problem = ""
+    for source in found.sources:
         try:
-            texts.append(Text(file.name, read_document(file)))
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
+            if source.error is not None:
+                raise DocumentError(source.error)
+            text, noted = read_noted(source.path)
+        except DocumentError as error:
+            problem = f"{source.path}: {error}"
+            notes.append(f"{problem}; left out")
+        else:
+            texts.append(Text(source.path.name, text))
+            notes += [f"{source.path}: {noted}"] if noted else []
+    if not texts:
+        raise UserError(problem)
+    for line in notes:
+        note(line)
     return texts
 
 
@@ -257,7 +272,8 @@ def _quarters(context: int) -> list[tuple[int, int]]:
 
 def _perplexity(readings: list[tuple[KeyPassage, Reading]], start: int = 0, stop: int | None = None) -> float:
     """Perplexity of all passages' tokens in that range; each passage counts the same."""
-    return math.exp(math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings))
+    loss = math.fsum(reading.mean(start, stop) for _, reading in readings) / len(readings)
+    return math.exp(min(loss, MAX_EXPONENT))
 
 
 def _show(found: Found, original: int) -> None:
@@ -279,7 +295,7 @@ def _show(found: Found, original: int) -> None:
             f"{math.fsum(reading.key_loss for _, reading in readings) / len(readings):.2f}",
         )
         last = context
-    out.print(table)
+    print_table(table)
     for context, method in found:
         difference = _against_yarn(found, context, method, original)
         if method == "schedule" and difference and context > original:

@@ -38,7 +38,7 @@ def inspect(
     else:
         _show(facts, schedule)
         if plot is not None:
-            out.print(f"\nλ plotted in {plot}", soft_wrap=True)
+            out.print(f"\nλ plotted in {plain(plot)}", soft_wrap=True)
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:

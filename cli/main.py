@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 import typer
+from rich.console import Console
 
 from ..errors import UserError
 from .chat import chat
@@ -23,6 +25,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .search import search
 from .summarize import summarize
+from .terminal import out, printable
 
 app = typer.Typer(
     name="ropewalk",
@@ -64,24 +67,80 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"ropewalk: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # standard error may be a full disk
+        print(f"ropewalk: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _open_streams() -> None:
+    """Put something in place of standard streams that were closed: else the next file that is opened becomes one.
+
+    What is written to a closed standard output fails, as it does elsewhere; standard error is dropped.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, mode), number)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are not UTF-8
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, also when the interpreter exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(nowhere, 2)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether it is standard output that cannot be written to; buffers do not say so."""
+    if error.filename is not None:
+        return False
+    try:
+        sys.stdout.flush()
+        os.write(1, b"\n")
+    except OSError as again:
+        return again.errno == error.errno
+    return False
+
+
+def _broken_pipe(_: Console) -> NoReturn:
+    _drop_output()  # the reader has gone (`ropewalk … | head`)
+    raise SystemExit(141)
 
 
 def main() -> None:
     """Run the command line, and exit with the right code however it ends."""
     signal.signal(signal.SIGTERM, _terminated)
+    _open_streams()
+    Console.on_broken_pipe = _broken_pipe  # type: ignore[assignment, method-assign]  # rich's own exits with 1
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()
-    except UsageError as error:
-        fail(error.format_message())
-    except UserError as error:
-        fail(str(error))
+    except UsageError as problem:
+        fail(problem.format_message())
+    except UserError as problem:
+        fail(str(problem))
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader has gone (`ropewalk … | head`): print nothing more, not even when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        _broken_pipe(out)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit with 1 of it
+            _broken_pipe(out)
+        raise
+    except OSError as error:
+        if not _is_of_output(error):
+            raise
+        _drop_output()
+        fail(f"standard output: cannot write: {error.strerror or error}")
+    except MemoryError:
+        fail("not enough memory for this; a shorter context or a smaller cache type takes less")
     raise SystemExit(result if isinstance(result, int) else 0)

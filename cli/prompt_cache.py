@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .terminal import err
+from .terminal import err, printable
 
 if TYPE_CHECKING:
     from ..runtime import Llama
@@ -62,4 +62,4 @@ def _bytes(text: str) -> int:
 
 def _say(line: str) -> None:
     if err.is_terminal:
-        err.print(line, style="dim", markup=False)
+        err.print(printable(line), style="dim", markup=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .terminal import out
+from .terminal import out, printable
 
 if TYPE_CHECKING:
     from ..factors import Schedule
@@ -166,7 +166,7 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
         with SearchTable() as table:
             schedule, found = search_schedule(plan, table.take)
     except KeyboardInterrupt:
-        typer.echo(f"ropewalk: stopped; the same command resumes from {plan.folder}", err=True)
+        typer.echo(f"ropewalk: stopped; the same command resumes from {printable(plan.folder)}", err=True)
         raise SystemExit(130) from None
     write_schedule(schedule, output)
     if plot is not None:
@@ -258,7 +258,7 @@ def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, o
 
 def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, output: Path, plot: Path | None) -> None:
     def say(line: str) -> None:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(printable(line), markup=False, soft_wrap=True)
 
     say(f"{output}" + (f"; plotted in {plot}" if plot else ""))
     original = schedule.facts.original_context

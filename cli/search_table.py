@@ -1,4 +1,4 @@
-"""The progress of a search: one line per band, on a terminal; nothing when piped."""
+"""The progress of a search: one line per band on a terminal, one line per minute elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.live import Live
 from rich.table import Table
 
-from .terminal import err
+from .terminal import LINE_EVERY_S, err, note, plain, printable
 
 if TYPE_CHECKING:
     from ..runtime.measure import SearchEvent
@@ -26,6 +26,7 @@ class SearchTable:
         self.curves: dict[int, tuple[list[tuple[float, float]], dict[str, float]]] = {}
         self._rows: list[list[str]] = []
         self._context, self._spent = 0, 0.0
+        self._line_at = time.monotonic()
         self._live = Live(console=err, refresh_per_second=2, transient=True, get_renderable=self._table)
 
     def __enter__(self) -> SearchTable:
@@ -58,6 +59,14 @@ class SearchTable:
                 curve.append((self._spent, curve[-1][1]))  # so that the plot shows how long nothing improved
             self._rows[-1][1] = f"held-out texts: {event.done} of {event.total} read"
             self._rows[-1][3] = ""
+        if not err.is_terminal and self._rows and time.monotonic() - self._line_at >= LINE_EVERY_S:
+            self._line_at = time.monotonic()
+            note(self._line())
+
+    def _line(self) -> str:
+        context, step, spent, left, change, *_ = self._rows[-1]
+        parts = [step, spent and f"{spent} evaluations", left and f"{left} left", change and f"{change} against YaRN"]
+        return f"Searching {context}: " + ", ".join(filter(None, parts))
 
     def _progress(self, event: Any) -> None:
         curve, baselines = self.curves[self._context]
@@ -73,14 +82,14 @@ class SearchTable:
 
     def _note(self, text: str) -> None:
         if err.is_terminal:
-            self._live.console.print(text, style="dim", markup=False, highlight=False)
+            self._live.console.print(printable(text), style="dim", markup=False, highlight=False)
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("context", "step", "evaluations", "time left", "best/YaRN", "best/NTK", "best/PI"):
             table.add_column(name, justify="left" if name == "step" else "right")
         for row in self._rows:
-            table.add_row(*row)
+            table.add_row(*map(plain, row))
         return table
 
 

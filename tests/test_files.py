@@ -149,3 +149,113 @@ def test_a_file_of_lines_is_one_processs(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"one\n"
     files.close_log(files.open_locked(tmp_path / "empty"), tmp_path / "empty")
     assert names(tmp_path) == ["log"]
+
+
+OURS = [b'{"id": "a", "source": "x", "n": 1}\n', b'{"id": "b\\"c", "source": "y", "n": 2}\n']
+START, KEY = b'{"id": "', b'", "source": "'
+
+
+def lines_of(path):
+    file = files.LineFile(path)
+    try:
+        return [line for _, line in file.read(lambda n, line: files.is_torn(line, START, KEY, alone=n == 1))]
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"id": 7, "text": "my only copy"}',
+        b'{"id": "7", "text": "my only copy"}',
+        b'{"id": "7", "text": "my on',
+        b'{"id": "my only copy',
+        b'{"id": "a", "source": "x", "n": 1}',
+        b'{"id": "a", "source": "x", "n": 1}' + b"\0" * 9,
+        b'{"id": "a", "source": "x", "n',
+        b'{"id',
+        b"\0" * 70_000,
+        OURS[0] + b'{"id": "b, "so',
+        OURS[0] + b'{"id": "b\\',
+        OURS[0] + b"buy milk",
+    ],
+)
+def test_opening_a_file_of_lines_changes_nothing(tmp_path, content):
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    lines_of(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("line", "after_ours", "alone"),
+    [
+        (b'{"id": 7, "text": "my only copy"}', False, False),
+        (b'{"id": "7", "text": "my on', False, False),
+        (b'{"id": "7", "sou', True, False),
+        (b'{"id": "7\\", te', True, False),
+        (b'{"id": "7\\', True, False),
+        (b'{"id": "7", "source": "x', True, True),
+        (b'{"id": "7", "source": "x' + b"\0" * 100, True, True),
+        (b'{"id": "7", "source": "x' + b"\0" * 100_000, False, False),
+        (b'{"id', True, True),
+        (b"\0" * 100, True, True),
+        (b"[" * 100_000, False, False),
+        (b"9" * 10_000, False, False),
+    ],
+)
+def test_a_line_is_torn_if_it_does_not_parse_and_is_ours(line, after_ours, alone):
+    assert files.is_torn(line, START, KEY) is after_ours
+    assert files.is_torn(line, START, KEY, alone=True) is alone
+    assert not files.is_torn(line + b"\n", START, KEY)
+
+
+def test_a_torn_line_goes_when_the_next_one_comes(tmp_path):
+    path = tmp_path / "log"
+    for tail, kept in [(b'{"id": "c", "sou', 2), (OURS[0][:-1], 3), (OURS[0][:-1] + b"\0\0", 3), (b"\0\0", 2)]:
+        path.write_bytes(b"".join(OURS) + tail)
+        file = files.LineFile(path)
+        assert len(list(file.read(lambda n, line: files.is_torn(line, START, KEY, alone=n == 1)))) == kept
+        file.append(OURS[1])
+        file.close()
+        assert path.read_bytes() == b"".join([*[*OURS, OURS[0]][:kept], OURS[1]])
+
+
+def test_a_file_of_lines_that_is_moved_or_changed_during_a_run(tmp_path):
+    def opened():
+        (tmp_path / "log").unlink(missing_ok=True)
+        file = files.LineFile(tmp_path / "log")
+        file.append(OURS[0])
+        return file
+
+    file = opened()
+    (tmp_path / "log").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="log: was moved, removed or replaced"):
+        file.append(OURS[1])
+    file.close()
+    assert (tmp_path / "moved").read_bytes() == b"".join(OURS)  # nothing is lost of it
+    file = opened()
+    (tmp_path / "moved").replace(tmp_path / "log")
+    with pytest.raises(UserError, match="was moved, removed or replaced"):
+        file.append(OURS[1])
+    file.close()
+    file = opened()
+    (tmp_path / "log").unlink()
+    with pytest.raises(UserError, match="was moved, removed or replaced"):
+        file.rewrite(lambda line: True)
+    file.close()
+    assert names(tmp_path) == []
+    for change in (b"", OURS[0] + b"theirs"):
+        file = opened()
+        (tmp_path / "log").write_bytes(change)
+        with pytest.raises(UserError, match="another program has changed it"):
+            file.append(OURS[1])
+        file.close()
+        assert (tmp_path / "log").exists() == bool(change)
+
+
+def test_an_empty_file_that_was_there_before_stays(tmp_path):
+    (tmp_path / "log").touch()
+    lines_of(tmp_path / "log")
+    lines_of(tmp_path / "new")
+    assert names(tmp_path) == ["log"]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ...errors import UserError
-from ...files import append_line, is_torn, open_locked
+from ...files import LineFile, is_torn, json_value
 from .protocol import Fidelity, Result, Task
 from .space import band_key
 
@@ -65,11 +65,11 @@ class Journal:
     def __init__(self, path: Path | None, digest: str) -> None:
         self.path = path
         self.lines: dict[TaskKey, Evaluation] = {}
-        self._fd = -1
+        self._file: LineFile | None = None
         if path is not None:
-            self._fd = open_locked(path)
+            self._file = LineFile(path)
             try:
-                self._read(path, digest)
+                self._read(self._file, digest)
             except BaseException:
                 self.close()
                 raise
@@ -84,45 +84,38 @@ class Journal:
 
     def close(self) -> None:
         """Release the file and its lock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
 
     def add(self, task: Task, result: Result) -> None:
         """Write one evaluation to disk.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or the file was moved, removed or changed.
         """
         key, at = key_of_task(task), time.monotonic() - self._started
         if key in self.lines:
             return
-        if self.path is not None:
-            append_line(self._fd, self.path, _line_of(key, Evaluation(result, at)))
+        if self._file is not None:
+            self._file.append(_line_of(key, Evaluation(result, at)))
         self.lines[key] = Evaluation(result, at)
 
-    def _read(self, path: Path, digest: str) -> None:
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            data = file.read()
-        end = data.find(b"\n") + 1
-        torn = not end and is_torn(data, HEADER_BEGINNING)  # or empty
-        if torn or (end == len(data) and _version(data) == VERSION):  # no evaluations: no search's journal yet
-            os.ftruncate(self._fd, 0)
-            append_line(self._fd, path, json.dumps({HEADER: VERSION, "digest": digest}).encode() + b"\n")
+    def _read(self, file: LineFile, digest: str) -> None:
+        lines = [line for _, line in file.read(_is_torn)]
+        if not lines or (len(lines) == 1 and lines[0].endswith(b"\n") and _version(lines[0]) == VERSION):
+            file.drop_all()  # no evaluations: no search's journal yet
+            file.append(json.dumps({HEADER: VERSION, "digest": digest}).encode() + b"\n")
             return
-        _check_header(path, data[:end] or data, digest)
-        for number, line in enumerate(data[end:].splitlines(keepends=True), 2):
+        _check_header(file.path, lines[0], digest)
+        for number, line in enumerate(lines[1:], 2):
             known = _parse(line)
             if known is None:
-                if is_torn(line, LINE_BEGINNING):
-                    os.ftruncate(self._fd, end)
-                    return
-                raise UserError(f"{path}: line {number} is not an evaluation of ropewalk search; {ADVICE}")
+                raise UserError(f"{file.path}: line {number} is not an evaluation of ropewalk search; {ADVICE}")
             self.lines.setdefault(*known)
-            end += len(line)
-        if not data.endswith(b"\n"):
-            append_line(self._fd, path, b"\n")
+
+
+def _is_torn(number: int, line: bytes) -> bool:
+    return is_torn(line, HEADER_BEGINNING if number == 1 else LINE_BEGINNING)
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
@@ -135,8 +128,9 @@ def _check_header(path: Path, line: bytes, digest: str) -> None:
     if version is None:
         raise UserError(f"{path}: is not a journal of ropewalk search; {ADVICE}")
     if version != VERSION:
-        raise UserError(f"{path}: journal version {version}, expected {VERSION}; {ADVICE}")
-    if json.loads(line).get("digest") != digest:
+        shown = version if isinstance(version, int) and abs(version) < 1000 else "unknown"
+        raise UserError(f"{path}: journal version {shown}, expected {VERSION}; {ADVICE}")
+    if json_value(line).get("digest") != digest:
         raise UserError(
             f"{path}: the journal of another search (model, passages, context, settings or seed differ); {ADVICE}"
         )
@@ -144,10 +138,7 @@ def _check_header(path: Path, line: bytes, digest: str) -> None:
 
 def _version(line: bytes) -> Any:
     """The version of the journal whose header is `line`; None if it is not a header."""
-    try:
-        header = json.loads(line)
-    except ValueError:
-        return None
+    header = json_value(line)
     return header.get(HEADER) if isinstance(header, dict) else None
 
 
@@ -161,8 +152,8 @@ def _line_of(key: TaskKey, evaluation: Evaluation) -> bytes:
 
 
 def _parse(line: bytes) -> tuple[TaskKey, Evaluation] | None:
+    values = json_value(line)
     try:
-        values = json.loads(line)
         key = TaskKey(str(values["band"]), int(values["document"]), values["fidelity"], bool(values["gradient"]))
         result = Result(
             loss=float(values["loss"]),
@@ -170,6 +161,9 @@ def _parse(line: bytes) -> tuple[TaskKey, Evaluation] | None:
             by_log_factors=tuple(map(float, values.get("by_log_factors", ()))),
             by_log_attention=float(values.get("by_log_attention", 0.0)),
         )
-        return key, Evaluation(result, float(values["at"]))
-    except (ValueError, KeyError, TypeError):
+        at = float(values["at"])
+        if key.fidelity not in get_args(Fidelity) or not math.isfinite(at) or not math.isfinite(result.seconds):
+            return None
+        return key, Evaluation(result, at)
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

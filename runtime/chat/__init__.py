@@ -3,7 +3,7 @@
 from .answer import Answer, ContextFull, Sampling, piece
 from .conversation import Conversation, Saved, Transcript, drop_saved_cache, read_saved
 from .results import Results, StandardOutput, settings_digest
-from .summary import PROMPT, EmptySummary, Summarizer, Summary, SummarySettings
+from .summary import PROMPT, EmptySummary, NothingToSummarize, Summarizer, Summary, SummarySettings, has_words
 from .template import ChatTemplate, Message, count_tokens
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Conversation",
     "EmptySummary",
     "Message",
+    "NothingToSummarize",
     "Results",
     "Sampling",
     "Saved",
@@ -24,6 +25,7 @@ __all__ = [
     "Transcript",
     "count_tokens",
     "drop_saved_cache",
+    "has_words",
     "piece",
     "read_saved",
     "settings_digest",

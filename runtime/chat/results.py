@@ -1,26 +1,25 @@
 """The output of a batch of summaries: JSON Lines that survive being killed at any moment.
 
 One JSON object per line, on disk before the next document is started. Opening an output again finds what is done,
-repairs a torn line, and refuses a file that is something else. While it is open no other run can open it; the lock is
-released with the process, however that ends.
+and refuses a file that is something else; a torn line is dropped when there is something to write. While it is open no
+other run can open it; the lock is released with the process, however that ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...errors import UserError
-from ...files import append_line, close_log, is_torn, open_locked, replacement, write_all
+from ...files import LineFile, is_torn, json_value, write_all
 
-BEGINNING = b'{"id": '
-"""How every line starts; distinguishes a torn line from the last line of another file."""
+START, KEY = b'{"id": "', b'", "source": "'
+"""How every line starts, and what follows the id; distinguishes a torn line from the last line of another file."""
 
 STDOUT_FD = 1  # not sys.stdout, which a progress bar may have taken over
 
@@ -31,12 +30,15 @@ Key = tuple[str, str, str]
 class Results:
     """An output file, open for appending.
 
+    What the file holds changes only when there is something to write.
+
     Args:
         path: a file that does not exist yet is created, and removed again if nothing is ever written.
-        force: ignore what the file holds; `begin` empties it.
+        force: ignore what the file holds; the first record replaces it.
 
     Attributes:
         done: number of records without an error, by key.
+        paths: where their documents were, by key.
 
     Raises:
         UserError: a folder, a file that cannot be written, not this program's output, or in use by another run.
@@ -44,14 +46,15 @@ class Results:
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.path = path
-        self._target = Path(os.path.realpath(path))  # of a link, the target is written and replaced
         self.done: Counter[Key] = Counter()
-        self._force = force
+        self.paths: dict[Key, Any] = {}
         self._errors: set[str] = set()
-        self._fd = open_locked(path)
+        self._file = LineFile(path)
         try:
-            if not force:
-                self._repair(self._read())
+            if force:
+                self._file.drop_all()
+            else:
+                self._read()
         except BaseException:
             self.close()
             raise
@@ -63,11 +66,8 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Close the file and release the lock; an empty file is removed."""
-        if self._fd < 0:
-            return
-        close_log(self._fd, self._target)
-        self._fd = -1
+        """Close the file and release the lock; a new file that is still empty is removed."""
+        self._file.close()
 
     def take_done(self, key: Key) -> bool:
         """Whether there is a record of this key; each one counts once, as two documents may be the same."""
@@ -77,65 +77,46 @@ class Results:
         return True
 
     def begin(self, retried: Collection[str]) -> None:
-        """Prepare to append: drop everything if forced, otherwise the errors of the documents in `retried`."""
-        if self._force:
-            os.ftruncate(self._fd, 0)
-        elif self._errors.intersection(retried):
-            self._rewrite(lambda record: "error" not in record or record["id"] not in retried)
+        """Prepare to append: drop the errors of the documents in `retried`.
+
+        Raises:
+            UserError: the file was moved or removed, or cannot be written.
+        """
+        self._file.check_place()
+        if self._errors.intersection(retried):
+            self._file.rewrite(lambda line: not _is_error_of(json.loads(line), retried))
+
+    def drop(self, keys: Collection[Key]) -> None:
+        """Drop all records of these keys.
+
+        Raises:
+            UserError: the file cannot be written, and stays as it is.
+        """
+        if keys:
+            self._file.rewrite(lambda line: _key(json.loads(line)) not in keys)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record to disk, whole or not at all.
 
         Raises:
-            UserError: it cannot be written; the file is unchanged.
+            UserError: it cannot be written, and the file is unchanged; or the file was moved, removed or changed.
         """
-        append_line(self._fd, self.path, record_line(record))
+        self._file.append(record_line(record))
 
-    def _lines(self) -> Iterator[bytes]:
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            yield from file
-
-    def _read(self) -> tuple[int, bool]:
-        """Read the records; return the end of the last whole one, in bytes, and whether its newline is missing."""
-        end = 0
-        for number, line in enumerate(self._lines(), 1):
+    def _read(self) -> None:
+        for number, line in self._file.read(_is_torn):
             record = _parse(line)
             if record is None:
-                if is_torn(line, BEGINNING):
-                    return end, False
                 raise UserError(
                     f"{self.path}: line {number} is not a result of ropewalk summarize;"
                     " name another output, or start over with --force"
                 )
-            end += len(line)
-            if "error" in record:
+            key = _key(record)
+            if key is None:
                 self._errors.add(record["id"])
             else:
-                self.done[(record["id"], record["digest"], record["settings"])] += 1
-            if not line.endswith(b"\n"):
-                return end, True
-        return end, False
-
-    def _repair(self, found: tuple[int, bool]) -> None:
-        end, newline_missing = found
-        os.ftruncate(self._fd, end)
-        if newline_missing:
-            write_all(self._fd, b"\n")
-
-    def _rewrite(self, wanted: Any) -> None:
-        """Replace the file with one of the wanted records only, without ever releasing the lock."""
-        fd = -1
-        try:
-            with replacement(self._target) as file:
-                file.writelines(line for line in self._lines() if wanted(json.loads(line)))
-                fd = os.dup(file.fileno())  # shares the lock
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            raise UserError(f"{self.path}: cannot write: {error.strerror or error}") from None
-        os.close(self._fd)
-        self._fd = fd
+                self.done[key] += 1
+                self.paths[key] = record.get("path")
 
 
 class StandardOutput:
@@ -153,14 +134,32 @@ class StandardOutput:
     def done(self) -> Counter[Key]:
         return Counter()
 
+    @property
+    def paths(self) -> dict[Key, Any]:
+        return {}
+
     def take_done(self, key: Key) -> bool:
         return False
 
     def begin(self, retried: Collection[str]) -> None:
         pass
 
+    def drop(self, keys: Collection[Key]) -> None:
+        pass
+
     def append(self, record: dict[str, Any]) -> None:
-        write_all(STDOUT_FD, record_line(record))
+        """Write one record.
+
+        Raises:
+            UserError: it cannot be written.
+            BrokenPipeError: nobody reads it any more.
+        """
+        try:
+            write_all(STDOUT_FD, record_line(record))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(f"standard output: cannot write: {error.strerror or error}") from None
 
 
 def record_line(record: dict[str, Any]) -> bytes:
@@ -173,12 +172,22 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _is_torn(number: int, line: bytes) -> bool:
+    return is_torn(line, START, KEY, alone=number == 1)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
+    record = json_value(line)
     if not isinstance(record, dict):
         return None
     wanted = ("id", "settings", "error") if "error" in record else ("id", "settings", "digest", "summary")
     return record if all(isinstance(record.get(key), str) for key in wanted) else None
+
+
+def _key(record: dict[str, Any]) -> Key | None:
+    """The key of a record; None if it has an error instead of a summary."""
+    return None if "error" in record else (record["id"], record["digest"], record["settings"])
+
+
+def _is_error_of(record: dict[str, Any], ids: Collection[str]) -> bool:
+    return "error" in record and record["id"] in ids

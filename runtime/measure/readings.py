@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from ...container import read_header, trained_schedule
 from ...errors import UserError
 from ...factors import METHODS, Band, Schedule, extend
-from ...files import append_line, close_log, is_torn, open_locked
+from ...files import LineFile, is_torn, json_value
 from ..llama import Llama
 from ..losses import Losses
 from .held_out import BLOCK, draw_blocks, interval
@@ -29,6 +28,8 @@ from .passages import DEPTHS, Text, cut
 from .passkey import HiddenKey, plant_key, read_key
 
 VERSION = 1  # increase it when a reading of the same passage would give different numbers than before
+
+MAX_LOSS = 1e6  # nats; no model's logits are that far apart
 
 BIN = 64
 """Number of tokens whose losses are saved as one mean."""
@@ -186,50 +187,56 @@ class Readings:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[str, Reading] = {}
+        self._file: LineFile | None = None
         if path is None:
             return
-        self._fd = open_locked(path)
+        self._file = LineFile(path)
         try:
-            os.ftruncate(self._fd, self._read_file())
+            self._read(self._file)
         except BaseException:
             self.close()
             raise
 
-    def _read_file(self) -> int:
-        """Read the file; return the number of bytes up to the end of the last complete line."""
-        end = 0
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = _reading(record["reading"])
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    if is_torn(line, BEGINNING):
-                        return end
-                    raise UserError(f"{self.path}: line {number} is not a reading of ropewalk eval") from None
-                if not line.endswith(b"\n"):
-                    return end
-                end += len(line)
-        return end
+    def _read(self, file: LineFile) -> None:
+        for number, line in file.read(_is_torn):
+            record = json_value(line)
+            try:
+                self._known[str(record["key"])] = _reading(record["reading"])
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+                raise UserError(f"{self.path}: line {number} is not a reading of ropewalk eval") from None
 
     def find(self, key: str) -> Reading | None:
         return self._known.get(key)
 
     def add(self, key: str, about: dict[str, Any], reading: Reading) -> Reading:
-        """Save a reading, and return it; `about` is a human-readable description."""
+        """Save a reading, and return it; `about` is a human-readable description.
+
+        Raises:
+            UserError: its losses are not finite; it cannot be written; or the file was moved, removed or changed.
+        """
+        if not _is_finite(reading):
+            raise UserError("the model's losses are not finite numbers: its weights or its schedule are broken")
         self._known[key] = reading
-        if self.path is not None:
+        if self._file is not None:
             record = {"key": key, "about": about, "reading": asdict(reading)}
-            append_line(self._fd, self.path, json.dumps(record).encode() + b"\n")
+            self._file.append(json.dumps(record).encode() + b"\n")
         return reading
 
     def close(self) -> None:
-        if self.path is not None:
-            close_log(self._fd, self.path)
+        if self._file is not None:
+            self._file.close()
 
 
-BEGINNING = b'{"key": '
+START, KEY = b'{"key": "', b'", "about": '
+"""How every line starts, and what follows the key."""
+
+
+def _is_torn(number: int, line: bytes) -> bool:
+    return is_torn(line, START, KEY, alone=number == 1)
+
+
+def _is_finite(reading: Reading) -> bool:
+    return math.isfinite(reading.seconds) and all(abs(loss) < MAX_LOSS for loss in (*reading.losses, reading.key_loss))
 
 
 def reading_key(model: str, kv_type: str, band: Band, passage: KeyPassage) -> str:
@@ -242,6 +249,8 @@ def _reading(data: dict[str, Any]) -> Reading:
     """Create a reading from decoded JSON; a TypeError or ValueError if that is not one."""
     losses = tuple(float(loss) for loss in data.pop("losses"))
     reading = Reading(losses=losses, **data)
-    if len(losses) != -(-int(reading.n_scored) // BIN) or not math.isfinite(math.fsum((*losses, reading.key_loss))):
+    kinds = tuple(map(type, (reading.n_scored, reading.key_found, reading.said)))
+    n_bins = -(-reading.n_scored // BIN) if kinds == (int, bool, str) else 0
+    if len(losses) != n_bins or not n_bins or not _is_finite(reading):
         raise ValueError("not the numbers of a reading")
     return reading

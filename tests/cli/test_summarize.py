@@ -69,7 +69,8 @@ def test_documents_of_every_kind(tmp_path: Path, run: Run) -> None:
         "deep/b.md": b"\xef\xbb\xbf" + FARM.replace(" ", "\r\n", 1).encode(),
         "binary.txt": b"abc\0def",
         "empty.txt": b" \n",
-        "latin.txt": "café".encode("latin-1"),
+        "latin.txt": f"{FARM} Café.".encode("latin-1"),
+        "neither.txt": b"caf\x81",
         ".hidden/c.txt": b"no",
         "picture.png": b"no",
     }.items():
@@ -83,14 +84,19 @@ def test_documents_of_every_kind(tmp_path: Path, run: Run) -> None:
 
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "ropewalk: 9 of 13 documents could not be summarised; out.jsonl says why\n"
+    assert done.stderr == (
+        "ropewalk: docs: 2 left out (1 hidden folder, 1 .png), expected .txt, .md, .markdown, .rst, .jsonl, .ndjson\n"
+        'ropewalk: 1 of 14 documents were not plain UTF-8: see "note" in out.jsonl\n'
+        "ropewalk: 9 of 14 documents could not be summarised; out.jsonl says why\n"
+    )
     found = {record["id"]: record for record in records(tmp_path / "out.jsonl")}
-    assert len(found) == 13
+    assert len(found) == 14
+    assert found["docs/latin.txt"]["note"] == "not UTF-8 (byte 0xe9 at offset 109): read as cp1252"
     errors = {name: record["error"] for name, record in found.items() if "error" in record}
     for name, word in {
         "docs/binary.txt": "binary",
         "docs/empty.txt": "empty",
-        "docs/latin.txt": "not UTF-8",
+        "docs/neither.txt": "not UTF-8 (byte 0x81 at offset 3), nor cp1252",
         "docs/dangling.txt": "cannot be read",
         "docs/r.jsonl:3": "not JSON",
         "5": "no field 'text'",
@@ -126,13 +132,15 @@ def test_a_second_run_does_only_what_is_new(tmp_path: Path, run: Run) -> None:
 
     whole = out.read_bytes()
     again = run("a.txt", "b.txt", "-o", "out.jsonl")
-    assert (again.returncode, again.stderr, out.read_bytes()) == (0, "", whole)
+    assert (again.returncode, out.read_bytes()) == (0, whole)
+    assert again.stderr == "ropewalk: 0 documents summarised, 2 were done before: out.jsonl\n"
 
     (tmp_path / "b.txt").write_text(FARM + " In June it rained.")
     assert run("a.txt", "b.txt", "-o", "out.jsonl").returncode == 0
-    assert [record["id"] for record in records(out)] == ["a.txt", "b.txt", "b.txt"]
+    assert [record["id"] for record in records(out)] == ["a.txt", "b.txt"]  # it replaces its former record
+    assert records(out)[1]["digest"] == hashlib.sha256((tmp_path / "b.txt").read_bytes()).hexdigest()
     assert run("a.txt", "-o", "out.jsonl", "--prompt", "Who is named in the text above?").returncode == 0
-    assert [record["id"] for record in records(out)] == ["a.txt", "b.txt", "b.txt", "a.txt"]
+    assert [record["id"] for record in records(out)] == ["a.txt", "b.txt", "a.txt"]
     assert len({record["settings"] for record in records(out)}) == 2
 
     assert run("a.txt", "-o", "out.jsonl", "--force").returncode == 0
@@ -164,7 +172,7 @@ def test_another_question_about_a_document_does_not_read_it_again(tmp_path: Path
     def ask(output: str, question: str) -> dict[str, Any]:
         options = ["--max-tokens", "16", "--context", "1024", "--threads", "1", "--prompt-cache", "prompts"]
         done = run("with.txt", "-o", output, "--prompt", question, *options, fast=False)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, f"ropewalk: 1 documents summarised: {output}\n")
         return records(tmp_path / output)[-1]
 
     first = ask("out.jsonl", "What is a suite?")
@@ -212,7 +220,7 @@ def test_the_extended_bundled_model_is_the_default(
 
     def go() -> dict[str, Any]:
         done = ropewalk_command("summarize", "a.txt", "-o", "-", *FAST, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, "ropewalk: 1 documents summarised: standard output\n")
         return dict(json.loads(done.stdout))
 
     first = go()

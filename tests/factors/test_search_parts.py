@@ -436,7 +436,10 @@ def test_a_journal_without_evaluations_can_be_taken_over(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"dear diary\n", b"dear diary", b"{}\n", b"[1, 2]\n", b'{"a": 1}\n', b"\x89PNG\r\n\x1a\n\0\0", b"\n", b"3\n"],
+    [
+        *(b"dear diary\n", b"dear diary", b"{}\n", b"[1, 2]\n", b'{"a": 1}\n', b"\x89PNG\r\n\x1a\n\0\0", b"\n", b"3\n"),
+        *(b"[" * 5_000, b"[" * 5_000 + b"\n", b"9" * 5_000, b"NaN\n", b"\0" * 100_000),
+    ],
 )
 def test_a_foreign_file_is_refused_and_left_unchanged(tmp_path, content):
     path = tmp_path / "journal"
@@ -446,7 +449,23 @@ def test_a_foreign_file_is_refused_and_left_unchanged(tmp_path, content):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("line", [b"what\n", b"{}\n", b'{"band": "x"}\n', b"\n", b"what"])
+def evaluation(**changed):
+    values = {"band": "b", "document": 1, "fidelity": "full", "gradient": False, "loss": 1.0, "seconds": 1.0, "at": 1.0}
+    return json.dumps(values | changed).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"what\n", b"{}\n", b'{"band": "x"}\n', b"\n", b"what", b"[" * 5_000 + b"\n", b"9" * 5_000 + b"\n"),
+        *(evaluation(document=value) for value in (math.nan, math.inf, None, [])),
+        *(evaluation(fidelity=value) for value in ([], {}, "half", None)),
+        *(evaluation(loss=value) for value in (10**400, "x", [], None)),
+        *(evaluation(at=value) for value in (math.nan, math.inf, 10**400)),
+        *(evaluation(seconds=value) for value in (math.nan, math.inf, 10**400)),
+        *(evaluation(by_log_factors=value) for value in (3, [[]], [10**400])),
+    ],
+)
 def test_a_line_that_is_not_an_evaluation_is_named_and_left(tmp_path, line):
     path = tmp_path / "journal"
     write(path, 2)
@@ -457,6 +476,22 @@ def test_a_line_that_is_not_an_evaluation_is_named_and_left(tmp_path, line):
     assert path.read_bytes() == data
     with pytest.raises(UserError, match="line 4"):  # and the lock is released
         Journal(path, "a")
+
+
+def test_a_torn_evaluation_stays_until_there_is_another(tmp_path):
+    path = tmp_path / "journal"
+    write(path, 2)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9])
+    assert len(results(path)) == 1 and path.read_bytes() == data[:-9]
+
+
+def test_a_journal_that_is_removed_during_a_search(tmp_path):
+    path = tmp_path / "journal"
+    with Journal(path, "a") as journal:
+        path.unlink()
+        with pytest.raises(UserError, match="was moved, removed or replaced during the run"):
+            journal.add(tasks(1)[0], RESULTS[0])
 
 
 HOLD = """

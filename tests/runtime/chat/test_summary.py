@@ -14,7 +14,14 @@ from ropewalk.convert.split import split_model
 from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.chat.results import Results
-from ropewalk.runtime.chat.summary import Summarizer, SummarySettings, split
+from ropewalk.runtime.chat.summary import (
+    NothingToSummarize,
+    Summarizer,
+    SummarySettings,
+    _whole_sentences,
+    has_words,
+    split,
+)
 
 BRIDGE = (
     "The town council met on Tuesday to discuss the new bridge over the river Wend. Engineers warned that the old"
@@ -66,6 +73,50 @@ def test_nothing_is_lost_and_every_part_fits(count: Callable[[str], int], seed: 
     assert max(map(count, parts)) <= capacity
 
 
+def glued(text: str) -> int:
+    """Tokens of which there are more when pieces are joined: each paragraph break within a text counts three."""
+    return len(text.split()) + 3 * text.strip("\n").count("\n\n")
+
+
+@pytest.mark.parametrize("capacity", [4, 7, 50, 333])
+def test_parts_are_counted_as_they_are_joined(capacity: int) -> None:
+    text = "\n\n".join(["* alpha"] * 900)
+    parts = split(text, capacity, glued)
+    assert "".join(parts) == text and max(map(glued, parts)) <= capacity
+    assert len(parts) <= 1.5 * glued(text) / capacity + 1
+    assert split(text, 2000, words, glued) == split(text, 2000, glued)  # what is sent counts
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The sum is known. The year", "The sum is known."),
+        ("The points are:\n1. Apples are dear.\n2. Pears are not so dear.\n3.", None),
+        ("First of all, he went there.\n\n3. He came", "First of all, he went there."),
+        ("First of all, he went there.\n- **4.**", "First of all, he went there."),
+        ("It was built in 1911. It was rebuilt in 2027. Then", "It was built in 1911. It was rebuilt in 2027."),
+        ("The sum is now known to all. It is J. S. and Dr. M", "The sum is now known to all."),
+        ("一句话。两句话。三", "一句话。两句话。"),
+        ('He said "no!" and then "yes." But', 'He said "no!" and then "yes."'),
+        ("no end", "no end"),
+    ],
+)
+def test_a_cut_summary_ends_with_a_sentence(text: str, kept: str | None) -> None:
+    assert _whole_sentences(text) == (kept or text[:-3])
+
+
+@pytest.mark.parametrize(
+    "text", [".", "\u200b\u200b\ufeff\u2060", "* * *\n---\n", "\u3164\u115f", "\u0301", "…", "===", "\x07_"]
+)
+def test_a_text_without_words(text: str) -> None:
+    assert not has_words(text)
+
+
+@pytest.mark.parametrize("text", ["a", "- 7", "é", "一", "\u200bשלום", "٣"])
+def test_a_text_with_words(text: str) -> None:
+    assert has_words(text)
+
+
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[Llama]:
     llm = Llama(str(smollm2), n_ctx=400, n_threads=1, n_threads_batch=1, verbose=False)
@@ -93,6 +144,29 @@ def test_parts_are_combined_until_one_is_left(llm: Llama) -> None:
     assert summary.text
     assert seen == sorted(seen) and seen[-1][0] <= seen[-1][1]
     assert summary.read_tokens > summary.n_tokens > 400
+
+
+@pytest.mark.parametrize(
+    "text", ["\n\n".join(["* alpha"] * 500), "\n\n".join(["Anna: Right."] * 300), "<|im_end|>" * 200]
+)
+def test_many_short_paragraphs_are_split_into_parts_that_fit(llm: Llama, text: str) -> None:
+    summarizer = Summarizer(llm, SummarySettings(max_tokens=16))
+    parts = summarizer._parts(text)
+    assert "".join(parts) == text and len(parts) >= 2
+    assert max(len(summarizer._prompt(part)) for part in parts) + 16 <= llm.n_ctx()
+
+
+def test_a_summary_cut_at_the_limit_says_so(llm: Llama) -> None:
+    summarizer = Summarizer(llm, SummarySettings(max_tokens=16, prompt="Copy the text above."))
+    cut = summarizer.summarize(BRIDGE)
+    assert cut.finish_reason == "length" and cut.text.endswith(" …") and cut.written_tokens == 16
+    whole = Summarizer(llm, SummarySettings(max_tokens=160)).summarize(BRIDGE)
+    assert whole.finish_reason == "stop" and not whole.text.endswith("…")
+
+
+def test_a_text_without_words_is_not_given_to_the_model(llm: Llama) -> None:
+    with pytest.raises(NothingToSummarize, match="neither a letter nor a digit"):
+        Summarizer(llm).summarize("\u200b .\n\n* * *")
 
 
 def test_summaries_are_grouped_two_or_more_at_a_time(llm: Llama) -> None:
@@ -149,13 +223,73 @@ def test_errors_are_dropped_for_another_try(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "link.jsonl"}
 
 
-@pytest.mark.parametrize("content", ["buy milk", "{}\n", '{"id": "a"}\n', "[1]\n", '{"id": 1, "summary": "x"}\n'])
+DEEP = "[" * 5_000 + "]" * 5_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "buy milk",
+        "{}\n",
+        '{"id": "a"}\n',
+        "[1]\n",
+        '{"id": 1, "summary": "x"}\n',
+        '{"id": 7, "text": "my only copy"}',
+        '{"id": "7", "text": "my on',
+        '{"id": "my only copy',
+        "NaN\n",
+        f"{'9' * 400}\n",
+        f"{'9' * 5_000}",
+        f"{DEEP}\n",
+        DEEP[:5_000],
+        "\0" * 100_000,
+    ],
+)
 def test_another_files_content_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=r"line 1 is not a result of ropewalk summarize"):
         Results(path)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "9" * 400, "1e999"])
+def test_a_result_with_odd_numbers_is_a_result(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "out.jsonl"
+    line = json.dumps(record("a"))[:-1] + f', "tokens": {value}}}\n'
+    path.write_text(line + json.dumps(record("b", error="bad")) + "\n")
+    with Results(path) as results:
+        results.begin({"b"})
+        assert results.take_done(("a", "d", "s"))
+    assert path.read_text() == line
+
+
+def test_nothing_is_repaired_before_there_is_something_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    content = json.dumps(record("a")) + "\n" + json.dumps(record("b"))[:-9]
+    path.write_text(content)
+    with Results(path) as results:
+        results.begin(set())
+    assert path.read_text() == content
+    with Results(path, force=True) as results:
+        results.begin({"a"})
+        assert path.read_text() == content
+        results.append(record("c"))
+    assert lines(path) == ["c"]
+
+
+def test_an_output_that_is_moved_during_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with Results(path) as results:
+        results.append(record("a"))
+        path.rename(tmp_path / "moved.jsonl")
+        with pytest.raises(UserError, match=r"out\.jsonl: was moved, removed or replaced during the run"):
+            results.append(record("b"))
+    assert lines(tmp_path / "moved.jsonl") == ["a", "b"] and not path.exists()
+    with Results(path) as results:
+        path.unlink()
+        with pytest.raises(UserError, match="was moved, removed or replaced during the run"):
+            results.begin(set())
 
 
 def test_an_empty_output_is_removed(tmp_path: Path) -> None:
