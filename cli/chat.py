@@ -118,7 +118,9 @@ def chat(
     for number in (temp, top_p, min_p, repeat_penalty):
         if not math.isfinite(number):
             raise UserError(f"{number}: expected a finite number")
-    files = _documents(names)
+    from .chat_prompt import named_documents
+
+    files = named_documents(names)
     if piped:
         question = _with_input(question)
     place = _place(resume, load)
@@ -132,7 +134,7 @@ def chat(
     from ..runtime.chat import Conversation, Sampling
     from .chat_autosave import Autosave
     from .chat_terminal import Chat
-    from .terminal import err
+    from .terminal import err, plain
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -144,7 +146,7 @@ def chat(
         min_p=min_p,
         stops=tuple(read_stop(text) for text in stop or ()),
     )
-    with err.status(f"Loading {path.name}") if err.is_terminal else nullcontext():
+    with err.status(f"Loading {plain(path.name)}") if err.is_terminal else nullcontext():
         llm = load_model(path, options) if kv else load_fast(path, options)
         conversation = Conversation(llm, system, open_cache(llm, folder))
         if place is not None:
@@ -182,14 +184,6 @@ def _is_question(word: str) -> bool:
     return any(char.isspace() for char in word.strip()) and not Path(word).expanduser().exists()
 
 
-def _documents(names: list[str]) -> list[Path]:
-    if not names:
-        return []
-    from .documents import find_files
-
-    return find_files(names, records=False)
-
-
 def _place(resume: bool, load: str | None) -> Path | None:
     """Return where the conversation to continue is kept, if one is asked for."""
     if load is not None:
@@ -206,9 +200,14 @@ def _place(resume: bool, load: str | None) -> Path | None:
 def _model_of(place: Path) -> str | None:
     """Return the model that a conversation was held with, if it is still there."""
     from ..runtime.chat import read_saved
+    from .terminal import err, plain
 
     model = read_saved(place).model
-    return model if model and Path(model).is_file() else None
+    if model and Path(model).is_file():
+        return model
+    if model and err.is_terminal:
+        err.print(f"{plain(model)} is gone; the bundled model continues the conversation", style="dim")
+    return None
 
 
 def _with_input(question: str) -> str:

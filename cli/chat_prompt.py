@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,29 @@ def typed_path(argument: str, command: str) -> Path:
     except ValueError:
         parts = []
     return Path(parts[0]).expanduser() if len(parts) == 1 else plain
+
+
+def typed_files(argument: str, command: str) -> list[Path]:
+    """Return the documents that were typed: a path, a folder, or a pattern."""
+    path = typed_path(argument, command)
+    if path.is_dir() or (has_magic(str(path)) and not path.exists()):
+        return named_documents([str(path)])
+    return [path]
+
+
+def named_documents(names: Sequence[str]) -> list[Path]:
+    """Return the files that files, folders and patterns stand for.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    from .documents import find_files
+
+    found = find_files(names, records=False) if names else None
+    for source in found.sources if found else []:
+        if source.error is not None:
+            raise UserError(f"{source.path}: {source.error}")
+    return [source.path for source in found.sources] if found else []
 
 
 def _saved_folder() -> Path:

@@ -6,6 +6,7 @@ Answers go to standard output; everything else is dim and goes to standard error
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import sys
@@ -32,7 +33,7 @@ from .chat_prompt import (
     prompt_session,
     saved_names,
     saved_place,
-    typed_path,
+    typed_files,
     without_echo,
 )
 from .chat_settings import set_setting, shown_settings
@@ -102,9 +103,10 @@ class Chat:
         try:
             with without_echo():
                 problem = self._problem_of(work)
-                if isinstance(problem, ContextFull) and not self.conversation.transcript.is_empty:
+                if isinstance(problem, ContextFull) and self.conversation.could_hold(problem.n_tokens):
                     complain(f"{problem}; /reset starts over")
-                    problem = self._problem_of(lambda: self._offer_room(work))
+                    needed = problem.n_tokens
+                    problem = self._problem_of(lambda: self._offer_room(work, needed))
         finally:
             self.keep()
         if problem is not None:
@@ -122,13 +124,11 @@ class Chat:
             return error
         return None
 
-    def _offer_room(self, work: Callable[[], None]) -> None:
+    def _offer_room(self, work: Callable[[], None], needed: int) -> None:
         """Offer to drop or summarise the oldest turns, and do `work` again if that was wanted."""
-        if not self.conversation.transcript.messages:
-            return  # documents only: there is no turn to drop
         wanted = choice("[d]rop or [s]ummarise the oldest turns? [d/s/N]", "n")
         if wanted in ("d", "s"):
-            (self.drop if wanted == "d" else self.summarise)("")
+            self._make_room(needed, summarise=wanted == "s")
             work()
 
     def keep(self, *, at_the_end: bool = False, quietly: bool = False) -> None:
@@ -143,17 +143,21 @@ class Chat:
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
-        """While the block runs, Ctrl-C interrupts only the handling of a line."""
+        """While the block runs, Ctrl-C interrupts only the handling of a line, and closing the window ends the chat."""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self._interruptible:
                 raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            raise SystemExit(128 + number)  # the window was closed: what was generated so far is kept
+
+        before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGHUP, hang_up)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before[0])
+            signal.signal(signal.SIGHUP, before[1])
 
     def handle(self, line: str, edited: str | None = None) -> None:
         """Run one line of input: a command, a question, or the `edited` question in its new form."""
@@ -235,17 +239,24 @@ class Chat:
             self._edited = question
 
     def drop(self, argument: str) -> None:
-        n = self.conversation.drop_oldest()
-        say(f"dropped the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
+        self._make_room(0, summarise=False)
 
     def summarise(self, argument: str) -> None:
-        with ReadingBar(self.llm, "Summarising"):
-            n = self.conversation.summarise_oldest()
-        self._changes.clear()
-        say(f"summarised the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
+        self._make_room(0, summarise=True)
+
+    def _make_room(self, needed: int, *, summarise: bool) -> None:
+        if summarise:
+            with ReadingBar(self.llm, "Summarising"):
+                n = self.conversation.summarise_oldest(needed)
+            self._changes.clear()
+        else:
+            n = self.conversation.drop_oldest(needed)
+        done = "summarised" if summarise else "dropped"
+        say(f"{done} the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
 
     def set(self, argument: str) -> None:
-        name, *value = argument.split(maxsplit=1)[:2] or [""]
+        argument = argument.removeprefix("parameter ").strip()  # as in other chats
+        name, *value = re.split(r"\s*=\s*|\s+", argument, maxsplit=1)
         if not value:
             rows = [row for row in shown_settings(self.sampling) if not name or row[0] == name]
             if not rows:
@@ -256,7 +267,8 @@ class Chat:
         say(", ".join(f"{name} {value}" for name, value, _ in shown_settings(self.sampling)))
 
     def read(self, argument: str) -> None:
-        self.read_file(typed_path(argument, "/file"))
+        for path in typed_files(argument, "/file"):
+            self.read_file(path)
 
     def give(self, path: Path) -> int:
         """Have the model read a document, with a bar; return the number of tokens read.
@@ -446,7 +458,7 @@ class Chat:
 
 
 COMMANDS = {
-    "/file": Command("PATH", "let the model read a document; ask about it afterwards", Chat.read, "paths"),
+    "/file": Command("PATH", "read a document, folder or pattern; ask about it afterwards", Chat.read, "paths"),
     "/save": Command("NAME", "save the conversation, under a name or in a folder (a path with /)", Chat.save, "saved"),
     "/load": Command("NAME", "resume a saved conversation; without a name, list them", Chat.load, "saved"),
     "/regen": Command("", "answer the last question again", Chat.regenerate),

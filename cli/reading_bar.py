@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .terminal import progress
+from .terminal import plain, progress
 
 if TYPE_CHECKING:
     from ..runtime import Llama
@@ -35,7 +35,7 @@ class ReadingBar:
         if self._advance is None:
             if total < MIN_TOKENS:
                 return
-            self._advance = self._stack.enter_context(progress(self._label))
+            self._advance = self._stack.enter_context(progress(plain(self._label)))
         self._advance(done, total)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ class ContextFull(UserError):
     """More tokens than the context has room for."""
 
     def __init__(self, what: str, n_tokens: int, room: int, n_ctx: int) -> None:
+        self.n_tokens = n_tokens
         super().__init__(f"{what}: {n_tokens:,} tokens, and {room:,} of the context's {n_ctx:,} are free")
 
 

@@ -167,23 +167,30 @@ class Conversation:
         self.transcript = self._counted(transcript)
         return question
 
-    def drop_oldest(self) -> int:
-        """Forget the oldest exchanges, until half of the context is free; return how many, at least one.
+    def could_hold(self, n_tokens: int) -> bool:
+        """Whether so many more tokens would fit if some, or all, of the exchanges were dropped."""
+        rest = self._counted(self.transcript.without_oldest(self.transcript.n_exchanges))
+        return bool(self.transcript.messages) and rest.n_tokens + n_tokens + self._spare() <= self.llm.n_ctx()
+
+    def drop_oldest(self, needed: int = 0) -> int:
+        """Forget the oldest exchanges, until half of the context is free, and `needed` tokens with some room.
+
+        Returns how many, at least one.
 
         Raises:
             UserError: there is none.
         """
-        n = self._n_too_old()
+        n = self._n_too_old(needed)
         self.transcript = self._counted(self.transcript.without_oldest(n))
         return n
 
-    def summarise_oldest(self) -> int:
+    def summarise_oldest(self, needed: int = 0) -> int:
         """Replace the oldest exchanges by a summary, as `drop_oldest`; return how many.
 
         Raises:
             UserError: there is none, or the model wrote no summary; the conversation is unchanged.
         """
-        n = self._n_too_old()
+        n = self._n_too_old(needed)
         names = {"user": "User", "assistant": "Assistant", "system": "System"}
         places = [i for i, message in enumerate(self.transcript.messages) if message.role == "user"]
         old = self.transcript.messages[: places[n] if n < len(places) else None]
@@ -194,15 +201,16 @@ class Conversation:
         self.transcript = self._counted(summarised)
         return n
 
-    def _n_too_old(self) -> int:
-        """Return how many exchanges have to go for the others to take at most half of the context."""
+    def _n_too_old(self, needed: int) -> int:
+        """Return how many exchanges have to go for `needed` tokens to fit, and for half of the context to be free."""
         n = self.transcript.n_exchanges
         if not n:
             raise UserError("there are no older questions and answers to remove")
-        half = self.llm.n_ctx() // 2
+        n_ctx = self.llm.n_ctx()
+        budget = min(n_ctx // 2, n_ctx - needed - self._spare())
         return (
             bisect_left(
-                range(1, n), True, key=lambda i: self._counted(self.transcript.without_oldest(i)).n_tokens <= half
+                range(1, n), True, key=lambda i: self._counted(self.transcript.without_oldest(i)).n_tokens <= budget
             )
             + 1
         )
@@ -221,9 +229,14 @@ class Conversation:
     ) -> Answer:
         """Generate the answer, and keep it with its question."""
         seconds = 0.0
-        with suppress(KeyboardInterrupt):  # what was generated is kept, as it is in the model's cache
+        ended: SystemExit | None = None
+        try:
             seconds = self._read_long(prompt, answer)
             answer.write(on_text)
+        except KeyboardInterrupt:
+            pass  # what was generated is kept, as it is in the model's cache
+        except SystemExit as error:  # a signal ends the program, which may save the conversation first
+            ended = error
         answer.read_s += seconds
         if answer.text or answer.ending != "interrupted":
             history = messages[1:] if self.transcript.system else messages
@@ -233,6 +246,8 @@ class Conversation:
                 pending=(),
                 n_tokens=answer.prompt_tokens + answer.written_tokens,
             )
+        if ended is not None:
+            raise ended
         return answer
 
     def _read_long(self, prompt: list[int], answer: Answer) -> float:
@@ -346,9 +361,13 @@ class Conversation:
 
     def _check_fits(self, name: str, n_tokens: int) -> None:
         """Check that a document leaves some room for a question and its answer."""
-        spare = min(256, self.llm.n_ctx() // 4)
+        spare = self._spare()
         if n_tokens + spare > self.llm.n_ctx():
             raise self._full(name, n_tokens, spare)
+
+    def _spare(self) -> int:
+        """Return the room that a question and its answer should have."""
+        return min(256, self.llm.n_ctx() // 4)
 
     def _full(self, what: str, n_tokens: int, spare: int) -> ContextFull:
         used, n_ctx = self.transcript.n_tokens, self.llm.n_ctx()

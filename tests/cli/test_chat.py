@@ -146,7 +146,7 @@ class Terminal:
     def enter(self, line: str) -> None:
         self.press(line + "\r")
 
-    def see(self, pattern: str, seconds: float = 15) -> str:
+    def see(self, pattern: str, seconds: float = 60) -> str:
         """Wait until `pattern` is shown, after the previous match; return what was shown up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown[self._mark :])):
@@ -355,8 +355,26 @@ def test_a_killed_chat_is_continued_and_another_model_reads_it(smollm2: Path, tm
         resumed.enter("/exit")
 
 
+def test_what_was_generated_is_kept_when_the_window_is_closed(smollm2: Path, tmp_path: Path) -> None:
+    terminal = Terminal(smollm2, tmp_path)
+    try:
+        terminal.see(r"0/1,024 tokens", 60)
+        terminal.enter("Write a long story about a farm.")
+        terminal.see(r"about a farm\.")
+        terminal.see(r"(\w+\W+){60}", 60)  # it is generating, and draws it again and again
+        os.kill(terminal.pid, signal.SIGHUP)
+        assert terminal.leave() == 129
+    finally:
+        terminal.close()
+    (record,) = tmp_path.glob("state/ropewalk/autosaved/*/conversation.json")
+    question, answer = json.loads(record.read_text())["transcript"]["messages"]
+    assert question["content"] == "Write a long story about a farm." and len(answer["content"].split()) > 2
+
+
 def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) -> None:
-    (tmp_path / "farm.txt").write_text(TEXT)
+    (tmp_path / "notes").mkdir()
+    for place in ("farm.txt", "notes/farm.txt"):
+        (tmp_path / place).write_text(TEXT)
     with chatting(smollm2, tmp_path, *SHORT, "-f", "farm.txt") as terminal:
         assert re.search(r"read farm.txt: \d+ tokens", terminal.shown)
         for line, shown in [
@@ -369,7 +387,8 @@ def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) 
             ("/set top-p 2", "/set top-p: '2', expected a number from 0 to 1"),
             ("/set temp nan", "/set temp: 'nan', expected a number of at least 0"),
             ("/set seed -1", "/set seed: '-1', expected a whole number from 0 to 4294967295, or none"),
-            ("/set max_tokens 5", "max-tokens 5"),
+            ("/set temperature=0", "temp 0"),
+            ("/set parameter max_tokens 5", "max-tokens 5"),
             ("/?", "/regen"),
             ("/sav", "/sav: no such command, did you mean /save?"),
         ]:
@@ -378,6 +397,9 @@ def test_the_commands_that_change_a_conversation(smollm2: Path, tmp_path: Path) 
         terminal.see(r"\d+/1,024 tokens")  # the prompt
         terminal.press("\x03")
         terminal.see("Ctrl-D or /exit leaves")
+        for line in ("/file fa*.txt", "/file notes"):
+            terminal.enter(line)
+            terminal.see(r"read farm.txt: \d+ tokens")
         terminal.enter("What is rain?")
         terminal.see("stopped at --max-tokens 5")
         terminal.enter("/regen")

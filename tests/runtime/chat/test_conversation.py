@@ -323,8 +323,10 @@ def test_the_oldest_turns_make_room(llm: Llama, how: str) -> None:
     assert after.n_tokens < before.n_tokens and after.n_tokens <= 256
     assert after.messages[0].content.startswith("Summary of the conversation so far: ") == (how == "summarise")
     assert conversation.ask("What is fog?", SHORT).text
+    assert conversation.could_hold(100) and not conversation.could_hold(500)
     while conversation.transcript.messages:
         question = conversation.undo()
+    assert not conversation.could_hold(1)
     if how == "drop":
         with pytest.raises(UserError, match="no older questions"):
             conversation.drop_oldest()
