@@ -57,11 +57,9 @@ def replacement(path: str | os.PathLike[str], *, private: bool = False, sync: bo
     """
     target = Path(os.path.realpath(path))
     _remove_dead_parts(target)
-    part = target.with_name(f"{_part_stem(target.name)}.{secrets.token_hex(8)}.part")
-    file = open(part, "x+b", opener=_open_private)  # noqa: SIM115  (what it would leave behind is removed below)
+    part, file = _new_part(target)
     try:
         with file:
-            lock(file.fileno())
             yield file
             file.flush()
             if not private:
@@ -141,6 +139,16 @@ def _remove_dead_parts(target: Path) -> None:
     with suppress(OSError), os.scandir(target.parent) as found:
         for part in [Path(entry.path) for entry in found if name.fullmatch(entry.name)]:
             remove_dead_part(part)
+
+
+def _new_part(target: Path) -> tuple[Path, BinaryIO]:
+    """Create and lock a part file; one that another process took for dead before it was locked is left to it."""
+    while True:
+        part = target.with_name(f"{_part_stem(target.name)}.{secrets.token_hex(8)}.part")
+        file = open(part, "x+b", opener=_open_private)  # noqa: SIM115
+        if lock(file.fileno()) and is_same(file.fileno(), part):
+            return part, file
+        file.close()
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -25,7 +25,6 @@ from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
-from .control_tokens import CUT_BYTES, ControlSpellings
 from .graph.admission import check_engine
 from .graph.fast import FastNodes, switched_off
 from .graph.hook import GraphHook, Handler
@@ -46,7 +45,8 @@ from .loading import (
     whole_number,
 )
 from .losses import Logits, Scored
-from .rendering import check_templates
+from .prompts.control_tokens import CUT_BYTES, ControlSpellings
+from .prompts.rendering import check_templates
 from .threads import default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import llama_cpp
 
 from ...errors import UserError
-from ..control_tokens import CUT, ControlSpellings, text_of
-from ..rendering import TemplateError, render
+from ..prompts.control_tokens import CUT, ControlSpellings, text_of
+from ..prompts.rendering import TemplateError, render
 
 if TYPE_CHECKING:
     from ..llama import Llama

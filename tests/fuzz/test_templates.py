@@ -4,8 +4,8 @@ import os
 import random
 import time
 
-from ropewalk.runtime import rendering
-from ropewalk.runtime.rendering import TemplateError, render
+from ropewalk.runtime.prompts import rendering
+from ropewalk.runtime.prompts.rendering import TemplateError, render
 
 SEED = 20
 SECONDS = 60 * float(os.environ.get("MINUTES", "0")) or 5

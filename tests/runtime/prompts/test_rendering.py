@@ -7,8 +7,9 @@ from datetime import date
 
 import pytest
 from ropewalk.errors import UserError
-from ropewalk.runtime import Llama, rendering
-from ropewalk.runtime.rendering import TemplateError, render
+from ropewalk.runtime import Llama
+from ropewalk.runtime.prompts import rendering
+from ropewalk.runtime.prompts.rendering import TemplateError, render
 from tiny_models import tiny_llama
 
 HOSTILE = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 
 if TYPE_CHECKING:
-    from .llama import Llama
+    from ..llama import Llama
 
 CUT = "\ufdd0"  # a code point that no text may contain; `Llama.tokenize` splits there
 CUT_BYTES = CUT.encode()

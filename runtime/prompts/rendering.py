@@ -19,8 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..container import Header
-from ..errors import UserError
+from ...container import Header
+from ...errors import UserError
 from . import rendering_child
 
 CPU_S = 2
