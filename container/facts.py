@@ -252,7 +252,8 @@ def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
     tensor = header.tensor(name)
     if tensor is None:
         return None
-    dtype = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}.get(tensor.type)
+    floats: dict[int, str] = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
+    dtype = floats.get(tensor.type)
     half = n_rot // 2
     # step35 stores the factors of its layers with most rotary dimensions; the other layers use the first ones of them
     long_enough = tensor.shape[:1] >= (half,) if header.arch == "step35" else tensor.shape[:1] == (half,)
