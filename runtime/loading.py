@@ -12,7 +12,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -285,16 +285,24 @@ def import_torch() -> None:
 
     Exceptions caught during that import live until the garbage collector runs, and with them the frames of its callers:
     among them that of the model's constructor, so that the first model would not be freed with its last reference.
+
+    Raises:
+        UserError: it cannot be imported, for lack of memory perhaps.
     """
     if "torch" not in sys.modules:
-        thread = threading.Thread(target=_import_quietly, args=("torch",), daemon=True)
+        failures: list[str] = []
+        thread = threading.Thread(target=_import, args=("torch", failures), daemon=True)
         thread.start()
         thread.join()
+        if failures:
+            raise UserError(f"torch cannot be loaded ({failures[0]}); fast_prefill=False does without it")
 
 
-def _import_quietly(name: str) -> None:
-    with suppress(ImportError):  # raised where it is used
+def _import(name: str, failures: list[str]) -> None:
+    try:
         import_module(name)
+    except (ImportError, OSError, MemoryError) as error:
+        failures.append(" ".join(str(error).split()) or type(error).__name__)
 
 
 @contextmanager
