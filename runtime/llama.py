@@ -128,6 +128,8 @@ class Llama(llama_cpp.Llama):
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
         check_loadable(header, bool(options.get("vocab_only")))
+        if options.get("lora_path"):
+            options["lora_path"] = os.fspath(options["lora_path"])
         self._weights = WeightsKey(header, options)
         self.plan = memory.choose_kv(
             header,

@@ -168,7 +168,7 @@ class WeightsKey:
 
     def __init__(self, header: Header, options: Mapping[str, Any]) -> None:
         adapter = options.get("lora_path")
-        headers = [header] if adapter is None else [header, check_adapter(adapter, header.arch)]
+        headers = [header] if not adapter else [header, check_adapter(adapter, header.arch)]
         self._paths = [header.path for header in headers]
         self._parts = [part.path for header in headers for part in model_parts(header)]
         self._options = repr((options.get("lora_scale", 1.0), sorted((options.get("kv_overrides") or {}).items())))

@@ -177,3 +177,23 @@ def test_a_wrong_adapter(make: Make, tmp_path: Path) -> None:
 def test_real_models_pass(smollm2: Path, make: Make) -> None:
     for path in (smollm2, make({}), make({}, "qwen2")):
         check_loadable(read_header(path))
+
+
+def test_a_sound_adapter_is_taken_from_any_path(make: Make, tmp_path: Path) -> None:
+    model, path = make({}), tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for half, shape in (("a", (4, 128)), ("b", (128, 4))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain, adapted = (Llama(model, n_ctx=100, lora_path=adapter, verbose=False) for adapter in (None, path))
+    weaker = Llama(model, n_ctx=100, lora_path=str(path), lora_scale=0.5, verbose=False)
+    for llm in (plain, adapted, weaker):
+        llm.eval([5, 6, 7])
+    assert len({plain.weights_key, adapted.weights_key, weaker.weights_key}) == 3
+    assert not np.allclose(plain._logits(1), adapted._logits(1))
