@@ -31,6 +31,7 @@ from .graph.hook import GraphHook, Handler
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
+from .loadable import check_loadable, check_special_tokens
 from .loading import (
     WeightsKey,
     check_context,
@@ -147,6 +148,9 @@ class Llama(llama_cpp.Llama):
         logits_all = bool(logits_all) or options.get("draft_model") is not None
         if kv is not None and (type_k, type_v) != (None, None):
             raise UserError("kv: give either kv or type_k and type_v, not both")
+        check_loadable(header, bool(options.get("vocab_only")))
+        if options.get("lora_path"):
+            options["lora_path"] = os.fspath(options["lora_path"])
         self._weights = WeightsKey(header, options)
         self.plan = memory.choose_kv(
             header,
@@ -191,6 +195,9 @@ class Llama(llama_cpp.Llama):
             )
         except (ValueError, RuntimeError) as error:  # the latter for an adapter
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
+        check_special_tokens(model_path, self._model.vocab)
+        if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
+            raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
         if hooked and self._has_memory and not options.get("vocab_only"):
             self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
 

@@ -13,7 +13,6 @@ import secrets
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -172,7 +171,7 @@ class WeightsKey:
 
     def __init__(self, header: Header, options: Mapping[str, Any]) -> None:
         adapter = options.get("lora_path")
-        headers = [header] if adapter is None else [header, check_adapter(adapter, header.arch)]
+        headers = [header] if not adapter else [header, check_adapter(adapter, header.arch)]
         self._paths = [header.path for header in headers]
         self._parts = [part.path for header in headers for part in model_parts(header)]
         self._options = repr((options.get("lora_scale", 1.0), sorted((options.get("kv_overrides") or {}).items())))
@@ -289,16 +288,24 @@ def import_torch() -> None:
 
     Exceptions caught during that import live until the garbage collector runs, and with them the frames of its callers:
     among them that of the model's constructor, so that the first model would not be freed with its last reference.
+
+    Raises:
+        UserError: it cannot be imported, for lack of memory perhaps.
     """
     if "torch" not in sys.modules:
-        thread = threading.Thread(target=_import_quietly, args=("torch",), daemon=True)
+        failures: list[str] = []
+        thread = threading.Thread(target=_import, args=("torch", failures), daemon=True)
         thread.start()
         thread.join()
+        if failures:
+            raise UserError(f"torch cannot be loaded ({failures[0]}); fast_prefill=False does without it")
 
 
-def _import_quietly(name: str) -> None:
-    with suppress(ImportError):  # raised where it is used
+def _import(name: str, failures: list[str]) -> None:
+    try:
         import_module(name)
+    except (ImportError, OSError, MemoryError) as error:
+        failures.append(" ".join(str(error).split()) or type(error).__name__)
 
 
 def has_cells(state: np.ndarray[Any, np.dtype[np.uint8]], start: int, n_tokens: int) -> bool:

@@ -7,6 +7,7 @@ not fit at all. The sizes follow llama.cpp's allocations on a CPU; compute buffe
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import gguf
 import psutil
 
-from ..container import Header, model_parts
+from ..container import GGUFError, Header, model_parts
 from ..errors import UserError, mib
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
@@ -112,33 +113,55 @@ class _Sizes:
     weights_bytes: int
 
 
-def _numbers(header: Header, key: str, default: Any) -> list[int]:
-    entry = header.entries.get(f"{header.arch}.{key}")
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+MAX_COUNT = 1 << 24  # of heads, of dimensions: far more than any model has
+
+
+def counts(
+    header: Header, key: str, default: Sequence[int], least: int, most: int = MAX_COUNT, *, per_layer: bool = False
+) -> tuple[int, ...]:
+    """Return the whole numbers under a key of the architecture: one, or with `per_layer` perhaps one for each layer.
+
+    Raises:
+        GGUFError: it is anything else, or outside `least` to `most`; names the key and what was found.
+    """
+    name = f"{header.arch}.{key}"
+    entry = header.entries.get(name)
     if entry is None:
-        return list(default)
-    value = header.get(entry.key)
-    return [int(value)] if value is not None else [int(x) for x in header.array(entry.key)]
+        return tuple(default)
+    if entry.item_type is None:
+        numbers = [header.get(name)]
+    else:
+        n_layer = counts(header, "block_count", (0,), 0, MAX_LAYERS)[0] if per_layer else 0
+        if not n_layer or entry.count != n_layer:
+            expected = f"one number, or one for each of {n_layer} layers" if per_layer else "one number"
+            raise GGUFError(f"{header.path}: {name}: a list of {entry.count:,}, expected {expected}")
+        numbers = header.array(name)
+    for number in numbers:
+        if type(number) is not int or not least <= number <= most:
+            raise GGUFError(f"{header.path}: {name}: {number!r:.80}, expected a whole number from {least} to {most}")
+    return tuple(numbers)
 
 
 def _shape(header: Header) -> _Sizes:
-    n_layer = _numbers(header, "block_count", [0])[0]
-    heads = _numbers(header, "attention.head_count", [1])
-    kv_heads = _numbers(header, "attention.head_count_kv", heads)
+    (n_layer,) = counts(header, "block_count", (0,), 0, MAX_LAYERS)
+    heads = counts(header, "attention.head_count", (1,), 0, per_layer=True)
+    kv_heads = counts(header, "attention.head_count_kv", heads, 0, per_layer=True)
     if len(kv_heads) == 1:
         kv_heads *= n_layer
-    n_embd = _numbers(header, "embedding_length", [0])[0]
-    key_length = _numbers(header, "attention.key_length", [n_embd // max(*heads, 1, 1)])[0]
+    (n_embd,) = counts(header, "embedding_length", (0,), 0)
+    (key_length,) = counts(header, "attention.key_length", (n_embd // max(*heads, 1, 1),), 0)
     tokens = header.entries.get("tokenizer.ggml.tokens")
     tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
     return _Sizes(
         n_head=max(heads),
-        k_heads=tuple(kv_heads),
+        k_heads=kv_heads,
         key_length=key_length,
-        value_length=_numbers(header, "attention.value_length", [key_length])[0],
+        value_length=counts(header, "attention.value_length", (key_length,), 0)[0],
         n_embd=n_embd,
-        n_ff=max(_numbers(header, "feed_forward_length", [4 * n_embd])),
-        n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding else 0),
+        n_ff=max(counts(header, "feed_forward_length", (4 * n_embd,), 0, 1 << 26, per_layer=True)),
+        n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding and embedding.shape else 0),
         weights_bytes=sum(tensor.n_bytes for tensor in tensors),
     )
 
@@ -146,6 +169,11 @@ def _shape(header: Header) -> _Sizes:
 def head_size(header: Header) -> int:
     """Return the dimensions of one attention head's key."""
     return _shape(header).key_length
+
+
+def value_size(header: Header) -> int:
+    """Return the dimensions of one attention head's value."""
+    return _shape(header).value_length
 
 
 def plan_memory(

@@ -52,7 +52,7 @@ class PromptFolder:
         limit_bytes: size of all prompts together.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: it cannot be created or written to, or others may write to it.
     """
 
     def __init__(self, path: str | os.PathLike[str], limit_bytes: int) -> None:
@@ -65,7 +65,25 @@ class PromptFolder:
             raise UserError(f"{path}: not a folder, expected one to keep prompts in") from None
         except OSError as error:
             raise UserError(f"{path}: cannot keep prompts there: {error.strerror or error}") from None
+        self._check_private()
         self._remove_parts()
+
+    def _check_private(self) -> None:
+        """Refuse a folder in which others could put entries: keys and values cannot be checked against their tokens.
+
+        Raises:
+            UserError: others may write to it, or own it.
+        """
+        facts = self.path.stat()
+        if facts.st_uid not in (os.geteuid(), 0):
+            raise UserError(f"{self.path}: another user's folder, expected one of your own to keep prompts in")
+        own_group = facts.st_gid == os.getegid() == os.geteuid()  # a group of one, as most systems give each user
+        if facts.st_mode & (stat.S_IWOTH if own_group else stat.S_IWGRP | stat.S_IWOTH):
+            mode = stat.S_IMODE(facts.st_mode)
+            raise UserError(
+                f"{self.path}: others may write to it (mode {mode:o}), and a prompt from them could answer for yours;"
+                f" expected a folder that only you may write to: chmod go-w {self.path}"
+            )
 
     def place(self, kind: str, tokens: session.Tokens) -> Path:
         """Return the path for the state of `tokens`; `kind` stands for what it depends on besides them."""

@@ -480,3 +480,42 @@ def test_each_part_of_a_long_document_is_kept(load: Load, tmp_path: Path) -> Non
     assert first.parts >= 2 and len(names(tmp_path)) == first.parts
     second = summarize("What is it about, in a few words?")
     assert second.parts == first.parts and second.read_tokens < first.read_tokens / 4
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702, 0o772])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(UserError, match=rf"others may write to it \(mode {mode:o}\).*chmod go-w"):
+        PromptFolder(folder, GIB)
+    folder.chmod(mode & ~0o022)
+    PromptFolder(folder, GIB)
+    (tmp_path / "link").symlink_to(folder)
+    folder.chmod(mode)
+    with pytest.raises(UserError, match="others may write"):
+        PromptFolder(tmp_path / "link", GIB)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
+def test_a_group_of_several_users_and_another_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o770)
+    PromptFolder(folder, GIB)  # root's own group
+    os.chown(folder, -1, 4321)
+    with pytest.raises(UserError, match="others may write"):
+        PromptFolder(folder, GIB)
+    os.chown(folder, 4321, 0)
+    folder.chmod(0o755)
+    with pytest.raises(UserError, match="another user's folder"):
+        PromptFolder(folder, GIB)
+
+
+def test_a_folder_that_is_created_is_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        PromptFolder(tmp_path / "a" / "b", GIB)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o077 == 0
