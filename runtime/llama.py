@@ -31,10 +31,11 @@ from .graph.hook import GraphHook, Handler
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
-from .loadable import check_loadable, check_special_tokens
 from .loading import (
     WeightsKey,
     check_context,
+    check_loadable,
+    check_special_tokens,
     context_length,
     has_cells,
     import_torch,

@@ -14,7 +14,7 @@ import tiny_models
 from ropewalk import Llama, UserError
 from ropewalk.container import read_header
 from ropewalk.runtime import plan_memory
-from ropewalk.runtime.loadable import check_loadable
+from ropewalk.runtime.loading import check_loadable
 
 KINDS = gguf.GGUFValueType
 U32, I32, F32, TEXT, LIST = KINDS.UINT32, KINDS.INT32, KINDS.FLOAT32, KINDS.STRING, KINDS.ARRAY

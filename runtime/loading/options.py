@@ -21,10 +21,10 @@ import llama_cpp
 import numpy as np
 from gguf import GGUFValueType
 
-from ..container import Entry, Header, freq_scale, model_digest, model_parts, native_schedule, read_header, schedule_of
-from ..errors import UserError
-from ..factors import Band, Provenance, Schedule, check_matches, read_schedule
-from .memory import head_size, is_quantised
+from ...container import Entry, Header, freq_scale, model_digest, model_parts, native_schedule, read_header, schedule_of
+from ...errors import UserError
+from ...factors import Band, Provenance, Schedule, check_matches, read_schedule
+from ..memory import head_size, is_quantised
 
 ROPE_OPTIONS = (
     "rope_scaling_type",

@@ -10,9 +10,9 @@ from typing import Any
 
 import llama_cpp
 
-from ..container import GGUFError, Header
-from ..errors import UserError
-from .memory import MAX_LAYERS, counts, head_size, value_size
+from ...container import GGUFError, Header
+from ...errors import UserError
+from ..memory import MAX_LAYERS, counts, head_size, value_size
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")

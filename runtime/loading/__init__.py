@@ -1,0 +1,34 @@
+"""What is decided and checked before a model is loaded: its options, its schedule, and whether llama.cpp survives it."""
+
+from .loadable import check_loadable, check_special_tokens
+from .options import (
+    ROPE_OPTIONS,
+    WeightsKey,
+    check_context,
+    context_length,
+    has_cells,
+    import_torch,
+    keys_can_shift,
+    leave_out_gpu,
+    resolve_schedule,
+    take_overrides,
+    thread_count,
+    whole_number,
+)
+
+__all__ = [
+    "ROPE_OPTIONS",
+    "WeightsKey",
+    "check_context",
+    "check_loadable",
+    "check_special_tokens",
+    "context_length",
+    "has_cells",
+    "import_torch",
+    "keys_can_shift",
+    "leave_out_gpu",
+    "resolve_schedule",
+    "take_overrides",
+    "thread_count",
+    "whole_number",
+]
