@@ -645,7 +645,7 @@ class Llama(llama_cpp.Llama):
 
     @cached_property
     def _spellings(self) -> ControlSpellings:
-        return ControlSpellings(self)
+        return ControlSpellings(self.vocab)
 
     def _create_completion(self, *args: Any, **options: Any) -> Iterator[Any]:
         try:

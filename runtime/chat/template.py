@@ -59,7 +59,7 @@ class ChatTemplate:
         self.stops: tuple[str, ...] = () if template else PLAIN_STOPS
         self._template = template or PLAIN_TEMPLATE
         self._specials = {"eos_token": self._text(llm.token_eos()), "bos_token": self._text(llm.token_bos())}
-        self._control = ControlSpellings(llm)
+        self._control = ControlSpellings(llm.vocab)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt that asks the model for the message after these.
@@ -97,7 +97,7 @@ class ChatTemplate:
             raise UserError(f"{self._llm.model_path}: its chat template fails: {error}") from None
 
     def _text(self, token: int) -> str:
-        return "" if token == -1 else text_of(self._llm, token)
+        return "" if token == -1 else text_of(self._llm.vocab, token)
 
 
 def count_tokens(llm: Llama, text: str) -> int:

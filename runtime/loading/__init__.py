@@ -1,4 +1,4 @@
-"""What is decided and checked before a model is loaded: its options, its schedule, and whether llama.cpp survives it."""
+"""What is decided and checked before a model is loaded: options, schedule, and what llama.cpp would abort at."""
 
 from .loadable import check_loadable, check_special_tokens
 from .options import (

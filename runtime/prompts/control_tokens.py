@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llama_cpp
-
-if TYPE_CHECKING:
-    from ..llama import Llama
 
 CUT = "\ufdd0"  # a code point that no text may contain; `Llama.tokenize` splits there
 CUT_BYTES = CUT.encode()
@@ -18,13 +15,13 @@ CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOW
 
 
 class ControlSpellings:
-    """The spellings of one model's control tokens."""
+    """The spellings of one model's control tokens; `vocab` is llama.cpp's vocabulary."""
 
-    def __init__(self, llm: Llama) -> None:
+    def __init__(self, vocab: Any) -> None:
         texts = {
-            text_of(llm, token)
-            for token in range(llm.n_vocab())
-            if llama_cpp.llama_vocab_get_attr(llm.vocab, token) & CONTROL
+            text_of(vocab, token)
+            for token in range(llama_cpp.llama_vocab_n_tokens(vocab))
+            if llama_cpp.llama_vocab_get_attr(vocab, token) & CONTROL
         }
         longest_first: list[Any] = sorted((re.escape(text) for text in texts if len(text) > 1), key=len, reverse=True)
         self._pattern = re.compile("|".join(longest_first) or r"(?!)")
@@ -52,7 +49,7 @@ class ControlSpellings:
         return {**part, "text": self.cut(text)} if isinstance(text, str) else part
 
 
-def text_of(llm: Llama, token: int) -> str:
+def text_of(vocab: Any, token: int) -> str:
     """Return a token's entry in the vocabulary, unmodified."""
-    text: bytes = llama_cpp.llama_vocab_get_text(llm.vocab, token)
+    text: bytes = llama_cpp.llama_vocab_get_text(vocab, token)
     return text.decode("utf-8", "replace")
