@@ -2,6 +2,7 @@
 # make test   style, types and the test suite
 # make oracle what llama.cpp's own converter makes of the tests' tiny checkpoints, anew
 # make layouts band changes with every layout of keys that llama.cpp's K-shift may meet
+# make fuzz   odd files of every kind, each test for MINUTES (30 unless told otherwise)
 # make matrix the runtime's tests with several releases of llama-cpp-python, each in a venv of its own
 # Each sets up .venv first, with the exact versions of constraints.txt, where that is not done yet.
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .oracle
 LLAMA_CPP := llama_cpp_python-0.3.36
+MINUTES ?= 30
 VERSIONS ?= 0.3.30 0.3.33 0.3.36
 
 # llama.cpp's AMX code crashes when it is built by GCC 12, which drops the stores of its tile configuration
@@ -17,7 +19,7 @@ NO_AMX := $(shell grep -qsw amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-am
 export CFLAGS := $(CFLAGS) $(NO_AMX)
 export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 
-.PHONY: demo test bench oracle layouts matrix clean
+.PHONY: demo test bench oracle fuzz layouts matrix clean
 
 demo: .venv/ready
 	$(BIN)/ropewalk demo
@@ -55,6 +57,9 @@ $(ORACLE)/ready:
 		--dest $(ORACLE) llama-cpp-python==0.3.36
 	tar -xzf $(ORACLE)/$(LLAMA_CPP).tar.gz -C $(ORACLE) $(LLAMA_CPP)/vendor/llama.cpp
 	touch $@
+
+fuzz: .venv/ready
+	MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses 2 tests/fuzz
 
 layouts: .venv/ready
 	$(BIN)/python tests/runtime/key_layouts.py
