@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def test_what_is_wrong_among_good_documents(tmp_path: Path, nobody: Callable[[],
         (folder / name).write_text(RAIN)
     (folder / "linked").symlink_to("locked")
     os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+    for path in (tmp_path, *tmp_path.parents):
+        if path.is_relative_to(Path(tempfile.gettempdir()).resolve()) and path != Path(tempfile.gettempdir()).resolve():
+            path.chmod(0o755)
     (folder / "locked").chmod(0)
     (folder / "shut/c.txt").chmod(0)
     nobody()

@@ -327,7 +327,7 @@ def test_the_number_of_threads_is_part_of_a_summarys_settings(tiny_llama: Callab
 
     path, settings = tiny_llama(tmp_path / "m.gguf"), SummarySettings()
     one, two, usual, same = (
-        _digest(path, LoadOptions(context=0, kv="f16", schedule=None, threads=threads), settings)
+        _digest(path, LoadOptions(kv="f16", threads=threads), settings, cached=False, encoding=None)[1]
         for threads in (1, 2, None, default_threads())
     )
     assert one != two

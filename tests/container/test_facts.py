@@ -236,7 +236,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "yarn that shrinks": ({"scaling": yarn_of(0.5, 64)}, "rope.scaling.factor: 0.5, expected at least 1"),
     "yarn that stretches too far": ({"scaling": yarn_of(1e8, 64)}, "rope.scaling.factor: 1e.08 times the original"),
     "attention factor": ({"scaling": {"attn_factor": 0.0}}, "rope.scaling.attn_factor: 0, expected"),
-    "attention factor 1e30": ({"scaling": {"attn_factor": 1e30}}, "scaling of its metadata: native_attention_factor: "),
+    "attention factor 1e30": ({"scaling": {"attn_factor": 1e30}}, "rope.scaling.attn_factor: 1e.30, expected"),
     "linear factor": ({"scaling": {"type": "linear", "factor": 1e-7}}, "rope.scaling.factor: 1e-07, expected"),
     "betas": ({"arch": "mistral3", "scaling": yarn_of(4.0, 64, yarn_beta_slow=0.0)}, "yarn_beta_slow: 0, expected"),
     "betas huge": (
