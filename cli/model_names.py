@@ -20,7 +20,7 @@ from ..errors import UserError
 
 MAX_LISTED = 8
 MAX_COMPLETIONS = 100
-MAX_SEEN = 20_000  # files of a cache; a folder that is no model cache may be huge
+MAX_SEEN = 20_000  # files of a cache; a folder that is not a model cache may be huge
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 PIPED_WIDTH = 200  # columns for tables when the output is not a terminal
 WIDE = 80  # columns that a progress bar with all numbers takes
-LINE_EVERY_S = 60.0  # between lines of progress where there is no terminal
+LINE_EVERY_S = 60.0  # between lines of progress without a terminal
 
 out = Console(highlight=False, width=None if sys.stdout is not None and sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -102,7 +102,7 @@ def plain(text: object) -> str:
 
 
 def printable(text: object) -> str:
-    """Make text from a file safe to print where there is no markup: without control characters."""
+    """Make text from a file safe to print without markup: no control characters."""
     return "".join(char for char in str(text) if char.isprintable())
 
 

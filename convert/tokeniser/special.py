@@ -37,7 +37,7 @@ def write_special(writer: GGUFWriter, files: TokeniserFiles, vocabulary: Vocabul
     ids, notes = _ids(files, found, len(vocabulary.tokens))
     notes += _add_ends(files, vocabulary, ids)
     for name, token in ids.items():
-        if hasattr(writer, f"add_{name}_token_id"):  # there is no key for CLS
+        if hasattr(writer, f"add_{name}_token_id"):  # GGUF has none for CLS
             getattr(writer, f"add_{name}_token_id")(token)
     for name, add in _flags(files, found).items():
         if hasattr(writer, f"add_add_{name}_token"):
