@@ -18,6 +18,7 @@ MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
 
 NO_TOKENISER = ("none", "no_vocab")
+DEFAULT_TOKENS = {"llama": 2, "gpt2": 11}  # the last of the tokens that llama.cpp takes for BOS and EOS unless told
 BYTE_TOKEN = 6  # GGUF's token type of a single byte
 BYTE_TOKEN_CHARACTERS = 3  # of "<0x0A>", which llama.cpp skips unchecked
 
@@ -64,7 +65,7 @@ def check_special_tokens(path: Any, vocab: Any) -> None:
         ("sep", words, llama_cpp.llama_vocab_sep(vocab)),
     ):
         if added and token == llama_cpp.LLAMA_TOKEN_NULL:
-            raise UserError(f"{path}: tokenizer.ggml.{name}_token_id: missing, and the model adds that token to texts")
+            raise _missing(path, name)
 
 
 def _check_layers(header: Header) -> None:
@@ -119,6 +120,16 @@ def _check_tokens(header: Header) -> None:
         if token:
             raise GGUFError(f"{header.path}: {key}: {token!r:.80} appears twice, expected distinct tokens")
     _check_byte_tokens(header, model, tokens)
+    # Older releases crash on these while they load the file; the others are seen by `check_special_tokens`.
+    default = DEFAULT_TOKENS.get(str(model), 0)
+    for name in ("bos", "eos"):
+        added = header.get(f"tokenizer.ggml.add_{name}_token") is True
+        if added and header.get(f"tokenizer.ggml.{name}_token_id") is None and default >= len(tokens):
+            raise _missing(header.path, name)
+
+
+def _missing(path: Any, name: str) -> UserError:
+    return UserError(f"{path}: tokenizer.ggml.{name}_token_id: missing, and the model adds that token to texts")
 
 
 def _repeated(tokens: list[Any]) -> str | None:
