@@ -19,18 +19,20 @@ NO_AMX := $(shell grep -qsw amx_tile /proc/cpuinfo && echo -mno-amx-tile -mno-am
 export CFLAGS := $(CFLAGS) $(NO_AMX)
 export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 
+KERNELS := $(wildcard runtime/graph/kernels/*.[ch])
+
 .PHONY: demo test bench oracle fuzz layouts matrix clean
 
-demo: .venv/ready
+demo: .venv/kernels
 	$(BIN)/ropewalk demo
 
-test: .venv/ready
+test: .venv/kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
-bench: .venv/ready
+bench: .venv/kernels
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/band_switch.py
 	$(BIN)/python benchmarks/prefill.py
@@ -41,6 +43,11 @@ bench: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mistral-common==1.13.1
 	mkdir -p .venv/src && ln -sfn ../.. .venv/src/ropewalk
+	touch $@
+
+# An installation compiles them; this does so again after a change.
+.venv/kernels: .venv/ready $(KERNELS)
+	$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 	touch $@
 
 oracle: $(ORACLE)/ready
@@ -58,10 +65,10 @@ $(ORACLE)/ready:
 	tar -xzf $(ORACLE)/$(LLAMA_CPP).tar.gz -C $(ORACLE) $(LLAMA_CPP)/vendor/llama.cpp
 	touch $@
 
-fuzz: .venv/ready
+fuzz: .venv/kernels
 	MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses 2 tests/fuzz
 
-layouts: .venv/ready
+layouts: .venv/kernels
 	$(BIN)/python tests/runtime/key_layouts.py
 
 matrix: $(VERSIONS:%=.matrix/%/ready)

@@ -258,6 +258,17 @@ def block_type(code: int) -> BlockType | None:
     return BlockType(int(traits.block), int(traits.block_bytes), _Dequantise(traits.dequantise))
 
 
+def block_types() -> dict[int, BlockType]:
+    """Return all types of this ggml that are stored in blocks, by their numbers."""
+    found, code = {}, 0
+    while _library().ggml_type_name(code) != b"NONE":  # past the last one; removed types have other names
+        kind = block_type(code)
+        if kind is not None:
+            found[code] = kind
+        code += 1
+    return found
+
+
 def is_blocks(code: int) -> bool:
     """Whether ggml's type number `code` is stored in blocks that `dequantise` can read."""
     return block_type(code) is not None

@@ -1,0 +1,8 @@
+"""The innermost loops in C: attention, products and the graph callback, compiled when Ropewalk is installed.
+
+`library` loads them. Of ggml they know what `ggml_tensor.h` says, and nothing of λ, models or caches.
+"""
+
+from .library import Context, InstructionSet, instruction_sets, why_missing
+
+__all__ = ["Context", "InstructionSet", "instruction_sets", "why_missing"]

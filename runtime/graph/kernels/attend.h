@@ -1,0 +1,265 @@
+/* Attention of some query rows over some cells, for one instruction set; see `struct attention_piece`.
+ *
+ * A chunk of cells is unpacked into panels once and then used by all rows, a strip at a time: scores, their running
+ * maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), weights, and the weighted sum of V. Scores are to the
+ * base 2: the queries are multiplied by log2(e).
+ */
+#pragma once
+
+#include "blocks.h"
+#include "kernels.h"
+#include "panels.h"
+
+/* Memory of one piece, in words; a row of queries is a query head's vector for one token. */
+struct attend_layout {
+    int64_t n_rows, k_words, k_room, v_padded, chunk;
+    int64_t queries, k_panels, v_panels, scores, weights, out, sum, greatest, row, seen, total;
+};
+
+INLINE struct attend_layout attend_layout(const struct attention *a, const struct attention_piece *p, int bf) {
+    struct attend_layout l;
+    int64_t at = 0, largest = a->k_size > a->v_size ? a->k_size : a->v_size;
+    l.chunk = largest <= 128 ? 256 : 128;
+    l.n_rows = (p->stop_head - p->first_head) * (p->stop_token - p->first_token) * a->group;
+    l.k_words = words_of(a->k_size, bf);
+    l.k_room = round_up(l.k_words, VL);
+    l.v_padded = a->v_padded;
+#define PLACE(field, n) (l.field = at, at += round_up(n, 16))
+    PLACE(queries, l.n_rows * l.k_words + VL);
+    PLACE(k_panels, l.chunk * l.k_room);
+    PLACE(v_panels, words_of(l.chunk, bf) * l.v_padded);
+    PLACE(scores, MR * l.chunk);
+    PLACE(weights, MR * l.chunk);
+    PLACE(out, l.n_rows * l.v_padded);
+    PLACE(sum, l.n_rows);
+    PLACE(greatest, l.n_rows);
+    PLACE(row, VL * (round_up(largest, PANEL) + PANEL));
+    PLACE(seen, p->stop_token - p->first_token);
+#undef PLACE
+    l.total = at;
+    return l;
+}
+
+enum { HIDDEN = 0, SEEN = 1, MASKED = 2 };
+enum { MINUS_INFINITY = 0xfc00 }; /* as half precision */
+
+/* How a token sees `n` cells: none of them, all, or as the mask says. */
+INLINE int32_t visibility(const uint16_t *mask, int64_t n) {
+    uint16_t any = 0, differs = 0;
+    for (int64_t i = 0; i < n; i++) {
+        any |= mask[i];
+        differs |= mask[i] ^ MINUS_INFINITY;
+    }
+    return any == 0 ? SEEN : differs == 0 ? HIDDEN : MASKED;
+}
+
+/* ALiBi's slope of a head (Press et al., arXiv 2108.12409), as ggml computes it. */
+INLINE float alibi_slope(const struct attention *a, int64_t head) {
+    if (a->max_bias == 0.0f)
+        return 1.0f;
+    int64_t power = 1;
+    while (power * 2 <= a->n_heads)
+        power *= 2;
+    return head < power ? powf(powf(2.0f, -a->max_bias / (float)power), (float)(head + 1))
+                        : powf(powf(2.0f, -a->max_bias / 2.0f / (float)power), (float)(2 * (head - power) + 1));
+}
+
+/* cap * tanh(x / cap), with what `scores` have been divided by already. */
+INLINE vf capped(vf x, float cap) {
+    x = v_max(v_set(-15.0f), v_min(v_set(15.0f), x));
+    vf below = v_exp2(v_mul(v_max(x, v_sub(v_set(0.0f), x)), v_set(-2.0f * LOG2E)), 1); /* e to the -2|x| */
+    vf size = v_div(v_sub(v_set(1.0f), below), v_add(v_set(1.0f), below));
+    vf sign = v_div(x, v_max(v_set(1e-30f), v_max(x, v_sub(v_set(0.0f), x))));
+    return v_mul(v_mul(size, sign), v_set(cap * LOG2E));
+}
+
+/* Turn a row of `n` scores (room for a multiple of PANEL) into weights, as words; return what earlier sums are to be
+ * multiplied by. */
+INLINE float weigh(float *scores, int64_t n, const uint16_t *mask, float slope, float softcap, float *greatest,
+                   float *sum, uint32_t *weights, int bf) {
+    int64_t padded = round_up(n, PANEL);
+    for (int64_t i = n; i < padded; i++)
+        scores[i] = -INFINITY;
+    if (softcap != 0.0f)
+        for (int64_t i = 0; i < n; i += VL)
+            v_store(scores + i, capped(v_load(scores + i), softcap));
+    for (int64_t i = n; softcap != 0.0f && i < padded; i++)
+        scores[i] = -INFINITY;
+    if (mask) {
+        vf times = v_set(slope * LOG2E);
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL)
+            v_store(scores + i, v_fma(v_halves(mask + i), times, v_load(scores + i)));
+        for (; i < n; i++)
+            scores[i] += half_to_float(mask[i]) * slope * LOG2E;
+    }
+    vf most = v_load(scores);
+    for (int64_t i = VL; i < padded; i += VL)
+        most = v_max(most, v_load(scores + i));
+    float before = *greatest, now = v_max_lane(most);
+    now = now > before ? now : before;
+    vf from = v_set(now == -INFINITY ? 0.0f : now), total = v_set(0.0f);
+    for (int64_t i = 0; i < padded; i += VL) {
+        vf weight = v_exp2(v_sub(v_load(scores + i), from), !bf);
+        v_store(scores + i, weight);
+        total = v_add(total, weight);
+    }
+    to_words(scores, padded, weights, bf);
+    float factor = before == now ? 1.0f : exp2f(before - now);
+    *greatest = now;
+    *sum = *sum * factor + v_sum(total);
+    return factor;
+}
+
+/* Unpack a chunk's cells of one head into panels of K and of V; what is missing in the last panel is 0. */
+INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
+                       int64_t head, int64_t first, int64_t n, int bf) {
+    const char *k = a->k->data + stream * a->k->nb[3] + head * a->k->nb[2];
+    const char *v = a->v->data + stream * a->v->nb[3] + head * a->v->nb[2];
+    float *row = (float *)memory + l->row;
+    int64_t step = round_up(a->k_size, PANEL), v_step = words_of(l->chunk, bf) * PANEL;
+    for (int64_t cell = 0; cell < round_up(n, PANEL); cell += VL) {
+        for (int64_t i = 0; i < VL; i++) {
+            float *to = row + i * step;
+            if (cell + i < n)
+                unpack(a->types, a->k->type, k + (first + cell + i) * a->k->nb[1], to, a->k_size);
+            else
+                memset(to, 0, (size_t)a->k_size * 4);
+            to_words(to, a->k_size, (uint32_t *)to, bf);
+        }
+        pack_columns((uint32_t *)row, step, l->k_words,
+                     memory + l->k_panels + cell / PANEL * l->k_room * PANEL, (int)(cell % PANEL));
+    }
+    float *one = row, *two = row + l->v_padded;
+    memset(row, 0, (size_t)l->v_padded * 8);
+    for (int64_t cell = 0; cell < n; cell += 1 + bf) {
+        unpack(a->types, a->v->type, v + (first + cell) * a->v->nb[1], one, a->v_size);
+        if (bf && cell + 1 < n)
+            unpack(a->types, a->v->type, v + (first + cell + 1) * a->v->nb[1], two, a->v_size);
+        else if (bf)
+            memset(two, 0, (size_t)a->v_size * 4);
+        pack_step(one, two, a->v_size, memory + l->v_panels + words_of(cell, bf) * PANEL, v_step, bf);
+    }
+}
+
+/* Score, weigh and sum one strip of rows [at, at + n) of a head over the packed cells. */
+INLINE void attend_strip(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
+                         uint32_t *memory, int64_t at, int n, int64_t first_row, int64_t head, int64_t first_cell,
+                         int64_t n_cells, int bf) {
+    float *scores = (float *)memory + l->scores, *out = (float *)memory + l->out + at * l->v_padded, factor[MR];
+    uint32_t *weights = memory + l->weights;
+    const int32_t *seen = (const int32_t *)memory + l->seen;
+    int64_t weight_words = words_of(n_cells, bf);
+    for (int64_t c = 0; c < n_cells; c += PANEL)
+        multiply(n, memory + l->queries + at * l->k_words, l->k_words, memory + l->k_panels + c * l->k_room, l->k_words,
+                 scores + c, l->chunk, NULL, bf);
+    for (int r = 0; r < n; r++) {
+        int64_t row = at + r - first_row, token = row / a->group, query_head = head * a->group + row % a->group;
+        const uint16_t *mask = NULL;
+        if (seen[token] != SEEN)
+            mask = (const uint16_t *)(a->mask->data + (p->stream % a->mask->ne[3]) * a->mask->nb[3] +
+                                      (p->first_token + token) * a->mask->nb[1]) + first_cell;
+        factor[r] = weigh(scores + r * l->chunk, n_cells, mask, alibi_slope(a, query_head), a->softcap,
+                          (float *)memory + l->greatest + at + r, (float *)memory + l->sum + at + r,
+                          weights + r * l->chunk, bf);
+    }
+    for (int64_t c = 0; c < l->v_padded; c += PANEL)
+        multiply(n, weights, l->chunk, memory + l->v_panels + c * words_of(l->chunk, bf), weight_words, out + c,
+                 l->v_padded, factor, bf);
+}
+
+/* Note how each token sees a chunk of cells; whether any sees one. */
+INLINE bool look(const struct attention *a, const struct attention_piece *p, int32_t *seen, int64_t cell, int64_t n) {
+    bool any = false;
+    for (int64_t t = p->first_token; t < p->stop_token; t++) {
+        int32_t how = SEEN;
+        if (a->mask)
+            how = visibility((const uint16_t *)(a->mask->data + (p->stream % a->mask->ne[3]) * a->mask->nb[3] +
+                                                t * a->mask->nb[1]) + cell, n);
+        seen[t - p->first_token] = how;
+        any |= how != HIDDEN;
+    }
+    return any;
+}
+
+INLINE void prepare_queries(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
+                            uint32_t *memory, int bf) {
+    float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale * LOG2E, *row = (float *)memory + l->row;
+    int64_t at = 0;
+    for (int64_t head = p->first_head; head < p->stop_head; head++)
+        for (int64_t token = p->first_token; token < p->stop_token; token++)
+            for (int64_t g = 0; g < a->group; g++, at++) {
+                const float *q = (const float *)(a->q->data + p->stream * a->q->nb[3] +
+                                                 (head * a->group + g) * a->q->nb[2] + token * a->q->nb[1]);
+                for (int64_t i = 0; i < a->k_size; i++)
+                    row[i] = q[i] * scale;
+                to_words(row, a->k_size, memory + l->queries + at * l->k_words, bf);
+            }
+}
+
+/* Write the rows' results, or keep them to be joined with those of other cells. */
+INLINE void finish_rows(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
+                        const float *memory) {
+    int64_t at = 0;
+    for (int64_t head = p->first_head; head < p->stop_head; head++)
+        for (int64_t token = p->first_token; token < p->stop_token; token++)
+            for (int64_t g = 0; g < a->group; g++, at++) {
+                const float *values = memory + l->out + at * l->v_padded;
+                float sum = memory[l->sum + at], greatest = memory[l->greatest + at];
+                if (p->partial) {
+                    float *to = p->partial + at * partial_floats(a);
+                    memcpy(to, values, (size_t)l->v_padded * 4);
+                    to[l->v_padded] = sum;
+                    to[l->v_padded + 1] = greatest;
+                } else {
+                    write_row(a, p->stream, token, head * a->group + g, values, sum, greatest);
+                }
+            }
+}
+
+INLINE void attend_as(const struct attention *a, const struct attention_piece *p, float *scratch, int bf) {
+    struct attend_layout l = attend_layout(a, p, bf);
+    uint32_t *memory = (uint32_t *)scratch;
+    int64_t head_rows = (p->stop_token - p->first_token) * a->group;
+    memset(scratch + l.out, 0, (size_t)(l.greatest - l.out) * 4);
+    for (int64_t i = 0; i < l.n_rows; i++)
+        scratch[l.greatest + i] = -INFINITY;
+    prepare_queries(a, p, &l, memory, bf);
+    for (int64_t cell = p->first_cell; cell < p->stop_cell; cell += l.chunk) {
+        int64_t n = p->stop_cell - cell < l.chunk ? p->stop_cell - cell : l.chunk;
+        int32_t *seen = (int32_t *)memory + l.seen;
+        if (!look(a, p, seen, cell, n))
+            continue;
+        for (int64_t head = p->first_head; head < p->stop_head; head++) {
+            int64_t first_row = (head - p->first_head) * head_rows;
+            pack_cells(a, &l, memory, p->stream, head, cell, n, bf);
+            for (int64_t at = 0; at < head_rows; at += MR) {
+                int rows = (int)(head_rows - at < MR ? head_rows - at : MR);
+                bool any = false;
+                for (int64_t t = at / a->group; t <= (at + rows - 1) / a->group; t++)
+                    any |= seen[t] != HIDDEN;
+                if (any)
+                    attend_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, n, bf);
+            }
+        }
+    }
+    finish_rows(a, p, &l, scratch);
+}
+
+static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
+#ifdef ISA_BF16
+    if (!a->exact) {
+        attend_as(a, piece, scratch, 1);
+        return;
+    }
+#endif
+    attend_as(a, piece, scratch, 0);
+}
+
+static int64_t attention_scratch(const struct attention *a, const struct attention_piece *piece) {
+#ifdef ISA_BF16
+    if (!a->exact)
+        return attend_layout(a, piece, 1).total;
+#endif
+    return attend_layout(a, piece, 0).total;
+}

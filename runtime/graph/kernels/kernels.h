@@ -1,0 +1,100 @@
+/* What the files of this folder share: one context's state, the pieces that threads claim, and the instruction sets.
+ *
+ * A node that was taken over calls its function on each of ggml's threads. Each thread claims pieces by counting up and
+ * computes them, whatever the others do; the last one to leave prepares the counters for the next node, which no thread
+ * enters before (ggml has a barrier between nodes).
+ */
+#pragma once
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "ggml_tensor.h"
+
+#define LOG2E 1.44269504f
+#define EXPORT __attribute__((visibility("default"))) /* for ctypes */
+
+enum { MAX_THREADS = 512 };         /* GGML_MAX_N_THREADS */
+enum { PARTIAL_FLOATS = 1 << 22 }; /* room for partial results: 16 MiB */
+
+/* How the threads share the node under way. */
+struct claims {
+    atomic_llong next;  /* the next piece to claim */
+    atomic_llong done;  /* pieces that are finished */
+    atomic_llong ready; /* pieces of a first phase that are finished, for nodes that have one */
+    atomic_int left;    /* threads that have left the node */
+};
+
+struct scratch {
+    float *data;
+    int64_t n_floats;
+};
+
+struct context {
+    struct block_type types[N_TYPES];
+    const struct instruction_set *instructions;
+    bool exact; /* compute in floats, not in bfloat16 */
+    _Alignas(64) struct claims claims;
+    _Alignas(64) atomic_llong taken; /* nodes computed so far */
+    atomic_int failed;
+    char failure[160]; /* which node failed, and why */
+    float *partials; /* of an attention node whose cells are shared out */
+    struct scratch shared;
+    struct scratch scratch[MAX_THREADS];
+};
+
+/* Part of an attention node: some heads' query rows over some of the cells. */
+struct attention {
+    const struct block_type *types;
+    const struct tensor *q, *k, *v, *mask;
+    const float *sinks;
+    char *out;
+    int64_t n_tokens, n_heads, n_kv_heads, group, n_cells, k_size, v_size, v_padded;
+    float scale, max_bias, softcap;
+    bool exact;
+};
+
+struct attention_piece {
+    int64_t stream, first_head, stop_head; /* heads of K and V */
+    int64_t first_token, stop_token, first_cell, stop_cell;
+    float *partial; /* where the result is to be joined with that of other cells; otherwise NULL */
+};
+
+/* The functions of one instruction set. */
+struct instruction_set {
+    const char *name;
+    bool (*runs_here)(void);
+    bool has_bfloat;
+    /* Compute a piece with `scratch` of the size that `attention_scratch` gives. */
+    int64_t (*attention_scratch)(const struct attention *a, const struct attention_piece *piece);
+    void (*attend)(const struct attention *a, const struct attention_piece *piece, float *scratch);
+};
+
+extern const struct instruction_set avx512_bf16_set, avx512_set, avx2_set, plain_set;
+
+/* A partial result: for each row, the values that are not yet divided by the sum of the weights, the sum, and the
+ * greatest score, to the base 2. */
+static inline int64_t partial_floats(const struct attention *a) { return a->v_padded + 2; }
+
+/* Write one row's result: `values` over `sum`, in which a sink counts as a score without a value. */
+static inline void write_row(const struct attention *a, int64_t stream, int64_t token, int64_t head,
+                             const float *values, float sum, float greatest) {
+    float *out = (float *)a->out + ((stream * a->n_tokens + token) * a->n_heads + head) * a->v_size;
+    float factor = 1.0f;
+    if (a->sinks) {
+        float sink = a->sinks[head] * LOG2E, most = greatest > sink ? greatest : sink;
+        factor = exp2f(greatest - most);
+        sum = sum * factor + exp2f(sink - most);
+    }
+    factor = sum == 0.0f ? 0.0f : factor / sum; /* ggml returns zeros where no cell is seen, too */
+    for (int64_t i = 0; i < a->v_size; i++)
+        out[i] = values[i] * factor;
+}
+
+/* The thread's scratch, or NULL with the failure kept. */
+float *reserve(struct context *context, struct scratch *scratch, int64_t n_floats, const struct tensor *node);
+void fail(struct context *context, const struct tensor *node, const char *why);
+
+/* Leave a node: the last of the threads resets the claims. */
+void leave(struct context *context, int n_threads);
