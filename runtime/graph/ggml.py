@@ -260,13 +260,8 @@ def block_type(code: int) -> BlockType | None:
 
 def block_types() -> dict[int, BlockType]:
     """Return all types of this ggml that are stored in blocks, by their numbers."""
-    found, code = {}, 0
-    while _library().ggml_type_name(code) != b"NONE":  # past the last one; removed types have other names
-        kind = block_type(code)
-        if kind is not None:
-            found[code] = kind
-        code += 1
-    return found
+    kinds = ((code, block_type(code)) for code in range(llama_cpp.GGML_TYPE_COUNT))
+    return {code: kind for code, kind in kinds if kind is not None}
 
 
 def is_blocks(code: int) -> bool:
