@@ -25,7 +25,7 @@ from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
-from .graph.admission import check_engine
+from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.kernels import Context as Kernels
@@ -171,9 +171,11 @@ class Llama(llama_cpp.Llama):
             bands=len(self._schedule.bands),
         )
         check_templates(header)
-        self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
+        engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
+        self._extra_buffers = engine.extra_buffers
         fast_prefill = fast_prefill and self.plan.flash_attn
-        self._kernels = Kernels(exact=exact) if (hooked or fast_prefill) and not why_missing() else None
+        native = (hooked or fast_prefill) and engine.kernels and not why_missing()
+        self._kernels = Kernels(exact=exact) if native else None
         self._fast = self._make_fast_nodes() if fast_prefill else None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]

@@ -116,7 +116,7 @@ class RopeHook:
         return params.freq_scale == self.setting.native_scale or bool(factors and ggml.tensor_at(factors).name == OURS)
 
     def set_rope(self, node: int) -> None:
-        """Give a ROPE node of a graph that reads tokens the factors in use; `set_rope` in kernels/hook.c does the same."""
+        """Give a ROPE node of a graph that reads tokens the factors in use, as `set_rope` in kernels/hook.c does."""
         setting = self.setting
         if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == setting.factors:
             return  # a reused graph still has what was set

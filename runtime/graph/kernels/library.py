@@ -16,7 +16,6 @@ from typing import Any
 from .. import ggml
 
 
-
 class RopeSetting(ctypes.Structure):
     """What the ROPE nodes of a model's global layers are set to: `struct rope_setting` in kernels.h.
 
@@ -50,6 +49,9 @@ LAYOUT = (
 EXACT = "ROPEWALK_EXACT"
 """Environment variable: 1 = compute in floats where bfloat16 would be faster."""
 
+SWITCH = "ROPEWALK_KERNELS"
+"""Environment variable: 0 = do without the library."""
+
 INSTRUCTIONS = "ROPEWALK_INSTRUCTIONS"
 """Environment variable: the name of an instruction set to use instead of the fastest one ("AVX2")."""
 
@@ -75,7 +77,15 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 
 def why_missing() -> str:
     """Return why the library is not used; empty if it is."""
-    return _loaded()[1]
+    return _in_use()[1]
+
+
+def what_is_used() -> tuple[str | int, ...]:
+    """Return what tells one library and its use from another: its instruction set, size and time; or why it is not."""
+    if _library() is None:
+        return (why_missing(),)
+    facts = _path().stat()
+    return (_default_set().name, facts.st_size, facts.st_mtime_ns)
 
 
 class Context:
@@ -160,7 +170,13 @@ def _default_set() -> InstructionSet:
 
 
 def _library() -> ctypes.CDLL | None:
-    return _loaded()[0]
+    return _in_use()[0]
+
+
+def _in_use() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(SWITCH, "").strip() == "0":
+        return None, f"{SWITCH} is 0"
+    return _loaded()
 
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -183,12 +199,14 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 """The library's functions, without `ropewalk_`: what they return and take."""
 
 
+def _path() -> Path:
+    return Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+
+
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library with its functions declared, or why it cannot be used."""
-    path = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
-    if os.environ.get("ROPEWALK_KERNELS", "1") == "0":
-        return None, "ROPEWALK_KERNELS is 0"
+    path = _path()
     if not path.exists():
         return None, "not compiled when Ropewalk was installed (is there a C compiler?)"
     try:
