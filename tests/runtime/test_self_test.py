@@ -105,7 +105,7 @@ def test_factors_that_the_kernels_do_not_read(tmp_path, monkeypatch):
         ggml.tensor_at(node).src[2] = None
 
     kept = spoil_nodes(monkeypatch, "ROPE", False, reset)
-    with pytest.raises(Failure, match="do not rotate by our factors|does not rotate cached keys"):
+    with pytest.raises(Failure, match="by our factors"):
         self_test._check_rotation(tmp_path / "plain.gguf")
     del kept
 

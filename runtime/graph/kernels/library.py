@@ -124,7 +124,7 @@ class Context:
         codes = (-1 if rope is None else ggml.op_code("ROPE"), *taken)
         self._library.ropewalk_watch(self.address, *codes, None if rope is None else ctypes.byref(rope))
 
-    def watch_closely(self, see: ctypes._CFuncPtr | None) -> None:
+    def watch_closely(self, see: Any | None) -> None:
         """Have `see` call this function, of the same kind, for every node instead; None ends that."""
         self._closely = see  # kept alive
         self._library.ropewalk_watch_closely(self.address, see and ctypes.cast(see, ctypes.c_void_p))
@@ -158,7 +158,7 @@ class Context:
             self.address = None
 
 
-def _address(function: ctypes._CFuncPtr) -> int:
+def _address(function: Any) -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address

@@ -5,7 +5,8 @@ import gc
 import os
 import subprocess
 import sys
-import threading
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from attention_nodes import Graph, causal, draw, reference, stored
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule
 from ropewalk.runtime.graph import ggml
-from ropewalk.runtime.graph.fast import NativeNodes, NodeError
+from ropewalk.runtime.graph.fast import NodeError
 from ropewalk.runtime.graph.hook import GraphHook
 from ropewalk.runtime.graph.kernels import Context, why_missing
 
@@ -129,7 +130,7 @@ def test_what_cannot_be_computed_is_left_alone(rng, spoil):
     names = ("q", "k", "v", "mask", "sinks")
     spoil(node, {name: ggml.tensor_at(source) for name, source in zip(names, node.src[:5], strict=True)})
     before = bytes(node)
-    kernels, hook = watching()
+    _, hook = watching()
     assert take(hook)(graph.node) is False
     assert bytes(node) == before
     graph.close()
@@ -163,7 +164,7 @@ def test_python_sees_the_nodes_of_a_pass_over_the_cache(rng):
 
 
 def test_an_exception_is_kept_and_stops_the_graph(rng):
-    kernels, hook = watching()
+    _, hook = watching()
     graph = Graph(*draw(rng, 5, 256), causal(5, 256))
 
     def broken(_):
@@ -193,7 +194,7 @@ def test_what_stops_a_graph():
 # --- failures
 
 OUT_OF_MEMORY = """
-import resource, sys
+import ctypes, resource
 import numpy as np
 from attention_nodes import Graph, causal, draw
 from ropewalk.runtime.graph import ggml
@@ -224,19 +225,144 @@ except MemoryError:  # for the result's copy
     pass
 del held
 resource.setrlimit(resource.RLIMIT_AS, limits)
-assert nodes.failed and nodes.taken == 1, nodes.taken
+must_stop = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(kernels.must_stop)
+assert nodes.failed and nodes.taken == 1 and must_stop(kernels.address)
 try:
     nodes.raise_kept()
 except NodeError as error:
     print(error)
 graph.compute(see)
-assert nodes.taken == 2 and not nodes.failed
+assert nodes.taken == 2 and not nodes.failed and not must_stop(kernels.address)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the address space cannot be limited there")
 def test_a_thread_without_memory_names_the_node():
-    folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    code = f"import sys; sys.path[:] = {[folder, *sys.path]!r}\n{OUT_OF_MEMORY}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "node attention-7: out of memory\n", done.stderr
+    assert in_child(OUT_OF_MEMORY) == "node attention-7: out of memory\n"
+
+
+def in_child(code, *arguments):
+    """What a program prints that can import what tests do."""
+    start = f"import sys; sys.path[:] = {[str(Path(__file__).parents[2]), *sys.path]!r}\n{code}"
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # threads have no memory of their own in reserve
+    words = [sys.executable, "-c", start, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- models
+
+QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2, "n_ctx": 250}
+TOKENS = [(37 * i) % 250 + 5 for i in range(250)]
+
+
+@pytest.fixture
+def tiny(tiny_llama, tmp_path):
+    return tiny_llama(tmp_path / "tiny.gguf", n_embd=128)
+
+
+def two_bands(path):
+    facts = native_schedule(read_header(path)).facts
+    factors = tuple(np.linspace(1, 5, facts.n_rot // 2).tolist())
+    bands = (
+        Band(context=100, rescale_factors=facts.start_factors),
+        Band(context=250, rescale_factors=factors, start_tokens=4, attention_factor=1.2),
+    )
+    return Schedule(facts=facts, bands=bands)
+
+
+def last_logits(llm):
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+
+def conversation(llm):
+    """Logits along a text that moves to the longer band, and back after a rollback."""
+    found = []
+    for tokens in (TOKENS[:40], TOKENS[40:41], TOKENS[41:42], TOKENS[42:140], TOKENS[140:141]):
+        llm.eval(tokens)
+        found.append(last_logits(llm))
+    llm.rewind(60)
+    llm.eval(TOKENS[60:70])
+    return [*found, last_logits(llm)]
+
+
+def test_the_native_callback_gives_what_pythons_does(tiny, monkeypatch):
+    found = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("ROPEWALK_KERNELS", switch)
+        llm = ropewalk.Llama(tiny, schedule=two_bands(tiny), kv="f32", fast_prefill=False, **QUIET)
+        assert (llm._kernels is None) == (switch == "0")
+        found.append(conversation(llm))
+        assert llm._rope.touched > 0
+        llm.close()
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kv", ["f32", "q8_0"])
+def test_nodes_that_are_taken_over_are_no_less_exact(tiny, kv, exact):
+    def read(**options):
+        llm = ropewalk.Llama(tiny, schedule=two_bands(tiny), **options, **QUIET)
+        found = np.array(conversation(llm))
+        taken = llm.nodes_taken
+        llm.close()
+        return found, taken
+
+    right, _ = read(kv="f32", flash_attn=False)
+    stock, none = read(kv=kv, flash_attn=True, fast_prefill=False)
+    ours, taken = read(kv=kv, flash_attn=True, exact=exact)
+    assert none == 0 and taken >= 12  # two layers, six decodes
+    assert np.abs(ours - right).mean() < 1.3 * np.abs(stock - right).mean()  # each has its own rounding
+
+
+def test_a_model_pickles_whether_it_is_exact(tiny):
+    llm = ropewalk.Llama(tiny, kv="q8_0", exact=True, **QUIET)
+    assert llm._kernels.exact and llm.__getstate__()["exact"] is True
+    llm.close()
+
+
+def test_several_models_in_one_process(tiny, tiny_llama, tmp_path):
+    other = tiny_llama(tmp_path / "other.gguf", n_embd=64, seed=5)
+    paths, options = (tiny, other, tiny), {"kv": "q8_0", **QUIET}
+    alone = []
+    for path in paths:
+        llm = ropewalk.Llama(path, **options)
+        llm.eval(TOKENS[:60])
+        llm.eval(TOKENS[60:61])
+        alone.append(last_logits(llm))
+        llm.close()
+    llms = [ropewalk.Llama(path, **options) for path in paths]
+    for llm in llms:
+        llm.eval(TOKENS[:60])
+    llms.pop().close()
+    for llm, expected in zip(llms, alone, strict=False):
+        llm.eval(TOKENS[60:61])
+        np.testing.assert_array_equal(last_logits(llm), expected)
+        llm.close()
+
+
+def test_what_the_kernels_keep_is_freed_after_the_context(tiny):
+    llm = ropewalk.Llama(tiny, kv="q8_0", **QUIET)
+    llm.eval(TOKENS[:40])
+    kernels = weakref.ref(llm._kernels)
+    llm.close()
+    assert llm.nodes_taken > 0  # it is still there
+    del llm
+    gc.collect()
+    assert kernels() is None
+
+
+def test_a_failure_names_the_node_and_leaves_the_model_usable(tiny, monkeypatch):
+    llm = ropewalk.Llama(tiny, kv="q8_0", **QUIET)
+    llm.eval(TOKENS[:100])
+    expected = last_logits(llm)
+    llm.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "failure", "__fattn__-1: out of memory")
+        with pytest.raises(NodeError, match=r"node __fattn__-1: out of memory"):
+            llm.eval(TOKENS[:100])
+    assert llm.n_tokens == 0
+    llm.eval(TOKENS[:100])
+    np.testing.assert_array_equal(last_logits(llm), expected)
+    llm.close()
