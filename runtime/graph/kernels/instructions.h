@@ -1,5 +1,6 @@
 /* Everything that is compiled once for each instruction set. The including file has named it; see avx2.c for one. */
 #include "attend.h"
+#include "multiply_weights.h"
 
 #ifdef ISA_BF16
 #define HAS_BFLOAT true
@@ -14,4 +15,8 @@
         .has_bfloat = HAS_BFLOAT, \
         .attention_scratch = attention_scratch, \
         .attend = attend, \
+        .words_of_row = words_of_row, \
+        .convert_rows = convert_rows, \
+        .product_scratch = product_scratch, \
+        .multiply_weights = multiply_weights, \
     }

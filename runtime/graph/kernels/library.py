@@ -77,6 +77,15 @@ class Context:
         return _address(self._library.ropewalk_attention)
 
     @property
+    def product(self) -> int:
+        """The address of the function that computes a product of a stored weight."""
+        return _address(self._library.ropewalk_product)
+
+    def covers_product(self, node: int) -> bool:
+        """Whether the MUL_MAT node at an address is one that `product` computes."""
+        return bool(self._library.ropewalk_covers_product(self.address, node))
+
+    @property
     def taken(self) -> int:
         """Nodes computed so far."""
         return int(self._library.ropewalk_taken(self.address))
@@ -134,6 +143,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     library.ropewalk_forgive.restype, library.ropewalk_forgive.argtypes = None, (pointer,)
     library.ropewalk_attention.restype = None
     library.ropewalk_attention.argtypes = (pointer, c_int, c_int, pointer)
+    library.ropewalk_product.restype, library.ropewalk_product.argtypes = None, (pointer, c_int, c_int, pointer)
+    library.ropewalk_covers_product.restype = ctypes.c_bool
+    library.ropewalk_covers_product.argtypes = (pointer, pointer)
     offsets = (c_int64 * 32)()
     if tuple(offsets[: library.ropewalk_layout(offsets)]) != LAYOUT:
         return None, "it was compiled for another layout of ggml's tensors"
