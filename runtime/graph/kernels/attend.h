@@ -111,6 +111,12 @@ INLINE float weigh(float *scores, int64_t n, const uint16_t *mask, float slope, 
     return factor;
 }
 
+/* Ask for a cell's bytes; processors foresee no strides as long as those between the cells of one head. */
+INLINE void prefetch(const char *cell, int64_t bytes) {
+    for (int64_t i = 0; i < bytes + 63; i += 64) /* it may begin in the middle of a line */
+        __builtin_prefetch(cell + (i < bytes ? i : bytes - 1), 0, 2);
+}
+
 /* Unpack a chunk's cells of one head into panels of K and of V; what is missing in the last panel is 0. */
 INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
                        int64_t head, int64_t first, int64_t n, int bf) {
@@ -118,9 +124,13 @@ INLINE void pack_cells(const struct attention *a, const struct attend_layout *l,
     const char *v = a->v->data + stream * a->v->nb[3] + head * a->v->nb[2];
     float *row = (float *)memory + l->row;
     int64_t step = round_up(a->k_size, PANEL), v_step = words_of(l->chunk, bf) * PANEL;
+    int64_t k_bytes = row_bytes(a->types, a->k->type, a->k_size), v_bytes = row_bytes(a->types, a->v->type, a->v_size);
+    int64_t ahead = first + 2 * l->chunk <= a->n_cells ? l->chunk : 0; /* the next chunk's, if it is as long */
     for (int64_t cell = 0; cell < round_up(n, PANEL); cell += VL) {
         for (int64_t i = 0; i < VL; i++) {
             float *to = row + i * step;
+            if (ahead)
+                prefetch(k + (first + cell + i + ahead) * a->k->nb[1], k_bytes);
             if (cell + i < n)
                 unpack(a->types, a->k->type, k + (first + cell + i) * a->k->nb[1], to, a->k_size);
             else
@@ -133,6 +143,8 @@ INLINE void pack_cells(const struct attention *a, const struct attend_layout *l,
     float *one = row, *two = row + l->v_padded;
     memset(row, 0, (size_t)l->v_padded * 8);
     for (int64_t cell = 0; cell < n; cell += 1 + bf) {
+        for (int64_t i = 0; ahead && i <= bf; i++)
+            prefetch(v + (first + cell + i + ahead) * a->v->nb[1], v_bytes);
         unpack(a->types, a->v->type, v + (first + cell) * a->v->nb[1], one, a->v_size);
         if (bf && cell + 1 < n)
             unpack(a->types, a->v->type, v + (first + cell + 1) * a->v->nb[1], two, a->v_size);

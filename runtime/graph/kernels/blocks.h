@@ -4,6 +4,8 @@
  */
 #pragma once
 
+#include <stdbool.h>
+
 #include "ggml_tensor.h"
 #include "vectors.h"
 
@@ -23,60 +25,102 @@ INLINE float half(const void *p) {
 }
 #endif
 
+/* 32 values of a block: the first 16 and the last. */
+struct values32 {
+    b16 first, last;
+};
+
 /* The 32 nibbles of 16 bytes: the low ones are the first 16 values, the high ones the last. */
-INLINE void nibbles(const uint8_t *bytes, int8_t *values) {
-    for (int i = 0; i < 16; i++) {
-        values[i] = bytes[i] & 15;
-        values[i + 16] = bytes[i] >> 4;
-    }
+INLINE struct values32 nibbles(const uint8_t *bytes) {
+    b16 both = b_load(bytes);
+    return (struct values32){both & 15, both >> 4};
+}
+
+/* 16 where a bit of `bits` is set, otherwise 0. */
+INLINE b16 fifth_bits(uint32_t bits) {
+    const b16 which = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+    const __m128i byte = _mm_set_epi64x(0x0101010101010101, 0);
+    b16 spread = (b16)_mm_shuffle_epi8(_mm_cvtsi32_si128((int)bits), byte);
+#else
+    uint64_t halves[2] = {(bits & 255) * 0x0101010101010101u, (bits >> 8 & 255) * 0x0101010101010101u};
+    b16 spread = b_load(halves);
+#endif
+    return (b16)((spread & which) == which) & 16;
 }
 
 /* 32 values of 5 bits: nibbles, and their fifth bits in one word. */
-INLINE void fives(const uint8_t *bytes, const uint8_t *high, int8_t *values) {
+INLINE struct values32 fives(const uint8_t *bytes, const uint8_t *high) {
+    struct values32 values = nibbles(bytes);
     uint32_t bits;
     memcpy(&bits, high, 4);
-    nibbles(bytes, values);
-    for (int i = 0; i < 32; i++)
-        values[i] |= (int8_t)((bits >> i & 1) << 4);
+    values.first |= fifth_bits(bits);
+    values.last |= fifth_bits(bits >> 16);
+    return values;
 }
 
-/* out = d * values + m, for 32 values. */
-INLINE void scaled(const int8_t *values, float d, float m, float *out) {
-    for (int i = 0; i < 32; i += VL)
-        v_store(out + i, v_fma(v_bytes(values + i), v_set(d), v_set(m)));
+/* What IQ4_NL's nibbles stand for. */
+INLINE b16 iq4_nl(b16 nibble) {
+    const int8_t table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+    return (b16)_mm_shuffle_epi8((__m128i)b_load(table), (__m128i)nibble);
+#else
+    for (int i = 0; i < 16; i++)
+        nibble[i] = (uint8_t)table[nibble[i]];
+    return nibble;
+#endif
 }
 
-static const int8_t iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+/* out = d * values + m. */
+INLINE void scaled(struct values32 values, float d, float m, float *out) {
+    for (int i = 0; i < 16; i += VL) {
+        v_store(out + i, v_fma(v_lanes(values.first, i), v_set(d), v_set(m)));
+        v_store(out + 16 + i, v_fma(v_lanes(values.last, i), v_set(d), v_set(m)));
+    }
+}
+
+/* The whole numbers of a block of a type that has no more than these and a scale, which are its first two bytes. */
+INLINE struct values32 integers(int type, const uint8_t *block) {
+    struct values32 values;
+    switch (type) {
+    case TYPE_Q4_0:
+        values = nibbles(block + 2);
+        return (struct values32){values.first - 8, values.last - 8};
+    case TYPE_Q5_0:
+        values = fives(block + 6, block + 2);
+        return (struct values32){values.first - 16, values.last - 16};
+    case TYPE_IQ4_NL:
+        values = nibbles(block + 2);
+        return (struct values32){iq4_nl(values.first), iq4_nl(values.last)};
+    default: /* TYPE_Q8_0 */
+        return (struct values32){b_load(block + 2), b_load(block + 18)};
+    }
+}
+
+INLINE bool has_integers(int type) {
+    return type == TYPE_Q8_0 || type == TYPE_Q4_0 || type == TYPE_Q5_0 || type == TYPE_IQ4_NL;
+}
 
 INLINE int64_t unpack_block32(int type, const uint8_t *block, float *out) {
-    int8_t values[32];
     float d = half(block);
     switch (type) {
     case TYPE_Q8_0:
-        for (int i = 0; i < 32; i += VL)
-            v_store(out + i, v_mul(v_bytes((const int8_t *)block + 2 + i), v_set(d)));
+        scaled(integers(type, block), d, 0.0f, out);
         return 34;
     case TYPE_Q4_0:
-        nibbles(block + 2, values);
-        scaled(values, d, -8.0f * d, out);
+        scaled(integers(type, block), d, 0.0f, out);
         return 18;
     case TYPE_Q4_1:
-        nibbles(block + 4, values);
-        scaled(values, d, half(block + 2), out);
+        scaled(nibbles(block + 4), d, half(block + 2), out);
         return 20;
     case TYPE_Q5_0:
-        fives(block + 6, block + 2, values);
-        scaled(values, d, -16.0f * d, out);
+        scaled(integers(type, block), d, 0.0f, out);
         return 22;
     case TYPE_Q5_1:
-        fives(block + 8, block + 4, values);
-        scaled(values, d, half(block + 2), out);
+        scaled(fives(block + 8, block + 4), d, half(block + 2), out);
         return 24;
     default: /* TYPE_IQ4_NL */
-        nibbles(block + 2, values);
-        for (int i = 0; i < 32; i++)
-            values[i] = iq4_nl_values[values[i]];
-        scaled(values, d, 0.0f, out);
+        scaled(integers(type, block), d, 0.0f, out);
         return 18;
     }
 }
@@ -98,6 +142,15 @@ INLINE void unpack_plain(int type, const char *row, float *out, int64_t n) {
         v_store(out + i, type == TYPE_F16 ? v_halves(values + i) : v_bfloats(values + i));
     for (; i < n; i++)
         out[i] = type == TYPE_F16 ? half_to_float(values[i]) : bfloat_to_float(values[i]);
+}
+
+/* Bytes of `n` values, a whole number of blocks. */
+INLINE int64_t row_bytes(const struct block_type *types, int type, int64_t n) {
+    if (type == TYPE_F32)
+        return n * 4;
+    if (type == TYPE_F16 || type == TYPE_BF16)
+        return n * 2;
+    return n / types[type].block * types[type].block_bytes;
 }
 
 /* Write the first `n` values of a row as floats; `n` is a whole number of blocks. */

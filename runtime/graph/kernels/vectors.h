@@ -38,6 +38,15 @@ INLINE float half_to_float(uint16_t h) {
 
 INLINE float bfloat_to_float(uint16_t b) { return bits_float((uint32_t)b << 16); }
 
+/* 16 bytes; `v_lanes` makes floats of VL of them, from the one numbered `from`, read as signed. */
+typedef uint8_t b16 __attribute__((vector_size(16)));
+
+INLINE b16 b_load(const void *p) {
+    b16 b;
+    memcpy(&b, p, 16);
+    return b;
+}
+
 #if defined(ISA_AVX512)
 
 enum { VL = 16 };
@@ -58,7 +67,7 @@ INLINE vf v_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si25
 INLINE vf v_bfloats(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
-INLINE vf v_bytes(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE vf v_lanes(b16 b, int from) { (void)from; return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b)); }
 INLINE float v_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 
@@ -85,7 +94,10 @@ INLINE vf v_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((
 INLINE vf v_bfloats(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
-INLINE vf v_bytes(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))); }
+INLINE vf v_lanes(b16 b, int from) {
+    __m128i lanes = from ? _mm_unpackhi_epi64((__m128i)b, (__m128i)b) : (__m128i)b;
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lanes));
+}
 INLINE float v_max_lane(vf a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -128,7 +140,7 @@ INLINE vf v_round(vf a) { /* adding 1.5 * 2^23 leaves no bits for a fraction; fo
 INLINE vf v_scale2(vf a, vf n) { LANES(bits_float(float_bits(a[i]) + ((uint32_t)(int32_t)(n[i] < -126.0f ? -126.0f : n[i]) << 23))); }
 INLINE vf v_halves(const uint16_t *p) { LANES(half_to_float(p[i])); }
 INLINE vf v_bfloats(const uint16_t *p) { LANES(bfloat_to_float(p[i])); }
-INLINE vf v_bytes(const int8_t *p) { LANES((float)p[i]); }
+INLINE vf v_lanes(b16 b, int from) { LANES((float)(int8_t)b[from + i]); }
 INLINE float v_max_lane(vf a) {
     float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
     return x > y ? x : y;
