@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "blocks.h"
+#include "blocks_k.h"
 #include "kernels.h"
 #include "panels.h"
 
@@ -46,7 +46,7 @@ INLINE void pack_weights(const struct product *p, const struct product_layout *l
             for (int64_t i = 0; i < VL; i++) {
                 float *row = rows + i * STEP;
                 if (column + i < to)
-                    unpack(p->types, w->type, w->data + (column + i) * w->nb[1] + k / kind->block * kind->block_bytes,
+                    unpack_weights(p->types, w->type, w->data + (column + i) * w->nb[1] + k / kind->block * kind->block_bytes,
                            row, values);
                 else
                     memset(row, 0, (size_t)values * 4);
