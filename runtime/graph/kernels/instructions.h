@@ -1,5 +1,6 @@
 /* Everything that is compiled once for each instruction set. The including file has named it; see avx2.c for one. */
 #include "attend_few.h"
+#include "multiply_weights.h"
 
 static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
 #ifdef ISA_VNNI
@@ -42,4 +43,8 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
         .has_bfloat = HAS_BFLOAT, \
         .attention_scratch = attention_scratch, \
         .attend = attend, \
+        .words_of_row = words_of_row, \
+        .convert_rows = convert_rows, \
+        .product_scratch = product_scratch, \
+        .multiply_weights = multiply_weights, \
     }
