@@ -3,12 +3,10 @@
 #include "multiply_weights.h"
 
 static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
-#ifdef ISA_VNNI
     if (is_few(a, piece)) {
         attend_few(a, piece, scratch);
         return;
     }
-#endif
 #ifdef ISA_BF16
     if (!a->exact) {
         attend_as(a, piece, scratch, 1);
@@ -19,10 +17,8 @@ static void attend(const struct attention *a, const struct attention_piece *piec
 }
 
 static int64_t attention_scratch(const struct attention *a, const struct attention_piece *piece) {
-#ifdef ISA_VNNI
     if (is_few(a, piece))
         return few_layout(a, piece).total;
-#endif
 #ifdef ISA_BF16
     if (!a->exact)
         return attend_layout(a, piece, 1).total;
