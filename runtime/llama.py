@@ -169,6 +169,7 @@ class Llama(llama_cpp.Llama):
             n_ubatch=n_ubatch,
             logits_all=logits_all,
             bands=len(self._schedule.bands),
+            n_threads=max(n_threads, n_threads_batch),
         )
         check_templates(header)
         engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched

@@ -139,6 +139,11 @@ class Context:
         self._library.ropewalk_stop(self.address, stop)
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes allocated for nodes so far; see `memory.KERNELS_BYTES`."""
+        return int(self._library.ropewalk_bytes(self.address))
+
+    @property
     def taken(self) -> int:
         """Nodes computed so far."""
         return int(self._library.ropewalk_taken(self.address))
@@ -191,6 +196,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "attention": (None, _POINTER, _INT, _INT, _POINTER),
     "must_stop": (ctypes.c_bool, _POINTER),
     "stop": (None, _POINTER, ctypes.c_bool),
+    "bytes": (_INT64, _POINTER),
     "taken": (_INT64, _POINTER),
     "failure": (ctypes.c_char_p, _POINTER),
     "forgive": (None, _POINTER),
