@@ -29,7 +29,7 @@ def _complete_kv(incomplete: str) -> list[str]:
 
 
 def _complete_saved(incomplete: str) -> list[str]:
-    from .chat_prompt import saved_names
+    from .chat_places import saved_names
 
     return [name for name in saved_names() if name.startswith(incomplete)]
 
@@ -118,7 +118,7 @@ def chat(
     for number in (temp, top_p, min_p, repeat_penalty):
         if not math.isfinite(number):
             raise UserError(f"{number}: expected a finite number")
-    from .chat_prompt import named_documents
+    from .chat_places import named_documents
 
     files = named_documents(names)
     if piped:
@@ -187,7 +187,7 @@ def _is_question(word: str) -> bool:
 def _place(resume: bool, load: str | None) -> Path | None:
     """Return where the conversation to continue is kept, if one is asked for."""
     if load is not None:
-        from .chat_prompt import place_to_load
+        from .chat_places import place_to_load
 
         return place_to_load(load)
     if resume:

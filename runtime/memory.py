@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import psutil
 
-from ..container import GGUFError, Header, model_parts
+from ..container import TENSOR_TYPES, TYPE_NUMBERS, GGUFError, Header, model_parts
 from ..errors import UserError, mib
 from .graph.kernels import why_missing
 from .threads import default_threads
@@ -66,7 +65,7 @@ class MemoryPlan:
 
 def ggml_type(name: str) -> int:
     """Return ggml's number for the cache type `name`."""
-    return int(gguf.GGMLQuantizationType[name.upper()])
+    return TYPE_NUMBERS[name.upper()]
 
 
 def type_name(option: str, number: Any) -> str:
@@ -88,7 +87,7 @@ def is_quantised(name: str) -> bool:
 
 
 def _row_bytes(name: str, n: int) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    _, block, size = TENSOR_TYPES[ggml_type(name)]
     return int(-(-n // block) * size)
 
 
@@ -268,7 +267,7 @@ def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan
 
 def _block_mismatch(shape: _Sizes, kv: str) -> str | None:
     for name, length in ((kv.split(":")[0], shape.key_length), (kv.split(":")[-1], shape.value_length)):
-        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0]
+        _, block, _ = TENSOR_TYPES[ggml_type(name)]
         if length % block:
             return f"its head size {length} is not a multiple of {name}'s block, {block}"
     return None
