@@ -310,6 +310,15 @@ class Llama(llama_cpp.Llama):
         return self._fast is not None
 
     @property
+    def computed_by(self) -> str:
+        """What computes long prompts: "llama.cpp", "torch", or an instruction set of the kernels; "exact" behind it."""
+        if self._fast is None:
+            return "llama.cpp"
+        if self._kernels is None:
+            return "torch"
+        return self._kernels.instructions.name + (" exact" if self._kernels.exact else "")
+
+    @property
     def nodes_taken(self) -> int:
         """How many nodes of llama.cpp's graphs have been computed by us so far."""
         return 0 if self._fast is None else self._fast.taken

@@ -80,6 +80,16 @@ def why_missing() -> str:
     return _in_use()[1]
 
 
+def instructions_in_use() -> str:
+    """Return the name of the instruction set that a `Context` uses by default."""
+    return _default_set().name
+
+
+def exact_by_default() -> bool:
+    """Whether the environment asks for floats alone."""
+    return os.environ.get(EXACT, "") not in ("", "0")
+
+
 def what_is_used() -> tuple[str | int, ...]:
     """Return what tells one library and its use from another: its instruction set, size and time; or why it is not."""
     if _library() is None:
@@ -98,7 +108,7 @@ class Context:
         assert library is not None, why_missing()
         chosen = instructions or _default_set()
         self.instructions = chosen
-        self.exact = os.environ.get(EXACT, "") not in ("", "0") if exact is None else exact
+        self.exact = exact_by_default() if exact is None else exact
         self.address: int | None = library.ropewalk_new(chosen.index, self.exact)
         if not self.address:
             raise MemoryError("the kernels' buffers could not be allocated")
