@@ -70,12 +70,3 @@ EXPORT bool ropewalk_must_stop(struct context *context) {
 }
 
 EXPORT void ropewalk_stop(struct context *context, bool stop) { atomic_store(&context->stopped, stop); }
-
-/* Replaced by products.c. */
-__attribute__((weak)) bool product_covers(const struct context *context, const struct tensor *node) {
-    (void)context, (void)node;
-    return false;
-}
-__attribute__((weak)) void ropewalk_product(struct tensor *node, int thread, int n_threads, void *userdata) {
-    (void)node, (void)thread, (void)n_threads, (void)userdata;
-}

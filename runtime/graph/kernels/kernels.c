@@ -35,6 +35,8 @@ EXPORT struct context *ropewalk_new(int index, bool exact) {
     memset(context, 0, sizeof *context);
     context->instructions = sets[index];
     context->exact = exact;
+    context->types[TYPE_F32] = (struct block_type){1, 4, NULL};
+    context->types[TYPE_F16] = context->types[TYPE_BF16] = (struct block_type){1, 2, NULL};
     context->partials = aligned_alloc(64, PARTIAL_FLOATS * sizeof(float)); /* touched only as far as it is used */
     if (context->partials == NULL) {
         free(context);

@@ -79,6 +79,26 @@ struct attention_piece {
     float *partial; /* where the result is to be joined with that of other cells; otherwise NULL */
 };
 
+/* A product of a stored weight: out[t][n] = sum over k of x[t][k] * weight[n][k]. */
+struct product {
+    const struct block_type *types;
+    const struct tensor *weight;
+    const char *x;   /* a row of floats for each token, `x_step` bytes apart */
+    char *out;       /* likewise */
+    size_t x_step, out_step;
+    int64_t n_in, n_out, n_rows;
+    bool exact;
+    uint32_t *words; /* the rows of x as the products want them, made once for all threads */
+    int64_t words_step;
+};
+
+struct product_piece {
+    int64_t first_row, stop_row;       /* of x */
+    int64_t first_column, stop_column; /* rows of the weight; the first is a multiple of COLUMN_STEP */
+};
+
+enum { COLUMN_STEP = 32 }; /* a multiple of each instruction set's PANEL */
+
 /* The functions of one instruction set. */
 struct instruction_set {
     const char *name;
@@ -87,6 +107,11 @@ struct instruction_set {
     /* Compute a piece with `scratch` of the size that `attention_scratch` gives. */
     int64_t (*attention_scratch)(const struct attention *a, const struct attention_piece *piece);
     void (*attend)(const struct attention *a, const struct attention_piece *piece, float *scratch);
+    /* Likewise of a product, after rows of x have been converted to words. */
+    int64_t (*words_of_row)(const struct product *p); /* how far apart they must be */
+    void (*convert_rows)(const struct product *p, int64_t first, int64_t stop);
+    int64_t (*product_scratch)(const struct product *p, const struct product_piece *piece);
+    void (*multiply_weights)(const struct product *p, const struct product_piece *piece, float *scratch);
 };
 
 extern const struct instruction_set avx512_bf16_set, avx512_set, avx2_set, plain_set;
@@ -113,6 +138,20 @@ static inline void write_row(const struct attention *a, int64_t stream, int64_t 
 /* The thread's scratch, or NULL with the failure kept. */
 float *reserve(struct context *context, struct scratch *scratch, int64_t n_floats, const struct tensor *node);
 void fail(struct context *context, const struct tensor *node, const char *why);
+
+/* How a type is stored, or NULL if it cannot be read. */
+static inline const struct block_type *type_of(const struct context *context, int type) {
+    return type >= 0 && type < N_TYPES && context->types[type].block ? &context->types[type] : NULL;
+}
+
+/* For a loop that waits for another thread. */
+static inline void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 /* Leave a node: the last of the threads resets the claims. */
 void leave(struct context *context, int n_threads);

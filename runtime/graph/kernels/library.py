@@ -148,6 +148,14 @@ class Context:
         """Stop the graph that is under way, and those to come until it is called with False."""
         self._library.ropewalk_stop(self.address, stop)
 
+    def product(self) -> int:
+        """The address of the function that computes a product of a stored weight."""
+        return _address(self._library.ropewalk_product)
+
+    def covers_product(self, node: int) -> bool:
+        """Whether the MUL_MAT node at an address is one that `product` computes."""
+        return bool(self._library.ropewalk_covers_product(self.address, node))
+
     @property
     def n_bytes(self) -> int:
         """Bytes allocated for nodes so far; see `memory.KERNELS_BYTES`."""
@@ -204,6 +212,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "watch_closely": (None, _POINTER, _POINTER),
     "see": (ctypes.c_bool, _POINTER, ctypes.c_bool, _POINTER),
     "attention": (None, _POINTER, _INT, _INT, _POINTER),
+    "product": (None, _POINTER, _INT, _INT, _POINTER),
+    "covers_product": (ctypes.c_bool, _POINTER, _POINTER),
     "must_stop": (ctypes.c_bool, _POINTER),
     "stop": (None, _POINTER, ctypes.c_bool),
     "bytes": (_INT64, _POINTER),

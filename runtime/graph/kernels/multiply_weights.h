@@ -1,0 +1,117 @@
+/* Products of weights with many rows, for one instruction set; see `struct product`.
+ *
+ * A tile is some columns of the result (rows of the weight) and a stretch of the shared dimension. It is unpacked into
+ * panels once, which stay in a core's second cache, and then used by all rows, a strip at a time, which stays in the
+ * first. A strip's sums are carried from one stretch to the next in the result itself.
+ */
+#pragma once
+
+#include "blocks_k.h"
+#include "kernels.h"
+#include "panels.h"
+
+enum { STRETCH_WORDS = 384 }; /* of the shared dimension, at most */
+enum { UNPACKED = 256 };      /* values of a row that are unpacked at a time: whole blocks of every type */
+
+INLINE int64_t stretch_values(const struct product *p, int bf) {
+    int64_t most = STRETCH_WORDS * (1 + bf) / UNPACKED * UNPACKED, stretches = (p->n_in + most - 1) / most;
+    return round_up((p->n_in + stretches - 1) / stretches, UNPACKED);
+}
+
+/* Memory of one piece, in words. */
+struct product_layout {
+    int64_t stretch, panel, panels, row, edge, total;
+};
+
+INLINE struct product_layout product_layout(const struct product *p, const struct product_piece *piece, int bf) {
+    struct product_layout l = {.stretch = stretch_values(p, bf)};
+    int64_t columns = round_up(piece->stop_column - piece->first_column, PANEL);
+    l.panel = words_of(l.stretch, bf) * PANEL;
+    l.row = columns / PANEL * l.panel;
+    l.edge = l.row + VL * (UNPACKED + VL);
+    l.total = l.edge + (piece->stop_row - piece->first_row) * PANEL;
+    return l;
+}
+
+/* Unpack values [first, first + n) of some of the weight's rows into panels; missing rows of the last one are 0. */
+INLINE void pack_weights(const struct product *p, const struct product_layout *l, uint32_t *memory, int64_t from,
+                         int64_t to, int64_t first, int64_t n, int bf) {
+    const struct tensor *w = p->weight;
+    const struct block_type *kind = &p->types[w->type];
+    enum { STEP = UNPACKED + VL }; /* so that rows do not compete for the same lines of the cache */
+    float *rows = (float *)memory + l->row;
+    for (int64_t column = from; column < round_up(to - from, PANEL) + from; column += VL)
+        for (int64_t k = first; k < first + n; k += UNPACKED) {
+            int64_t values = first + n - k < UNPACKED ? first + n - k : UNPACKED;
+            for (int64_t i = 0; i < VL; i++) {
+                float *row = rows + i * STEP;
+                if (column + i < to)
+                    unpack_weights(p->types, w->type, w->data + (column + i) * w->nb[1] + k / kind->block * kind->block_bytes,
+                           row, values);
+                else
+                    memset(row, 0, (size_t)values * 4);
+                to_words(row, values, (uint32_t *)row, bf);
+            }
+            pack_columns((uint32_t *)rows, STEP, words_of(values, bf),
+                         memory + (column - from) / PANEL * l->panel + words_of(k - first, bf) * PANEL,
+                         (int)((column - from) % PANEL));
+        }
+}
+
+/* Multiply all rows by the packed tile. */
+INLINE void multiply_tile(const struct product *p, const struct product_piece *piece, const struct product_layout *l,
+                          uint32_t *memory, int64_t first, int64_t n, int bf) {
+    float ones[MR];
+    for (int r = 0; r < MR; r++)
+        ones[r] = 1.0f;
+    for (int64_t row = piece->first_row; row < piece->stop_row; row += MR) {
+        int rows = (int)(piece->stop_row - row < MR ? piece->stop_row - row : MR);
+        const uint32_t *strip = p->words + row * p->words_step + words_of(first, bf);
+        for (int64_t column = piece->first_column; column < piece->stop_column; column += PANEL) {
+            bool whole = piece->stop_column - column >= PANEL;
+            float *out = whole ? (float *)(p->out + row * p->out_step) + column
+                               : (float *)memory + l->edge + (row - piece->first_row) * PANEL;
+            multiply(rows, strip, p->words_step, memory + (column - piece->first_column) / PANEL * l->panel,
+                     words_of(n, bf), out, whole ? (int64_t)p->out_step / 4 : PANEL, first ? ones : NULL, bf);
+        }
+    }
+}
+
+INLINE void multiply_weights_as(const struct product *p, const struct product_piece *piece, float *scratch, int bf) {
+    struct product_layout l = product_layout(p, piece, bf);
+    uint32_t *memory = (uint32_t *)scratch;
+    for (int64_t k = 0; k < p->n_in; k += l.stretch) {
+        int64_t n = p->n_in - k < l.stretch ? p->n_in - k : l.stretch;
+        pack_weights(p, &l, memory, piece->first_column, piece->stop_column, k, n, bf);
+        multiply_tile(p, piece, &l, memory, k, n, bf);
+    }
+    int64_t over = (piece->stop_column - piece->first_column) % PANEL;
+    for (int64_t row = piece->first_row; over && row < piece->stop_row; row++)
+        memcpy((float *)(p->out + row * p->out_step) + piece->stop_column - over,
+               scratch + l.edge + (row - piece->first_row) * PANEL, (size_t)over * 4);
+}
+
+#ifdef ISA_BF16
+#define AS_BFLOAT(p) (!(p)->exact)
+#else
+#define AS_BFLOAT(p) 0
+#endif
+
+static void multiply_weights(const struct product *p, const struct product_piece *piece, float *scratch) {
+    if (AS_BFLOAT(p))
+        multiply_weights_as(p, piece, scratch, 1);
+    else
+        multiply_weights_as(p, piece, scratch, 0);
+}
+
+static int64_t product_scratch(const struct product *p, const struct product_piece *piece) {
+    return product_layout(p, piece, AS_BFLOAT(p)).total;
+}
+
+/* A line more than the row has, so that a strip's rows do not compete for the same lines of the cache. */
+static int64_t words_of_row(const struct product *p) { return round_up(words_of(p->n_in, AS_BFLOAT(p)), 16) + 16; }
+
+static void convert_rows(const struct product *p, int64_t first, int64_t stop) {
+    for (int64_t row = first; row < stop; row++)
+        to_words((const float *)(p->x + row * p->x_step), p->n_in, p->words + row * p->words_step, AS_BFLOAT(p));
+}
