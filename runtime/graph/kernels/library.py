@@ -148,6 +148,7 @@ class Context:
         """Stop the graph that is under way, and those to come until it is called with False."""
         self._library.ropewalk_stop(self.address, stop)
 
+    @property
     def product(self) -> int:
         """The address of the function that computes a product of a stored weight."""
         return _address(self._library.ropewalk_product)
