@@ -169,6 +169,7 @@ class Llama(llama_cpp.Llama):
             n_ubatch=n_ubatch,
             logits_all=logits_all,
             bands=len(self._schedule.bands),
+            n_threads=max(n_threads, n_threads_batch),
         )
         check_templates(header)
         engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
@@ -307,6 +308,15 @@ class Llama(llama_cpp.Llama):
     def fast_prefill(self) -> bool:
         """Whether long prompts are computed by `graph.fast`."""
         return self._fast is not None
+
+    @property
+    def computed_by(self) -> str:
+        """What computes long prompts: "llama.cpp", "torch", or an instruction set of the kernels; "exact" behind it."""
+        if self._fast is None:
+            return "llama.cpp"
+        if self._kernels is None:
+            return "torch"
+        return self._kernels.instructions.name + (" exact" if self._kernels.exact else "")
 
     @property
     def nodes_taken(self) -> int:

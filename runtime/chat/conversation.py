@@ -167,6 +167,10 @@ class Conversation:
         self.transcript = self._counted(transcript)
         return question
 
+    def prompt_tokens(self, question: str) -> int:
+        """Return how many tokens the prompt has that asks `question` next."""
+        return len(self._template.tokens(self.transcript.prompt_messages(question)))
+
     def could_hold(self, n_tokens: int) -> bool:
         """Whether so many more tokens would fit if some, or all, of the exchanges were dropped."""
         rest = self._counted(self.transcript.without_oldest(self.transcript.n_exchanges))

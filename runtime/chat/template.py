@@ -19,6 +19,7 @@ from ..prompts.control_tokens import CUT, ControlSpellings, text_of
 from ..prompts.rendering import TemplateError, render
 
 if TYPE_CHECKING:
+    from ...container import Header
     from ..llama import Llama
 
 PLAIN_TEMPLATE = (
@@ -27,6 +28,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nAssistant:")
+
+SPARE_TOKENS = 64  # for control tokens, and what else a template adds
 
 EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C takes effect between them
 
@@ -98,6 +101,16 @@ class ChatTemplate:
 
     def _text(self, token: int) -> str:
         return "" if token == -1 else text_of(self._llm.vocab, token)
+
+
+def most_tokens(header: Header, *texts: str) -> int:
+    """Return how many tokens a prompt of these texts takes at most, before the model is loaded.
+
+    That is one for each byte of theirs and of the chat template, which may have a system message of its own. Some
+    tokenisers can make more of a text: `Conversation.prompt_tokens` tells.
+    """
+    template = str(header.get("tokenizer.chat_template") or PLAIN_TEMPLATE)
+    return sum(len(text.encode("utf-8", "replace")) for text in (template, *texts)) + SPARE_TOKENS
 
 
 def count_tokens(llm: Llama, text: str) -> int:

@@ -41,6 +41,7 @@ class LlamaEvaluator:
             n_ctx=longest,
             kv=spec.kv,
             flash_attn=True,
+            exact=True,
             n_threads=spec.threads,
             n_threads_batch=spec.threads,
             verbose=False,
