@@ -15,7 +15,8 @@
         .has_bfloat = HAS_BFLOAT, \
         .attention_scratch = attention_scratch, \
         .attend = attend, \
-        .words_of_row = words_of_row, \
+        .rows_of_strip = rows_of_strip, \
+        .words_of_strip = words_of_strip, \
         .convert_rows = convert_rows, \
         .product_scratch = product_scratch, \
         .multiply_weights = multiply_weights, \
