@@ -33,9 +33,9 @@ test: .venv/kernels
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 bench: .venv/kernels
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/writing.py
 	$(BIN)/python benchmarks/band_switch.py
-	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/reading.py
 
 # The link is for mypy, which does not follow editable installs; of mistral-common the tests read tokenisers' files alone.
 .venv/ready: pyproject.toml constraints.txt

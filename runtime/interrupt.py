@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import llama_cpp
 
 from ..errors import UserError
+from .graph.kernels import Context
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -68,15 +69,20 @@ class _Call:
 class Interruptible:
     """Runs llama.cpp's calls for one context; keep it alive as long as the context.
 
-    `failed` is polled between the nodes of a long call; once it returns True, the call is aborted.
+    A long call is aborted between two nodes once one has failed: `kernels` know of that themselves, without them
+    `failed` is asked.
 
     Whatever uses the context does so under `holding`, so that `close` frees nothing under it.
     """
 
-    def __init__(self, failed: Callable[[], bool]) -> None:
+    def __init__(self, failed: Callable[[], bool], kernels: Context | None = None) -> None:
         self._lock = threading.RLock()
+        self._kernels = kernels
         self._failed, self._stop, self._closed, self._process = failed, False, False, os.getpid()
-        self._must_stop = llama_cpp.ggml_abort_callback(lambda _: self._stop or self._closed or self._failed())
+        if kernels is None:
+            self._must_stop = llama_cpp.ggml_abort_callback(lambda _: self._stop or self._closed or self._failed())
+        else:  # it is called for every node: Python would make all of ggml's threads wait for its lock there
+            self._must_stop = llama_cpp.ggml_abort_callback(kernels.must_stop)
         self._never = llama_cpp.ggml_abort_callback(0)
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         worker = threading.Thread(target=_work, args=(self._calls,), name="ropewalk-llama", daemon=True)
@@ -122,7 +128,7 @@ class Interruptible:
         try:
             self._hand_over(call)
         except BaseException:
-            self._stop = True
+            self._set_stop(True)
             self._wait_for_all()
             raise
         if call.failure is not None:
@@ -137,9 +143,10 @@ class Interruptible:
             UserError: as for `check`; also if the model is closed while it runs.
         """
         with self.holding():
-            self.check()
-            self._stop = False
-            llama_cpp.llama_set_abort_callback(context, self._must_stop, None)
+            self._set_stop(False)
+            self.check()  # in this order, or a `close` in between would be overruled
+            data = None if self._kernels is None else self._kernels.address
+            llama_cpp.llama_set_abort_callback(context, self._must_stop, data)
             try:
                 return self._run(work)
             except Exception:
@@ -147,6 +154,11 @@ class Interruptible:
                 raise
             finally:
                 llama_cpp.llama_set_abort_callback(context, self._never, None)
+
+    def _set_stop(self, stop: bool) -> None:
+        self._stop = stop
+        if self._kernels is not None:
+            self._kernels.stop(stop or self._closed)
 
     def _hand_over(self, call: _Call) -> None:
         self._calls.put(call)
@@ -167,6 +179,7 @@ class Interruptible:
         In a forked process nothing is freed: the threads that would have to end are not there.
         """
         self._closed = True
+        self._set_stop(True)
         if os.getpid() != self._process:
             return
         with self._lock:

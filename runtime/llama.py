@@ -25,9 +25,11 @@ from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches
 from . import log, memory
-from .graph.admission import check_engine
-from .graph.fast import FastNodes, switched_off
+from .graph.admission import Verdict, check_engine
+from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
+from .graph.kernels import Context as Kernels
+from .graph.kernels import why_missing
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
@@ -88,8 +90,10 @@ class Llama(llama_cpp.Llama):
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
         flash_attn: None = on if the cache is quantised (without fast_prefill, if its V is).
-        fast_prefill: with flash attention, compute the attention and matrix products of long prompts in torch (see
-            `graph.fast`); the environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
+        fast_prefill: with flash attention, compute attention and matrix products here (see `graph.fast`); the
+            environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
+        exact: there, compute in floats where bfloat16 or whole numbers would be faster; the default is what the
+            environment variable ROPEWALK_EXACT says.
         n_threads, n_threads_batch: default: the physical cores that this process may use.
 
     Attributes:
@@ -131,6 +135,7 @@ class Llama(llama_cpp.Llama):
         type_k: int | None = None,
         type_v: int | None = None,
         fast_prefill: bool = True,
+        exact: bool | None = None,
         **options: Any,
     ) -> None:
         leave_out_gpu(options)
@@ -139,6 +144,7 @@ class Llama(llama_cpp.Llama):
             check_has_tensors(header)
         fast_prefill = fast_prefill and not switched_off()
         n_ctx = context_length(n_ctx)
+        self._exact = exact
         self._schedule, hooked = resolve_schedule(header, schedule, n_ctx, options)
         self._rope = RopeHook(self._schedule.facts, freq_scale(header)) if hooked else None
         self._requested_ctx = check_context(n_ctx, self._schedule)
@@ -165,18 +171,18 @@ class Llama(llama_cpp.Llama):
             bands=len(self._schedule.bands),
         )
         check_templates(header)
-        self._extra_buffers = bool(options.get("vocab_only")) or check_engine().extra_buffers  # before ggml is touched
-        if fast_prefill and self.plan.flash_attn:
-            import_torch()
-            self._fast: FastNodes | None = FastNodes()
-        else:
-            self._fast = None
+        engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
+        self._extra_buffers = engine.extra_buffers
+        fast_prefill = fast_prefill and self.plan.flash_attn
+        native = (hooked or fast_prefill) and engine.kernels and not why_missing()
+        self._kernels = Kernels(exact=exact) if native else None
+        self._fast = self._make_fast_nodes() if fast_prefill else None
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
         self._verified = not hooked
         fast = self._fast  # not self: a model that holds itself would not be freed with its last reference
-        self._calls = Interruptible(lambda: fast is not None and fast.failed)
+        self._calls = Interruptible(lambda: fast is not None and fast.failed, self._kernels)
         options.setdefault("swa_full", True)  # keys can be rotated, and tokens removed, only in a cache without gaps
         self._keys_can_shift = keys_can_shift(header, self._schedule.facts.n_rot, self.plan.type_k)
         log.listen()
@@ -223,16 +229,26 @@ class Llama(llama_cpp.Llama):
     @context_params.setter
     def context_params(self, params: Any) -> None:
         if self._graph is not None:
-            params.cb_eval = self._graph.callback
+            params.cb_eval, params.cb_eval_user_data = self._graph.callback, self._graph.userdata
         self._context_params = params
 
+    def _make_fast_nodes(self) -> FastNodes:
+        if self._kernels is not None:
+            return NativeNodes(self._kernels)
+        import_torch()
+        return TorchNodes()
+
     def _make_graph_hook(self) -> GraphHook | None:
+        if self._rope is None and self._fast is None:
+            return None
         handlers: dict[str, Handler] = {}
         if self._rope is not None:
             handlers["ROPE"] = self._rope.set_rope
         if self._fast is not None:
             handlers |= self._fast.handlers
-        return GraphHook(handlers) if handlers else None
+        if self._kernels is not None:
+            self._kernels.watch(None if self._rope is None else self._rope.setting, nodes=self._fast is not None)
+        return GraphHook(handlers, self._kernels)
 
     # --- what it runs with
 
@@ -787,6 +803,7 @@ class Llama(llama_cpp.Llama):
         state |= {
             "n_ctx": self._requested_ctx,
             "fast_prefill": self._fast is not None,
+            "exact": self._exact,
             "flash_attn": self.plan.flash_attn,
             "draft_model": self._draft_model,
         }

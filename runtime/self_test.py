@@ -2,7 +2,8 @@
 
 A random model of one layer is small enough to be computed in numpy as well. Its cached keys depend on the tokens and
 on the rotation alone, so that keys rotated to another band must give what that band gives from the first token on.
-Tried are the rope nodes, the rotation of cached keys by llama.cpp's K-shift, and attention and products taken over.
+Tried are the rope nodes, the rotation of cached keys by llama.cpp's K-shift, and attention and products taken over: by
+the native kernels, their graph callback included, or in torch.
 `graph.admission` runs this and remembers the verdict.
 """
 
@@ -52,12 +53,15 @@ class Failure(Exception):
     what: str
 
 
-def main(extra_buffers: bool) -> None:
+FEW = 6  # tokens read one at a time
+
+
+def main(extra_buffers: bool, use_kernels: bool) -> None:
     """Run all checks and end the process.
 
     With 0, the last line printed is `Verdict.state_prefix`; with 1, it is the reason.
     """
-    trust(Verdict(extra_buffers=extra_buffers))
+    trust(Verdict(extra_buffers=extra_buffers, kernels=use_kernels))
     try:
         with tempfile.TemporaryDirectory() as folder:
             prefix = _check_rotation(Path(folder) / "plain.gguf")
@@ -97,7 +101,7 @@ def _state_prefix(llm: Llama) -> int:
 
 
 def _check_taken_nodes(path: Path) -> None:
-    """Attention over a quantised cache and products with quantised weights, by us; then one token by llama.cpp."""
+    """Attention over a quantised cache and products with quantised weights: of many rows, and of one."""
     weights, tokens = _random_weights(), _random_tokens()
     rounded = _write_model(path, weights, gguf.GGMLQuantizationType.Q4_1)
     llm = Llama(path, schedule=SCHEDULE, n_ctx=256, kv="q8_0", n_threads=2, verbose=False)
@@ -106,9 +110,10 @@ def _check_taken_nodes(path: Path) -> None:
     _compare(found, expected, "attention and products that are taken over come out wrong")
     if llm.fast_prefill and not llm.nodes_taken:
         raise Failure("attention nodes cannot be taken over")
-    llm.rewind(TOTAL - 2)
-    llm.token_losses(tokens, start=TOTAL - 1)  # a decode of one row: other kernels, which may crash on their own
-    llm.close()
+    llm.rewind(TOTAL - FEW - 1)
+    singly = [float(llm.token_losses(tokens[:n], start=n - 1)[0]) for n in range(TOTAL - FEW + 1, TOTAL + 1)]
+    llm.close()  # a decode of one row is done by other code, which may crash or be wrong on its own
+    _compare(np.array(singly), expected[-FEW:], "a token read by itself comes out wrong")
 
 
 def _compare(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64], what: str) -> None:

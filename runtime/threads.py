@@ -3,7 +3,7 @@
 llama.cpp's threads meet after each operation of its graph, some thousand times per token. libgomp, which both engines
 are built with on Linux, lets a thread that waits there keep its core busy for milliseconds, even if the thread it waits
 for needs that very core: on two cores, next to one process that multiplies matrices, SmolLM2-135M generated 4 tokens/s
-instead of 25, and next to a search with two workers less than one (`benchmarks/busy_machine.py`). With a short busy
+instead of 25, and next to a search with two workers less than one (`benchmarks/busy.py`). With a short busy
 wait, and sleep after it, it generates as fast as before on an idle machine.
 """
 

@@ -2,8 +2,10 @@
 
 Knowing where ggml keeps its fields (see `ggml`) does not prove that nodes can be set and taken over: that depends on
 the release, the compiler and the processor. So the first use of a build runs `runtime.self_test`, a second or two,
-where a crash harms nobody. The verdict is kept in the user's cache folder by what it depends on: the library's files
-and the processor.
+where a crash harms nobody. The verdict is kept in the user's cache folder by what it depends on: the files of both
+libraries, and the processor.
+
+Where our own native kernels fail it, torch computes in their place.
 
 A build whose kernels for extra weight buffers (AMX, repacked weights) crash is used without them: GCC 12 miscompiles
 llama.cpp's AMX code, for example (llama.cpp pull request 26954).
@@ -28,9 +30,9 @@ import llama_cpp
 import platformdirs
 
 from ...files import write_file
-from . import ggml
+from . import ggml, kernels
 
-VERSION = 2  # raise it when the self-test asks for more than before
+VERSION = 3  # raise it when the self-test asks for more than before
 
 PATIENCE_S = 120.0
 
@@ -44,11 +46,13 @@ class Verdict:
     Attributes:
         refused: why this build cannot be used; empty if it can.
         extra_buffers: whether llama.cpp may keep weights in extra buffers, as it does unless told otherwise.
+        kernels: whether our own kernels may be used, if they are there.
         state_prefix: bytes of a saved sequence before the number of its streams; -1 = not known.
     """
 
     refused: str = ""
     extra_buffers: bool = True
+    kernels: bool = True
     state_prefix: int = -1
 
 
@@ -90,7 +94,8 @@ def _verdict() -> Verdict:
 def _identity() -> str:
     """A digest of what the verdict depends on."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in ggml.library_files()]
-    parts = (VERSION, llama_cpp.__version__, str(ggml.library_files()[0].parent), files, _processor())
+    own = kernels.what_is_used()
+    parts = (VERSION, llama_cpp.__version__, str(ggml.library_files()[0].parent), files, own, _processor())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -104,10 +109,24 @@ def _processor() -> str:
 
 
 def _try() -> Verdict:
+    """Run the self-test, and again without what makes it fail, where it can be left out."""
+    verdict = _try_buffers(use_kernels=True)
+    if verdict.refused and not kernels.why_missing():
+        without = _try_buffers(use_kernels=False)
+        if not without.refused:
+            _logger.warning(
+                "ropewalk: the native kernels do not work on this machine (%s): torch computes in their place",
+                verdict.refused,
+            )
+            return without
+    return verdict
+
+
+def _try_buffers(use_kernels: bool) -> Verdict:
     """Run the self-test, and again without extra buffers where they are what makes it crash."""
-    verdict, crashed = _run(extra_buffers=True)
+    verdict, crashed = _run(extra_buffers=True, use_kernels=use_kernels)
     if crashed:
-        without, _ = _run(extra_buffers=False)
+        without, _ = _run(extra_buffers=False, use_kernels=use_kernels)
         if not without.refused:
             _logger.warning(
                 "ropewalk: llama.cpp's kernels for extra weight buffers (such as AMX) crash on this machine (%s):"
@@ -118,10 +137,10 @@ def _try() -> Verdict:
     return verdict
 
 
-def _run(extra_buffers: bool) -> tuple[Verdict, bool]:
+def _run(extra_buffers: bool, use_kernels: bool) -> tuple[Verdict, bool]:
     """Run the self-test in a process of its own; what it found, and whether it crashed."""
     module = f"{__name__.rsplit('.', 2)[0]}.self_test"
-    start = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({extra_buffers})"
+    start = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({extra_buffers}, {use_kernels})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", start],
@@ -144,5 +163,5 @@ def _run(extra_buffers: bool) -> tuple[Verdict, bool]:
     if done.returncode:
         return Verdict(lines[-1] if lines else f"exit code {done.returncode}"), False
     with suppress(IndexError, ValueError):
-        return Verdict(extra_buffers=extra_buffers, state_prefix=int(lines[-1])), False
+        return Verdict(extra_buffers=extra_buffers, kernels=use_kernels, state_prefix=int(lines[-1])), False
     return Verdict("its self-test ended without a result"), False

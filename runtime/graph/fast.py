@@ -1,20 +1,26 @@
-"""Nodes that are computed faster here than by llama.cpp: attention over a long cache, products of many rows.
+"""Nodes that are computed faster here than by llama.cpp: attention over cached cells, products of many rows.
 
-torch, which computes them, takes seconds to import: it is imported only when a model is loaded to run this way.
+The native kernels compute them; where these were not compiled, torch does. It takes seconds to import, and is imported
+only then.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from . import ggml
 from .hook import Handler
+from .kernels import Context
 
 if TYPE_CHECKING:
     from .attention import FastAttention
     from .products import FastProducts
+
+
+class NodeError(RuntimeError):
+    """A node could not be computed; names the node. No result of its graph is used."""
 
 
 def switched_off() -> bool:
@@ -22,8 +28,42 @@ def switched_off() -> bool:
     return os.environ.get("ROPEWALK_FAST_PREFILL", "1").strip().lower() in ("0", "off", "no", "false")
 
 
-class FastNodes:
-    """Takes over nodes of one context's graphs; keep it alive as long as the context."""
+class NativeNodes:
+    """Nodes of one context's graphs that `kernels` take over and compute."""
+
+    def __init__(self, kernels: Context) -> None:
+        self._kernels = kernels
+        self.handlers: dict[str, Handler] = {}
+        """None: the kernels see the nodes themselves."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a node could not be computed, so that the graph must be aborted."""
+        return bool(self._kernels.failure)
+
+    @property
+    def taken(self) -> int:
+        """Nodes computed so far."""
+        return self._kernels.taken
+
+    def raise_kept(self) -> None:
+        """Raise the failure on one of ggml's threads since the last call, if any.
+
+        Raises:
+            NodeError: names the node.
+        """
+        failure = self._kernels.failure
+        if failure:
+            self._kernels.forgive()
+            raise NodeError(f"node {failure}")
+
+    def working(self) -> AbstractContextManager[None]:
+        """Return a context in which a graph is computed: nothing needs to be set."""
+        return nullcontext()
+
+
+class TorchNodes:
+    """Takes over nodes of one context's graphs, and computes them in torch; keep it alive as long as the context."""
 
     def __init__(self) -> None:
         ggml.check_layout()
@@ -62,3 +102,6 @@ class FastNodes:
         from .takeover import torch_on_one_thread
 
         return torch_on_one_thread()
+
+
+FastNodes = NativeNodes | TorchNodes

@@ -184,11 +184,12 @@ class Arena:
         if not self._context:
             raise MemoryError(f"ggml_init could not allocate {n_bytes} bytes")
 
-    def floats(self, values: Sequence[float]) -> int:
+    def floats(self, values: Sequence[float], name: bytes = b"") -> int:
         """Return the address of a new one-dimensional F32 tensor that holds `values`."""
         tensor: int = _library().ggml_new_tensor_1d(self._context, 0, len(values))
         row = np.asarray(values, dtype=np.float32)
         ctypes.memmove(_library().ggml_get_data(tensor), row.ctypes.data, row.nbytes)
+        _library().ggml_set_name(tensor, name)
         return tensor
 
     def __del__(self) -> None:

@@ -1,5 +1,8 @@
 """The graph callback: llama.cpp reports each node before it is computed, and handlers set what it reads or does.
 
+Where the kernels' library is there, the callback is native code (kernels/hook.c), which does what the handlers of a
+token's graph do; the callback in Python then sees nodes only while the cache is rotated. Otherwise it sees all of them.
+
 An exception inside it (Ctrl-C among them) cannot cross C code: it is kept, the graph is stopped, and `raise_kept`
 raises it after the call.
 """
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 import llama_cpp
 
 from . import ggml
+from .kernels import Context
 
 Handler = Callable[[int], None]
 """Called with the address of a node about to be computed; sets what the node reads, or what it does."""
@@ -20,12 +24,13 @@ Handler = Callable[[int], None]
 class GraphHook:
     """Handlers for operations of one context's graphs; keep it alive as long as the context.
 
-    `callback` is the ctypes function for `llama_context_params.cb_eval`; the keys of `handlers` are ggml's operation
-    names.
+    `callback` and `userdata` are for `llama_context_params`; the keys of `handlers` are ggml's operation names. With
+    `kernels`, these look at a token's graph in place of the handlers: they have been told what to do (`Context.watch`).
     """
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+    def __init__(self, handlers: Mapping[str, Handler], kernels: Context | None = None) -> None:
         ggml.check_layout()
+        self._kernels = kernels
         self._handlers = {ggml.op_code(name): handler for name, handler in handlers.items()}
         self._shift_handlers: dict[int, Handler] = {}
         self._get_rows = ggml.op_code("GET_ROWS")
@@ -33,24 +38,37 @@ class GraphHook:
         self._kept: BaseException | None = None
         self._reading = True
         """Only `handlers` are to be called: no pass over the cache is under way and no exception is kept."""
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
+        self._python = llama_cpp.ggml_backend_sched_eval_callback(self._make_callback())
+        if kernels is None:
+            self.callback, self.userdata = self._python, None
+        else:
+            self.callback = llama_cpp.ggml_backend_sched_eval_callback(kernels.see)
+            self.userdata = kernels.address
 
     @contextmanager
     def stopping_tokens(self, handlers: Mapping[str, Handler]) -> Iterator[None]:
         """While the block runs, pass a K-shift graph's nodes to `handlers`, and stop a token's graph at once."""
         self._shift_handlers = {ggml.op_code(name): handler for name, handler in handlers.items()}
-        self._stopping, self._reading = False, False
+        self._stopping = False
+        self._set_reading(False)
         try:
             yield
         finally:
-            self._stopping, self._reading = False, self._kept is None
+            self._stopping = False
+            self._set_reading(self._kept is None)
 
     def raise_kept(self) -> None:
         """Raise the exception kept inside the callback since the last call, if any."""
         kept, self._kept = self._kept, None
-        self._reading = True
+        if not self._reading:
+            self._set_reading(True)
         if kept is not None:
             raise kept
+
+    def _set_reading(self, reading: bool) -> None:
+        self._reading = reading
+        if self._kernels is not None:
+            self._kernels.watch_closely(None if reading else self._python)
 
     def _make_callback(self) -> ggml.GraphCallback:
         # Called for some thousand nodes per token: check the op code first and return at once. The names are bound here
@@ -79,5 +97,6 @@ class GraphHook:
                 self._shift_handlers[op](node)
             return False
         except BaseException as error:
-            self._kept, self._reading = error, False
+            self._kept = error
+            self._set_reading(False)
             return ask

@@ -15,6 +15,10 @@ import numpy as np
 
 from ...factors import Band, RopeFacts
 from . import ggml
+from .kernels import RopeSetting
+
+OURS = b"ropewalk factors"
+"""The name of our tensors of factors: a node that reads one was set before."""
 
 STILL = 1e30
 """A rescale factor so large that the pair does not rotate at any position."""
@@ -78,41 +82,48 @@ class RopeHook:
 
     def __init__(self, facts: RopeFacts, freq_scale: float = 1.0) -> None:
         self.facts = facts
-        self._native_scale = float(np.float32(freq_scale))
-        self.touched = 0
-        """Rope nodes set since this was last reset to 0."""
-        self._base = float(np.float32(facts.freq_base))
+        self.setting = RopeSetting(freq_base=facts.freq_base, native_scale=freq_scale, n_dims=facts.n_rot)
+        """What nodes of tokens are set to, here or by the kernels, which read it in place."""
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
-        self._ours: set[int] = set()
         self.use(facts.start_factors, facts.native_attention_factor)
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
         """Rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`, from the next graph on."""
-        self._factors, self._attention = self._tensor(factors, attention_factor), attention_factor
+        self.setting.factors, self.setting.attention_factor = self._tensor(factors, attention_factor), attention_factor
+
+    @property
+    def touched(self) -> int:
+        """Rope nodes set since this was last reset to 0."""
+        return int(self.setting.touched)
+
+    @touched.setter
+    def touched(self, n: int) -> None:
+        self.setting.touched = n
 
     def _tensor(self, factors: tuple[float, ...], attention_factor: float) -> int:
         # The attention factor is part of the key, so that a node that reads the tensor in use is known to be fully set.
         key = (factors, attention_factor)
         if key not in self._tensors:
             arena = ggml.Arena(ggml.floats_size(len(factors)))
-            self._tensors[key] = (arena, arena.floats([min(factor, STILL) for factor in factors]))
-            self._ours.add(self._tensors[key][1])
+            self._tensors[key] = (arena, arena.floats([min(factor, STILL) for factor in factors], OURS))
         return self._tensors[key][1]
 
     def _applies(self, node: int, params: ggml.RopeParams) -> bool:
         """Whether a node is a global layer's: sliding-window layers with another base or scaling keep theirs."""
-        if params.freq_base != self._base or params.n_dims != self.facts.n_rot:
+        if params.freq_base != self.setting.freq_base or params.n_dims != self.setting.n_dims:
             return False
-        return params.freq_scale == self._native_scale or ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] in self._ours
+        factors = ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX]
+        return params.freq_scale == self.setting.native_scale or bool(factors and ggml.tensor_at(factors).name == OURS)
 
     def set_rope(self, node: int) -> None:
-        """Give a ROPE node of a graph that reads tokens the factors in use."""
-        if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == self._factors:
+        """Give a ROPE node of a graph that reads tokens the factors in use, as `set_rope` in kernels/hook.c does."""
+        setting = self.setting
+        if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == setting.factors:
             return  # a reused graph still has what was set
         params = ggml.rope_params(node)
         if self._applies(node, params):
-            ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = self._factors
-            params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, self._attention
+            ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = setting.factors
+            params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, setting.attention_factor
             self.touched += 1
 
     def set_rotation(self, node: int, rotation: Rotation) -> None:

@@ -15,13 +15,10 @@ from typing import Protocol
 import torch
 
 from . import ggml
+from .fast import NodeError
 
 TIMEOUT_S = 600.0
 """Seconds that a thread waits for the others before it gives up."""
-
-
-class NodeError(RuntimeError):
-    """A node could not be computed; names the node. No result of its graph is used."""
 
 
 class Job(Protocol):

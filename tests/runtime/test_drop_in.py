@@ -104,7 +104,8 @@ def test_whole_numbers_of_any_kind(load: Load) -> None:
 
 
 def test_cache_types_by_number(tiny: Path, load: Load) -> None:
-    ours, theirs = load(type_k=20, type_v=20, flash_attn=True), stock(tiny, type_k=20, type_v=20, flash_attn=True)
+    types = {"type_k": 20, "type_v": 20, "flash_attn": True}
+    ours, theirs = load(**types, fast_prefill=False), stock(tiny, **types)
     assert ours.kv_type == "iq4_nl"
     np.testing.assert_allclose(logits(ours, TOKENS[:20]), logits(theirs, TOKENS[:20]), atol=1e-4)
     theirs.close()

@@ -317,6 +317,7 @@ def test_ctrl_c_while_a_prompt_is_read_leaves_it_usable(smollm2, load):
 
 
 def test_an_error_inside_the_callback_surfaces(tiny, load, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
     llm = load(tiny, schedule=three_bands(tiny))
 
     def broken(node):

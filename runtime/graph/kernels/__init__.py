@@ -1,8 +1,9 @@
 """The innermost loops in C: attention, products and the graph callback, compiled when Ropewalk is installed.
 
-`library` loads them. Of ggml they know what `ggml_tensor.h` says, and nothing of λ, models or caches.
+`library` loads them. Of ggml they know what `ggml_tensor.h` says, and of λ what a node is set to; nothing of models or
+caches.
 """
 
-from .library import Context, InstructionSet, instruction_sets, why_missing
+from .library import Context, InstructionSet, RopeSetting, instruction_sets, what_is_used, why_missing
 
-__all__ = ["Context", "InstructionSet", "instruction_sets", "why_missing"]
+__all__ = ["Context", "InstructionSet", "RopeSetting", "instruction_sets", "what_is_used", "why_missing"]

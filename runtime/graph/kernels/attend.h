@@ -40,6 +40,25 @@ INLINE struct attend_layout attend_layout(const struct attention *a, const struc
     return l;
 }
 
+/* What the queries are multiplied by. */
+INLINE float query_scale(const struct attention *a) {
+    return a->softcap != 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
+}
+
+INLINE const float *query_row(const struct attention *a, int64_t stream, int64_t token, int64_t head) {
+    return (const float *)(a->q->data + stream * (int64_t)a->q->nb[3] + head * (int64_t)a->q->nb[2] +
+                           token * (int64_t)a->q->nb[1]);
+}
+
+INLINE const char *cell_of(const struct tensor *cache, int64_t stream, int64_t head, int64_t cell) {
+    return cache->data + stream * (int64_t)cache->nb[3] + head * (int64_t)cache->nb[2] + cell * (int64_t)cache->nb[1];
+}
+
+INLINE const uint16_t *mask_row(const struct attention *a, int64_t stream, int64_t token) {
+    return (const uint16_t *)(a->mask->data + stream % a->mask->ne[3] * (int64_t)a->mask->nb[3] +
+                              token * (int64_t)a->mask->nb[1]);
+}
+
 enum { HIDDEN = 0, SEEN = 1, MASKED = 2 };
 enum { MINUS_INFINITY = 0xfc00 }; /* as half precision */
 
@@ -120,8 +139,7 @@ INLINE void prefetch(const char *cell, int64_t bytes) {
 /* Unpack a chunk's cells of one head into panels of K and of V; what is missing in the last panel is 0. */
 INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
                        int64_t head, int64_t first, int64_t n, int bf) {
-    const char *k = a->k->data + stream * a->k->nb[3] + head * a->k->nb[2];
-    const char *v = a->v->data + stream * a->v->nb[3] + head * a->v->nb[2];
+    const char *k = cell_of(a->k, stream, head, first), *v = cell_of(a->v, stream, head, first);
     float *row = (float *)memory + l->row;
     int64_t step = round_up(a->k_size, PANEL), v_step = words_of(l->chunk, bf) * PANEL;
     int64_t k_bytes = row_bytes(a->types, a->k->type, a->k_size), v_bytes = row_bytes(a->types, a->v->type, a->v_size);
@@ -130,9 +148,9 @@ INLINE void pack_cells(const struct attention *a, const struct attend_layout *l,
         for (int64_t i = 0; i < VL; i++) {
             float *to = row + i * step;
             if (ahead)
-                prefetch(k + (first + cell + i + ahead) * a->k->nb[1], k_bytes);
+                prefetch(k + (cell + i + ahead) * (int64_t)a->k->nb[1], k_bytes);
             if (cell + i < n)
-                unpack(a->types, a->k->type, k + (first + cell + i) * a->k->nb[1], to, a->k_size);
+                unpack(a->types, a->k->type, k + (cell + i) * (int64_t)a->k->nb[1], to, a->k_size);
             else
                 memset(to, 0, (size_t)a->k_size * 4);
             to_words(to, a->k_size, (uint32_t *)to, bf);
@@ -144,10 +162,10 @@ INLINE void pack_cells(const struct attention *a, const struct attend_layout *l,
     memset(row, 0, (size_t)l->v_padded * 8);
     for (int64_t cell = 0; cell < n; cell += 1 + bf) {
         for (int64_t i = 0; ahead && i <= bf; i++)
-            prefetch(v + (first + cell + i + ahead) * a->v->nb[1], v_bytes);
-        unpack(a->types, a->v->type, v + (first + cell) * a->v->nb[1], one, a->v_size);
+            prefetch(v + (cell + i + ahead) * (int64_t)a->v->nb[1], v_bytes);
+        unpack(a->types, a->v->type, v + cell * (int64_t)a->v->nb[1], one, a->v_size);
         if (bf && cell + 1 < n)
-            unpack(a->types, a->v->type, v + (first + cell + 1) * a->v->nb[1], two, a->v_size);
+            unpack(a->types, a->v->type, v + (cell + 1) * (int64_t)a->v->nb[1], two, a->v_size);
         else if (bf)
             memset(two, 0, (size_t)a->v_size * 4);
         pack_step(one, two, a->v_size, memory + l->v_panels + words_of(cell, bf) * PANEL, v_step, bf);
@@ -167,10 +185,7 @@ INLINE void attend_strip(const struct attention *a, const struct attention_piece
                  scores + c, l->chunk, NULL, bf);
     for (int r = 0; r < n; r++) {
         int64_t row = at + r - first_row, token = row / a->group, query_head = head * a->group + row % a->group;
-        const uint16_t *mask = NULL;
-        if (seen[token] != SEEN)
-            mask = (const uint16_t *)(a->mask->data + (p->stream % a->mask->ne[3]) * a->mask->nb[3] +
-                                      (p->first_token + token) * a->mask->nb[1]) + first_cell;
+        const uint16_t *mask = seen[token] == SEEN ? NULL : mask_row(a, p->stream, p->first_token + token) + first_cell;
         factor[r] = weigh(scores + r * l->chunk, n_cells, mask, alibi_slope(a, query_head), a->softcap,
                           (float *)memory + l->greatest + at + r, (float *)memory + l->sum + at + r,
                           weights + r * l->chunk, bf);
@@ -184,10 +199,7 @@ INLINE void attend_strip(const struct attention *a, const struct attention_piece
 INLINE bool look(const struct attention *a, const struct attention_piece *p, int32_t *seen, int64_t cell, int64_t n) {
     bool any = false;
     for (int64_t t = p->first_token; t < p->stop_token; t++) {
-        int32_t how = SEEN;
-        if (a->mask)
-            how = visibility((const uint16_t *)(a->mask->data + (p->stream % a->mask->ne[3]) * a->mask->nb[3] +
-                                                t * a->mask->nb[1]) + cell, n);
+        int32_t how = a->mask ? visibility(mask_row(a, p->stream, t) + cell, n) : SEEN;
         seen[t - p->first_token] = how;
         any |= how != HIDDEN;
     }
@@ -196,13 +208,12 @@ INLINE bool look(const struct attention *a, const struct attention_piece *p, int
 
 INLINE void prepare_queries(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
                             uint32_t *memory, int bf) {
-    float scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale * LOG2E, *row = (float *)memory + l->row;
+    float scale = query_scale(a), *row = (float *)memory + l->row;
     int64_t at = 0;
     for (int64_t head = p->first_head; head < p->stop_head; head++)
         for (int64_t token = p->first_token; token < p->stop_token; token++)
             for (int64_t g = 0; g < a->group; g++, at++) {
-                const float *q = (const float *)(a->q->data + p->stream * a->q->nb[3] +
-                                                 (head * a->group + g) * a->q->nb[2] + token * a->q->nb[1]);
+                const float *q = query_row(a, p->stream, token, head * a->group + g);
                 for (int64_t i = 0; i < a->k_size; i++)
                     row[i] = q[i] * scale;
                 to_words(row, a->k_size, memory + l->queries + at * l->k_words, bf);
@@ -210,21 +221,20 @@ INLINE void prepare_queries(const struct attention *a, const struct attention_pi
 }
 
 /* Write the rows' results, or keep them to be joined with those of other cells. */
-INLINE void finish_rows(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
-                        const float *memory) {
+INLINE void finish_rows(const struct attention *a, const struct attention_piece *p, const float *out, const float *sum,
+                        const float *greatest) {
     int64_t at = 0;
     for (int64_t head = p->first_head; head < p->stop_head; head++)
         for (int64_t token = p->first_token; token < p->stop_token; token++)
             for (int64_t g = 0; g < a->group; g++, at++) {
-                const float *values = memory + l->out + at * l->v_padded;
-                float sum = memory[l->sum + at], greatest = memory[l->greatest + at];
+                const float *values = out + at * a->v_padded;
                 if (p->partial) {
                     float *to = p->partial + at * partial_floats(a);
-                    memcpy(to, values, (size_t)l->v_padded * 4);
-                    to[l->v_padded] = sum;
-                    to[l->v_padded + 1] = greatest;
+                    memcpy(to, values, (size_t)a->v_padded * 4);
+                    to[a->v_padded] = sum[at];
+                    to[a->v_padded + 1] = greatest[at];
                 } else {
-                    write_row(a, p->stream, token, head * a->group + g, values, sum, greatest);
+                    write_row(a, p->stream, token, head * a->group + g, values, sum[at], greatest[at]);
                 }
             }
 }
@@ -255,23 +265,5 @@ INLINE void attend_as(const struct attention *a, const struct attention_piece *p
             }
         }
     }
-    finish_rows(a, p, &l, scratch);
-}
-
-static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
-#ifdef ISA_BF16
-    if (!a->exact) {
-        attend_as(a, piece, scratch, 1);
-        return;
-    }
-#endif
-    attend_as(a, piece, scratch, 0);
-}
-
-static int64_t attention_scratch(const struct attention *a, const struct attention_piece *piece) {
-#ifdef ISA_BF16
-    if (!a->exact)
-        return attend_layout(a, piece, 1).total;
-#endif
-    return attend_layout(a, piece, 0).total;
+    finish_rows(a, p, scratch + l.out, scratch + l.sum, scratch + l.greatest);
 }

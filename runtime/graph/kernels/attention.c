@@ -122,6 +122,40 @@ static void join(const struct plan *plan, float *partials) {
     }
 }
 
+/* Whether cells of a cache can be unpacked: numbers or whole blocks that follow each other within a head. */
+static bool readable(const struct context *context, const struct tensor *cells) {
+    int type = cells->type;
+    if (type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16)
+        return cells->nb[0] == (type == TYPE_F32 ? 4 : 2);
+    if (type < 0 || type >= N_TYPES || context->types[type].dequantise == NULL)
+        return false;
+    return cells->nb[0] == (size_t)context->types[type].block_bytes && cells->ne[0] % context->types[type].block == 0;
+}
+
+static bool contiguous_floats(const struct tensor *x) {
+    size_t step = 4;
+    for (int i = 0; i < 4; step *= (size_t)x->ne[i++])
+        if (x->nb[i] != step)
+            return false;
+    return x->type == TYPE_F32;
+}
+
+bool attention_covers(const struct context *context, const struct tensor *node) {
+    const struct tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3], *sinks = node->src[4];
+    if (q->type != TYPE_F32 || q->nb[0] != 4 || !readable(context, k) || !readable(context, v))
+        return false;
+    if (k->ne[0] != q->ne[0] || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3])
+        return false;
+    if (k->ne[2] == 0 || q->ne[2] % k->ne[2] != 0)
+        return false;
+    if (mask && (mask->type != TYPE_F16 || mask->nb[0] != 2 || mask->ne[2] != 1 || mask->ne[0] != k->ne[1] ||
+                 mask->ne[1] < q->ne[1] || q->ne[3] % mask->ne[3] != 0))
+        return false;
+    if (sinks && (!contiguous_floats(sinks) || sinks->ne[0] != q->ne[2]))
+        return false;
+    return contiguous_floats(node) && node->ne[0] == v->ne[0] && node->ne[1] == q->ne[2] && node->ne[2] == q->ne[1];
+}
+
 EXPORT void ropewalk_attention(struct tensor *node, int thread, int n_threads, void *userdata) {
     struct context *context = userdata;
     struct plan plan = make_plan(context, node, n_threads);

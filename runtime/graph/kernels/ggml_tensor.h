@@ -32,12 +32,19 @@ struct attention_params {
     float scale, max_bias, logit_softcap;
 };
 
+/* A ROPE node's parameters. */
+struct rope_params {
+    int32_t n_past, n_dims, mode, n_ctx, n_ctx_orig;
+    float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
+};
+
 typedef void (*custom_function)(struct tensor *node, int thread, int n_threads, void *userdata);
 
-/* A CUSTOM node's parameters, and behind them those of the attention that it was. */
-struct custom_params {
+/* A CUSTOM node's parameters, and behind them those of the attention that it was. In a node they lie at an address that
+ * pointers are not aligned to, so that the compiler must be told. */
+struct __attribute__((packed, aligned(4))) custom_params {
     custom_function function;
-    int n_tasks;
+    int n_tasks, padding;
     void *userdata;
     struct attention_params attention;
 };

@@ -1,6 +1,30 @@
 /* Everything that is compiled once for each instruction set. The including file has named it; see avx2.c for one. */
-#include "attend.h"
+#include "attend_few.h"
 #include "multiply_weights.h"
+
+static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
+    if (is_few(a, piece)) {
+        attend_few(a, piece, scratch);
+        return;
+    }
+#ifdef ISA_BF16
+    if (!a->exact) {
+        attend_as(a, piece, scratch, 1);
+        return;
+    }
+#endif
+    attend_as(a, piece, scratch, 0);
+}
+
+static int64_t attention_scratch(const struct attention *a, const struct attention_piece *piece) {
+    if (is_few(a, piece))
+        return few_layout(a, piece).total;
+#ifdef ISA_BF16
+    if (!a->exact)
+        return attend_layout(a, piece, 1).total;
+#endif
+    return attend_layout(a, piece, 0).total;
+}
 
 #ifdef ISA_BF16
 #define HAS_BFLOAT true

@@ -114,6 +114,12 @@ EXPORT int ropewalk_layout(int64_t *offsets) {
         offsetof(struct tensor, view_src), offsetof(struct tensor, data),    offsetof(struct tensor, name),
         offsetof(struct tensor, extra),   sizeof(struct tensor),             offsetof(struct custom_params, function),
         offsetof(struct custom_params, userdata), offsetof(struct custom_params, attention),
+        offsetof(struct rope_params, n_dims), offsetof(struct rope_params, freq_base),
+        offsetof(struct rope_params, freq_scale), offsetof(struct rope_params, ext_factor),
+        offsetof(struct rope_params, attn_factor), offsetof(struct rope_setting, factors),
+        offsetof(struct rope_setting, touched), offsetof(struct rope_setting, freq_base),
+        offsetof(struct rope_setting, native_scale), offsetof(struct rope_setting, attention_factor),
+        offsetof(struct rope_setting, n_dims), sizeof(struct rope_setting),
     };
     memcpy(offsets, found, sizeof found);
     return sizeof found / sizeof *found;

@@ -32,13 +32,31 @@ struct scratch {
     int64_t n_floats;
 };
 
+/* What the ROPE nodes of the model's global layers are set to: `RopeSetting` in library.py, which keeps it up to date. */
+struct rope_setting {
+    struct tensor *factors; /* the tensor of rescale factors in use; ours all have the same name */
+    int64_t touched;        /* nodes set since this was last reset */
+    float freq_base, native_scale, attention_factor;
+    int32_t n_dims;
+};
+
+typedef bool (*see_function)(struct tensor *node, bool ask, void *userdata);
+
+/* Which nodes `ropewalk_see` looks at, and ggml's codes of the operations; -1 for one whose nodes are left alone. */
+struct watch {
+    struct rope_setting *setting;
+    int rope, attention, product, custom;
+    see_function closely; /* sees all nodes instead, unless NULL */
+};
+
 struct context {
     struct block_type types[N_TYPES];
     const struct instruction_set *instructions;
     bool exact; /* compute in floats, not in bfloat16 */
+    struct watch watch;
     _Alignas(64) struct claims claims;
     _Alignas(64) atomic_llong taken; /* nodes computed so far */
-    atomic_int failed;
+    atomic_int failed, stopped;
     char failure[160]; /* which node failed, and why */
     float *partials; /* of an attention node whose cells are shared out */
     struct scratch shared;
@@ -146,3 +164,9 @@ static inline void pause_briefly(void) {
 
 /* Leave a node: the last of the threads resets the claims. */
 void leave(struct context *context, int n_threads);
+
+/* Whether an attention node, a product can be computed here, and the functions that do. */
+bool attention_covers(const struct context *context, const struct tensor *node);
+bool product_covers(const struct context *context, const struct tensor *node);
+void ropewalk_attention(struct tensor *node, int thread, int n_threads, void *userdata);
+void ropewalk_product(struct tensor *node, int thread, int n_threads, void *userdata);

@@ -11,19 +11,46 @@ import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .. import ggml
 
+
+class RopeSetting(ctypes.Structure):
+    """What the ROPE nodes of a model's global layers are set to: `struct rope_setting` in kernels.h.
+
+    `factors` is the tensor of rescale factors in use; `touched` counts nodes set since it was last reset to 0.
+    """
+
+    _fields_ = (
+        ("factors", ctypes.c_void_p),
+        ("touched", ctypes.c_int64),
+        ("freq_base", ctypes.c_float),
+        ("native_scale", ctypes.c_float),
+        ("attention_factor", ctypes.c_float),
+        ("n_dims", ctypes.c_int32),
+    )
+
+
+def _offsets(struct: type[ctypes.Structure], *fields: str) -> tuple[int, ...]:
+    return tuple(getattr(struct, field).offset for field in fields)
+
+
 LAYOUT = (
-    *(getattr(ggml.TensorStruct, field).offset for field in ("type", "ne", "nb", "op", "op_params", "src")),
-    *(getattr(ggml.TensorStruct, field).offset for field in ("view_src", "data", "name", "extra")),
+    *_offsets(ggml.TensorStruct, "type", "ne", "nb", "op", "op_params", "src", "view_src", "data", "name", "extra"),
     ctypes.sizeof(ggml.TensorStruct),
-    *(getattr(ggml.CustomParams, field).offset for field in ("function", "userdata", "attention")),
+    *_offsets(ggml.CustomParams, "function", "userdata", "attention"),
+    *_offsets(ggml.RopeParams, "n_dims", "freq_base", "freq_scale", "ext_factor", "attn_factor"),
+    *_offsets(RopeSetting, *(name for name, *_ in RopeSetting._fields_)),
+    ctypes.sizeof(RopeSetting),
 )
 """What `ropewalk_layout` in kernels.c must return."""
 
 EXACT = "ROPEWALK_EXACT"
 """Environment variable: 1 = compute in floats where bfloat16 would be faster."""
+
+SWITCH = "ROPEWALK_KERNELS"
+"""Environment variable: 0 = do without the library."""
 
 INSTRUCTIONS = "ROPEWALK_INSTRUCTIONS"
 """Environment variable: the name of an instruction set to use instead of the fastest one ("AVX2")."""
@@ -50,7 +77,15 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 
 def why_missing() -> str:
     """Return why the library is not used; empty if it is."""
-    return _loaded()[1]
+    return _in_use()[1]
+
+
+def what_is_used() -> tuple[str | int, ...]:
+    """Return what tells one library and its use from another: its instruction set, size and time; or why it is not."""
+    if _library() is None:
+        return (why_missing(),)
+    facts = _path().stat()
+    return (_default_set().name, facts.st_size, facts.st_mtime_ns)
 
 
 class Context:
@@ -58,6 +93,7 @@ class Context:
 
     def __init__(self, instructions: InstructionSet | None = None, exact: bool | None = None) -> None:
         """Use `instructions` (default: the fastest) and floats alone if `exact` (default: by the environment)."""
+        ggml.check_layout()
         library = _library()
         assert library is not None, why_missing()
         chosen = instructions or _default_set()
@@ -77,6 +113,31 @@ class Context:
         return _address(self._library.ropewalk_attention)
 
     @property
+    def see(self) -> int:
+        """The address of the function for `llama_context_params.cb_eval`; it is to be called with `address`."""
+        return _address(self._library.ropewalk_see)
+
+    def watch(self, rope: RopeSetting | None, nodes: bool) -> None:
+        """Have `see` set ROPE nodes as in `rope`, which it keeps reading, and take over `nodes` that are covered."""
+        self._rope = rope  # kept alive
+        taken = [ggml.op_code(name) if nodes else -1 for name in ("FLASH_ATTN_EXT", "MUL_MAT", "CUSTOM")]
+        codes = (-1 if rope is None else ggml.op_code("ROPE"), *taken)
+        self._library.ropewalk_watch(self.address, *codes, None if rope is None else ctypes.byref(rope))
+
+    def watch_closely(self, see: Any | None) -> None:
+        """Have `see` call this function, of the same kind, for every node instead; None ends that."""
+        self._closely = see  # kept alive
+        self._library.ropewalk_watch_closely(self.address, see and ctypes.cast(see, ctypes.c_void_p))
+
+    @property
+    def must_stop(self) -> int:
+        """The address of llama.cpp's abort callback, for `address`: it stops a graph after `stop` or a failure."""
+        return _address(self._library.ropewalk_must_stop)
+
+    def stop(self, stop: bool) -> None:
+        """Stop the graph that is under way, and those to come until it is called with False."""
+        self._library.ropewalk_stop(self.address, stop)
+
     def product(self) -> int:
         """The address of the function that computes a product of a stored weight."""
         return _address(self._library.ropewalk_product)
@@ -105,7 +166,7 @@ class Context:
             self.address = None
 
 
-def _address(function: ctypes._CFuncPtr) -> int:
+def _address(function: Any) -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address
@@ -117,36 +178,57 @@ def _default_set() -> InstructionSet:
 
 
 def _library() -> ctypes.CDLL | None:
-    return _loaded()[0]
+    return _in_use()[0]
+
+
+def _in_use() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(SWITCH, "").strip() == "0":
+        return None, f"{SWITCH} is 0"
+    return _loaded()
+
+
+_POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "instruction_set": (ctypes.c_char_p, _INT),
+    "new": (_POINTER, _INT, ctypes.c_bool),
+    "free": (None, _POINTER),
+    "set_type": (None, _POINTER, _INT, _INT64, _INT64, _POINTER),
+    "watch": (None, _POINTER, *[_INT] * 4, _POINTER),
+    "watch_closely": (None, _POINTER, _POINTER),
+    "see": (ctypes.c_bool, _POINTER, ctypes.c_bool, _POINTER),
+    "attention": (None, _POINTER, _INT, _INT, _POINTER),
+    "product": (None, _POINTER, _INT, _INT, _POINTER),
+    "covers_product": (ctypes.c_bool, _POINTER, _POINTER),
+    "must_stop": (ctypes.c_bool, _POINTER),
+    "stop": (None, _POINTER, ctypes.c_bool),
+    "taken": (_INT64, _POINTER),
+    "failure": (ctypes.c_char_p, _POINTER),
+    "forgive": (None, _POINTER),
+    "layout": (_INT, _POINTER),
+}
+"""The library's functions, without `ropewalk_`: what they return and take."""
+
+
+def _path() -> Path:
+    return Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 
 
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library with its functions declared, or why it cannot be used."""
-    path = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
-    if os.environ.get("ROPEWALK_KERNELS", "1") == "0":
-        return None, "ROPEWALK_KERNELS is 0"
+    path = _path()
     if not path.exists():
         return None, "not compiled when Ropewalk was installed (is there a C compiler?)"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
-    pointer, c_int, c_int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.ropewalk_instruction_set.restype, library.ropewalk_instruction_set.argtypes = ctypes.c_char_p, (c_int,)
-    library.ropewalk_new.restype, library.ropewalk_new.argtypes = pointer, (c_int, ctypes.c_bool)
-    library.ropewalk_free.restype, library.ropewalk_free.argtypes = None, (pointer,)
-    library.ropewalk_set_type.restype = None
-    library.ropewalk_set_type.argtypes = (pointer, c_int, c_int64, c_int64, pointer)
-    library.ropewalk_taken.restype, library.ropewalk_taken.argtypes = c_int64, (pointer,)
-    library.ropewalk_failure.restype, library.ropewalk_failure.argtypes = ctypes.c_char_p, (pointer,)
-    library.ropewalk_forgive.restype, library.ropewalk_forgive.argtypes = None, (pointer,)
-    library.ropewalk_attention.restype = None
-    library.ropewalk_attention.argtypes = (pointer, c_int, c_int, pointer)
-    library.ropewalk_product.restype, library.ropewalk_product.argtypes = None, (pointer, c_int, c_int, pointer)
-    library.ropewalk_covers_product.restype = ctypes.c_bool
-    library.ropewalk_covers_product.argtypes = (pointer, pointer)
-    offsets = (c_int64 * 32)()
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(library, f"ropewalk_{name}", None)
+        if function is None:
+            return None, f"it was compiled from other sources: it has no function ropewalk_{name}"
+        function.restype, function.argtypes = result, arguments
+    offsets = (ctypes.c_int64 * 64)()
     if tuple(offsets[: library.ropewalk_layout(offsets)]) != LAYOUT:
         return None, "it was compiled for another layout of ggml's tensors"
     return library, ""

@@ -70,6 +70,23 @@ INLINE vf v_bfloats(const uint16_t *p) {
 INLINE vf v_lanes(b16 b, int from) { (void)from; return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b)); }
 INLINE float v_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
+/* The sums of 16 vectors: pairs of lanes of two vectors are added again and again. */
+INLINE vf v_sums(const float *p) {
+    __m512d four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vf a = v_load(p + i * 64), b = v_load(p + i * 64 + 16), c = v_load(p + i * 64 + 32), d = v_load(p + i * 64 + 48);
+        __m512d ab = _mm512_castps_pd(v_add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        __m512d cd = _mm512_castps_pd(v_add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        four[i] = _mm512_castps_pd(v_add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd))));
+    }
+    vf x[4], y[2];
+    for (int i = 0; i < 4; i++)
+        x[i] = _mm512_castpd_ps(four[i]);
+    for (int i = 0; i < 2; i++)
+        y[i] = v_add(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88), _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
+    return v_add(_mm512_shuffle_f32x4(y[0], y[1], 0x88), _mm512_shuffle_f32x4(y[0], y[1], 0xdd));
+}
 
 #elif defined(ISA_AVX2)
 
@@ -107,6 +124,14 @@ INLINE float v_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+/* The sums of 8 vectors. */
+INLINE vf v_sums(const float *p) {
+    vf x[2];
+    for (int i = 0; i < 2; i++)
+        x[i] = _mm256_hadd_ps(_mm256_hadd_ps(v_load(p + i * 32), v_load(p + i * 32 + 8)),
+                              _mm256_hadd_ps(v_load(p + i * 32 + 16), v_load(p + i * 32 + 24)));
+    return v_add(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
 }
 
 #else
@@ -146,6 +171,8 @@ INLINE float v_max_lane(vf a) {
     return x > y ? x : y;
 }
 INLINE float v_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+/* The sums of 4 vectors. */
+INLINE vf v_sums(const float *p) { LANES(v_sum(v_load(p + i * VL))); }
 #undef LANES
 
 #endif

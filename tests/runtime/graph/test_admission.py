@@ -8,6 +8,9 @@ from ropewalk.errors import UserError
 from ropewalk.runtime import Llama
 from ropewalk.runtime.graph import admission, ggml
 from ropewalk.runtime.graph.admission import Verdict
+from ropewalk.runtime.graph.fast import TorchNodes
+from ropewalk.runtime.graph.kernels import library, why_missing
+from ropewalk.runtime.graph.kernels.library import INSTRUCTIONS, SWITCH
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_what_fails_is_refused_in_one_line(fresh, python, monkeypatch, tiny_llam
 
 
 def test_extra_buffers_that_crash_are_left_out(fresh, python, caplog, tiny_llama, tmp_path):
-    python('case "$*" in *"main(True)"*) kill -SEGV $$;; esac; echo 8')
+    python('case "$*" in *"main(True, "*) kill -SEGV $$;; esac; echo 8')
     with caplog.at_level(logging.WARNING):
         verdict = admission.check_engine()
     assert not verdict.refused and not verdict.extra_buffers
@@ -87,3 +90,31 @@ def test_extra_buffers_that_crash_are_left_out(fresh, python, caplog, tiny_llama
     llm = Llama(tiny_llama(tmp_path / "tiny.gguf"), n_ctx=128, verbose=False)
     assert llm.model_params.use_extra_bufts is False
     llm.close()
+
+
+@pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+def test_kernels_that_fail_are_left_out(fresh, python, caplog, tiny_llama, tmp_path):
+    python('case "$*" in *", True)"*) echo "attention comes out wrong"; exit 1;; esac; echo 8')
+    with caplog.at_level(logging.WARNING):
+        verdict = admission.check_engine()
+    assert not verdict.refused and verdict.extra_buffers and not verdict.kernels
+    assert "attention comes out wrong" in caplog.text and "torch computes" in caplog.text
+    llm = Llama(tiny_llama(tmp_path / "tiny.gguf"), n_ctx=128, flash_attn=True, verbose=False)
+    assert llm._kernels is None and isinstance(llm._fast, TorchNodes)
+    llm.close()
+
+
+@pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+def test_other_kernels_are_tried_anew(fresh, monkeypatch):
+    monkeypatch.setattr(admission, "_try", Verdict)
+    for name, value in ((SWITCH, "1"), (SWITCH, "0"), (SWITCH, "1"), (INSTRUCTIONS, "plain C")):
+        admission._verdict.cache_clear()
+        monkeypatch.setenv(name, value)
+        admission.check_engine()
+    assert len(list(fresh.glob("engine-*.json"))) == 3
+    admission._verdict.cache_clear()
+    fake = fresh / "library"
+    fake.write_bytes(b"another build")
+    monkeypatch.setattr(library, "_path", lambda: fake)
+    admission.check_engine()
+    assert len(list(fresh.glob("engine-*.json"))) == 4

@@ -1,134 +1,32 @@
-"""Attention nodes taken over: against float64 on random tensors, inside real models, and when something breaks."""
+"""Attention nodes computed in torch: against float64 on random tensors, inside real models, and on a failure."""
 
-import ctypes
 from pathlib import Path
 
-import gguf
-import llama_cpp
 import numpy as np
 import pytest
 import ropewalk
 import torch
-from ropewalk.runtime.graph import attention, attention_jobs, ggml
+from attention_nodes import Graph, causal, draw, reference, stored
+from ropewalk.runtime.graph import attention, attention_jobs
 from ropewalk.runtime.graph.attention import FastAttention
 from ropewalk.runtime.graph.attention_jobs import visible_spans
-from ropewalk.runtime.graph.takeover import NodeError, torch_on_one_thread
+from ropewalk.runtime.graph.fast import NodeError
+from ropewalk.runtime.graph.takeover import torch_on_one_thread
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
+
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-LIB = Path(llama_cpp.__file__).parent / "lib"
-POINTER = ctypes.c_void_p
-
-
-class Params(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", POINTER), ("no_alloc", ctypes.c_bool))
-
-
-def library(name):
-    lib = ctypes.CDLL(str(LIB / f"lib{name}.so"))
-    for function in ("ggml_init", "ggml_new_tensor_4d", "ggml_flash_attn_ext", "ggml_new_graph", "ggml_get_data"):
-        if name == "ggml-base":
-            getattr(lib, function).restype = POINTER
-    return lib
-
-
-class Graph:
-    """One FLASH_ATTN_EXT node over tensors of our own, as llama.cpp lays them out, computed by ggml."""
-
-    def __init__(self, q, k, v, mask=None, kind_k="f16", kind_v="f16", sinks=None, max_bias=0.0, softcap=0.0):
-        self.base, self.cpu = library("ggml-base"), library("ggml-cpu")
-        self.base.ggml_init.argtypes = (Params,)
-        self.context = POINTER(self.base.ggml_init(Params(1 << 27, None, False)))
-        self.scale = q.shape[-1] ** -0.5
-        sources = [self.rows(q), self.cells(k, kind_k), self.cells(v, kind_v)]
-        sources.append(None if mask is None else self.tensor(mask.astype(np.float16), 1))
-        self.base.ggml_flash_attn_ext.argtypes = (*[POINTER] * 5, *[ctypes.c_float] * 3)
-        self.node = self.base.ggml_flash_attn_ext(self.context, *sources, self.scale, max_bias, softcap)
-        if sinks is not None:
-            self.base.ggml_flash_attn_ext_add_sinks.argtypes = (POINTER, POINTER)
-            self.base.ggml_flash_attn_ext_add_sinks(self.node, self.tensor(sinks.astype(np.float32), 0))
-
-    def tensor(self, values, kind, shape=None):
-        shape = (*[1] * (4 - values.ndim), *values.shape) if shape is None else shape
-        self.base.ggml_new_tensor_4d.argtypes = (POINTER, ctypes.c_int, *[ctypes.c_int64] * 4)
-        tensor = self.base.ggml_new_tensor_4d(self.context, kind, *shape[::-1])
-        values = np.ascontiguousarray(values)
-        ctypes.memmove(ggml.tensor_at(tensor).data, values.ctypes.data, values.nbytes)
-        return tensor
-
-    def rows(self, q):
-        """(streams, heads, rows, size): in memory rows before heads, as llama.cpp's permuted view."""
-        return self.permuted(self.tensor(q.transpose(0, 2, 1, 3).astype(np.float32), 0))
-
-    def cells(self, x, kind):
-        code = gguf.GGMLQuantizationType[kind.upper()]
-        packed = gguf.quants.quantize(np.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=np.float32), code)
-        shape = tuple(x.transpose(0, 2, 1, 3).shape)
-        return self.permuted(self.tensor(packed, int(code), shape))
-
-    def permuted(self, tensor):
-        self.base.ggml_permute.restype = POINTER
-        self.base.ggml_permute.argtypes = (POINTER, POINTER, *[ctypes.c_int] * 4)
-        return self.base.ggml_permute(self.context, tensor, 0, 2, 1, 3)
-
-    def compute(self, fast=None, n_threads=2):
-        """The node's result, shape (streams, rows, heads, size); computed by `fast` if that covers it."""
-        self.base.ggml_new_graph.argtypes = (POINTER,)
-        graph = self.base.ggml_new_graph(self.context)
-        self.base.ggml_build_forward_expand.argtypes = (POINTER, POINTER)
-        self.base.ggml_build_forward_expand(graph, self.node)
-        if fast is not None:
-            fast.see(self.node)
-        self.cpu.ggml_graph_compute_with_ctx.argtypes = (POINTER, POINTER, ctypes.c_int)
-        self.cpu.ggml_graph_compute_with_ctx(self.context, graph, n_threads)
-        return ggml.values(ggml.tensor_at(self.node)).copy()
-
-    def close(self):
-        self.base.ggml_free.argtypes = (POINTER,)
-        self.base.ggml_free(self.context)
-
-
-def stored(x, kind):
-    """`x` as the cache stores it."""
-    code = gguf.GGMLQuantizationType[kind.upper()]
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    return gguf.quants.dequantize(gguf.quants.quantize(x, code), code).reshape(x.shape).astype(np.float64)
-
-
-def reference(q, k, v, mask, scale, sinks=None):
-    """Attention in float64, shape (streams, rows, heads, size)."""
-    q, k, v = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q @ k.mT * scale
-    if mask is not None:
-        scores = scores + torch.from_numpy(mask.astype(np.float64))
-    if sinks is not None:
-        extra = torch.from_numpy(sinks.astype(np.float64)).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, -1)
-    return (weights.nan_to_num(0.0) @ v).transpose(1, 2).numpy()
-
-
-def causal(rows, cells, window=None):
-    """The mask of `rows` tokens at the end of `cells`, shape (1, 1, rows, cells)."""
-    position = np.arange(cells - rows, cells)[:, None] - np.arange(cells)[None]
-    seen = (position >= 0) & (position < (window or cells))
-    return np.where(seen, 0.0, -np.inf)[None, None]
-
-
-def draw(rng, rows, cells, heads=6, kv_heads=2, size=64, v_size=None, streams=1):
-    q = rng.normal(size=(streams, heads, rows, size))
-    k = rng.normal(size=(streams, kv_heads, cells, size))
-    v = rng.normal(size=(streams, kv_heads, cells, v_size or size))
-    return q, k, v
 
 
 def check(q, k, v, mask, kind_k="f16", kind_v=None, sinks=None, n_threads=2, taken=1):
     kind_v = kind_v or kind_k
     graph, fast = Graph(q, k, v, mask, kind_k, kind_v, sinks), FastAttention()
     with torch_on_one_thread():
-        found = graph.compute(fast, n_threads)
+        found = graph.compute(fast.see, n_threads)
     fast.nodes.raise_kept()
     graph.close()
     assert fast.nodes.taken == taken
@@ -229,7 +127,7 @@ def test_what_is_not_covered_is_left_to_llama_cpp(rng, options):
     q, k, v = draw(rng, rows, 256, heads=4)
     fast = FastAttention()
     stock = Graph(q, k, v, causal(rows, 256), **options).compute()
-    found = Graph(q, k, v, causal(rows, 256), **options).compute(fast)
+    found = Graph(q, k, v, causal(rows, 256), **options).compute(fast.see)
     assert fast.nodes.taken == 0
     np.testing.assert_array_equal(found, stock)
 

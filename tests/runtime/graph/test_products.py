@@ -1,4 +1,4 @@
-"""Products of weights taken over: against float64 on random tensors of every stored type, and inside a real model."""
+"""Products of weights computed in torch: against float64 on random tensors of every type, and inside a real model."""
 
 import ctypes
 from pathlib import Path
@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import ropewalk
 from ropewalk.runtime.graph import ggml, products
+from ropewalk.runtime.graph.fast import NodeError
 from ropewalk.runtime.graph.products import FastProducts
-from ropewalk.runtime.graph.takeover import NodeError, torch_on_one_thread
+from ropewalk.runtime.graph.takeover import torch_on_one_thread
 
 LIB = Path(llama_cpp.__file__).parent / "lib"
 POINTER = ctypes.c_void_p
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
 
 
 class Product:

@@ -10,6 +10,7 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, RopeFacts, Schedule, yarn, yarn_attention_factor
 from ropewalk.runtime.graph import ggml
 from ropewalk.runtime.graph.hook import GraphHook
+from ropewalk.runtime.graph.kernels import Context, why_missing
 from ropewalk.runtime.graph.rope import STILL, RopeHook, plan_rotations, rotation_factors
 
 QUIET = {"verbose": False, "n_threads": 2, "n_threads_batch": 2, "logits_all": True}
@@ -162,6 +163,16 @@ def test_passes_over_the_cache(old, new, n_tokens, spans):
 
 # --- which nodes are set
 
+needs_kernels = pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+
+
+def graph_hook(rope, native):
+    if not native:
+        return GraphHook({"ROPE": rope.set_rope})
+    kernels = Context()
+    kernels.watch(rope.setting, nodes=False)
+    return GraphHook({"ROPE": rope.set_rope}, kernels)
+
 
 @pytest.fixture
 def node():
@@ -177,7 +188,22 @@ def node():
     lib.ggml_free(context)
 
 
-def test_only_global_layers_are_set(node):
+@needs_kernels
+def test_the_kernels_set_what_python_sets(node):
+    found = []
+    for native in (True, False):
+        hook = RopeHook(RopeFacts(n_rot=8, freq_base=1e4, original_context=100), freq_scale=0.25)
+        hook.use((1.0, 2.0, 3.0, 4.0), 1.25)
+        graph, address = graph_hook(hook, native), node(freq_scale=0.25)
+        assert graph.callback(address, True, graph.userdata) is False
+        tensor = ggml.tensor_at(address)
+        assert tensor.src[2] == hook.setting.factors
+        found.append((bytes(tensor.op_params), tensor.op, hook.touched))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)])
+def test_only_global_layers_are_set(node, native):
     facts = RopeFacts(n_rot=8, freq_base=1e4, original_context=100, native_factors=(2.0,) * 4)
     hook = RopeHook(facts, freq_scale=0.5)
     hook.use((1.0, 2.0, 3.0, 4.0), 1.25)
@@ -187,9 +213,9 @@ def test_only_global_layers_are_set(node):
         node(n_dims=6, freq_scale=0.5),
         node(),
     )
-    graph = GraphHook({"ROPE": hook.set_rope})
+    graph = graph_hook(hook, native)
     for address in (ours, other_base, other_size, unscaled):
-        assert graph.callback(address, True, None) is False
+        assert graph.callback(address, True, graph.userdata) is False
     assert hook.touched == 1
     params = ggml.rope_params(ours)
     assert (params.freq_scale, params.attn_factor) == (1.0, 1.25)
@@ -197,5 +223,8 @@ def test_only_global_layers_are_set(node):
     for address in (other_base, other_size, unscaled):
         assert ggml.tensor_at(address).src[2] is None
     hook.use((2.0,) * 4, 1.0)  # a reused graph: the node has lost its own scale, and is recognised as ours
-    graph.callback(ours, True, None)
+    graph.callback(ours, True, graph.userdata)
     assert hook.touched == 2 and ggml.rope_params(ours).attn_factor == 1.0
+    unchanged = bytes(ggml.tensor_at(ours).op_params)
+    graph.callback(ours, True, graph.userdata)  # it has what is in use
+    assert hook.touched == 2 and bytes(ggml.tensor_at(ours).op_params) == unchanged
