@@ -82,14 +82,28 @@ INLINE const uint16_t *mask_row(const struct attention *a, int64_t stream, int64
 enum { HIDDEN = 0, SEEN = 1, MASKED = 2 };
 enum { MINUS_INFINITY = 0xfc00 }; /* as half precision */
 
+typedef uint64_t halves32 __attribute__((vector_size(64)));
+
 /* How a token sees `n` cells: none of them, all, or as the mask says. */
 INLINE int32_t visibility(const uint16_t *mask, int64_t n) {
-    uint16_t any = 0, differs = 0;
-    for (int64_t i = 0; i < n; i++) {
-        any |= mask[i];
-        differs |= mask[i] ^ MINUS_INFINITY;
+    halves32 any = {0}, differs = {0};
+    uint64_t any_last = 0, differs_last = 0;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        halves32 some;
+        memcpy(&some, mask + i, sizeof some);
+        any |= some;
+        differs |= some ^ (MINUS_INFINITY * 0x0001000100010001u);
     }
-    return any == 0 ? SEEN : differs == 0 ? HIDDEN : MASKED;
+    for (; i < n; i++) {
+        any_last |= mask[i];
+        differs_last |= mask[i] ^ MINUS_INFINITY;
+    }
+    for (int lane = 0; lane < 8; lane++) {
+        any_last |= any[lane];
+        differs_last |= differs[lane];
+    }
+    return any_last == 0 ? SEEN : differs_last == 0 ? HIDDEN : MASKED;
 }
 
 /* ALiBi's slope of a head (Press et al., arXiv 2108.12409), as ggml computes it. */

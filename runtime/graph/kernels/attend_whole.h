@@ -93,18 +93,21 @@ INLINE void multiply_whole_rows(int rows, const uint32_t *queries, int64_t words
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
             for (int c = 0; c < 2; c++)
                 totals[r][c] = v_fma(_mm512_cvtepi32_ps(sums[r][c]), v_load(scales + c * VL), totals[r][c]);
         if (minima == NULL)
             continue;
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
             for (int c = 0; c < 2; c++)
                 totals[r][c] = v_fma(v_load(minima + first / 16 * step + c * VL),
                                      v_set(query_sums[r * (words / 16) + first / 16]), totals[r][c]);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
         for (int c = 0; c < 2; c++)
             v_store(out + r * out_step + c * VL, v_mul(totals[r][c], v_set(query_scales[r])));
 }
