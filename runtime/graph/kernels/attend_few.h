@@ -253,7 +253,7 @@ INLINE void few_scores(const struct attention *a, const struct few_layout *l, ui
     int64_t step = (int64_t)a->k->nb[1], block_bytes = bytes32(a->k->type, a->types);
 #ifdef ISA_VNNI
     if (rounds_queries(a)) {
-        multiply_bytes(l, memory, at, rows, n, scores);
+        score_bytes(l, memory, at, rows, n, scores);
         return;
     }
 #endif
@@ -304,7 +304,7 @@ INLINE void few_prepare(const struct attention *a, const struct few_layout *l, u
             few_scales(v + i * v_step, v_step, bytes32(a->v->type, a->types), l->v_blocks, some, (float *)memory + l->v_scales + i);
 #ifdef ISA_VNNI
         if (rounds_queries(a))
-            pack_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
+            pack_key_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
 #endif
     }
     (void)next;

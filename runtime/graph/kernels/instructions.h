@@ -39,7 +39,8 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
         .has_bfloat = HAS_BFLOAT, \
         .attention_scratch = attention_scratch, \
         .attend = attend, \
-        .words_of_row = words_of_row, \
+        .rows_of_strip = rows_of_strip, \
+        .words_of_strip = words_of_strip, \
         .convert_rows = convert_rows, \
         .product_scratch = product_scratch, \
         .multiply_weights = multiply_weights, \

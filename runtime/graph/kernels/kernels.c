@@ -8,7 +8,9 @@
 static const struct instruction_set *const sets[] = {
 #if defined(__x86_64__)
     &avx512_bf16_set,
+    &avx512_vnni_set,
     &avx512_set,
+    &avx2_vnni_set,
     &avx2_set,
 #endif
     &plain_set,

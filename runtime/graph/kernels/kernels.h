@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <string.h>
 
 #include "ggml_tensor.h"
 
@@ -89,7 +90,7 @@ struct product {
     int64_t n_in, n_out, n_rows;
     bool exact;
     uint32_t *words; /* the rows of x as the products want them, made once for all threads */
-    int64_t words_step;
+    int64_t strip_rows, strip_words; /* which come in strips of as many rows, except for the last */
 };
 
 struct product_piece {
@@ -98,6 +99,13 @@ struct product_piece {
 };
 
 enum { COLUMN_STEP = 32 }; /* a multiple of each instruction set's PANEL */
+
+/* Copy the last columns of a piece, which are less than a panel of `width`, from where all rows have room for one. */
+static inline void write_edge(const struct product *p, const struct product_piece *piece, const float *edge, int width) {
+    int64_t over = (piece->stop_column - piece->first_column) % width;
+    for (int64_t row = piece->first_row; over && row < piece->stop_row; row++, edge += width)
+        memcpy((float *)(p->out + row * (int64_t)p->out_step) + piece->stop_column - over, edge, (size_t)over * 4);
+}
 
 /* The functions of one instruction set. */
 struct instruction_set {
@@ -108,13 +116,14 @@ struct instruction_set {
     int64_t (*attention_scratch)(const struct attention *a, const struct attention_piece *piece);
     void (*attend)(const struct attention *a, const struct attention_piece *piece, float *scratch);
     /* Likewise of a product, after rows of x have been converted to words. */
-    int64_t (*words_of_row)(const struct product *p); /* how far apart they must be */
+    int64_t (*rows_of_strip)(const struct product *p);
+    int64_t (*words_of_strip)(const struct product *p);
     void (*convert_rows)(const struct product *p, int64_t first, int64_t stop);
     int64_t (*product_scratch)(const struct product *p, const struct product_piece *piece);
     void (*multiply_weights)(const struct product *p, const struct product_piece *piece, float *scratch);
 };
 
-extern const struct instruction_set avx512_bf16_set, avx512_set, avx2_set, plain_set;
+extern const struct instruction_set avx512_bf16_set, avx512_vnni_set, avx512_set, avx2_vnni_set, avx2_set, plain_set;
 
 /* A partial result: for each row, the values that are not yet divided by the sum of the weights, the sum, and the
  * greatest score, to the base 2. */

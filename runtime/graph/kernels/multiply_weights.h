@@ -8,6 +8,7 @@
 
 #include "blocks_k.h"
 #include "kernels.h"
+#include "multiply_bytes.h"
 #include "panels.h"
 
 enum { STRETCH_WORDS = 384 }; /* of the shared dimension, at most */
@@ -17,6 +18,10 @@ INLINE int64_t stretch_values(const struct product *p, int bf) {
     int64_t most = STRETCH_WORDS * (1 + bf) / UNPACKED * UNPACKED, stretches = (p->n_in + most - 1) / most;
     return round_up((p->n_in + stretches - 1) / stretches, UNPACKED);
 }
+
+/* From one row of x to the next: a line more than it needs, so that a strip's rows do not compete for the same lines of
+ * the cache. */
+INLINE int64_t row_words(int64_t n_in, int bf) { return round_up(words_of(n_in, bf), 16) + 16; }
 
 /* Memory of one piece, in words. */
 struct product_layout {
@@ -61,17 +66,18 @@ INLINE void pack_weights(const struct product *p, const struct product_layout *l
 /* Multiply all rows by the packed tile. */
 INLINE void multiply_tile(const struct product *p, const struct product_piece *piece, const struct product_layout *l,
                           uint32_t *memory, int64_t first, int64_t n, int bf) {
+    int64_t step = row_words(p->n_in, bf);
     float ones[MR];
     for (int r = 0; r < MR; r++)
         ones[r] = 1.0f;
     for (int64_t row = piece->first_row; row < piece->stop_row; row += MR) {
         int rows = (int)(piece->stop_row - row < MR ? piece->stop_row - row : MR);
-        const uint32_t *strip = p->words + row * p->words_step + words_of(first, bf);
+        const uint32_t *strip = p->words + row * step + words_of(first, bf);
         for (int64_t column = piece->first_column; column < piece->stop_column; column += PANEL) {
             bool whole = piece->stop_column - column >= PANEL;
             float *out = whole ? (float *)(p->out + row * p->out_step) + column
                                : (float *)memory + l->edge + (row - piece->first_row) * PANEL;
-            multiply(rows, strip, p->words_step, memory + (column - piece->first_column) / PANEL * l->panel,
+            multiply(rows, strip, step, memory + (column - piece->first_column) / PANEL * l->panel,
                      words_of(n, bf), out, whole ? (int64_t)p->out_step / 4 : PANEL, first ? ones : NULL, bf);
         }
     }
@@ -85,10 +91,7 @@ INLINE void multiply_weights_as(const struct product *p, const struct product_pi
         pack_weights(p, &l, memory, piece->first_column, piece->stop_column, k, n, bf);
         multiply_tile(p, piece, &l, memory, k, n, bf);
     }
-    int64_t over = (piece->stop_column - piece->first_column) % PANEL;
-    for (int64_t row = piece->first_row; over && row < piece->stop_row; row++)
-        memcpy((float *)(p->out + row * p->out_step) + piece->stop_column - over,
-               scratch + l.edge + (row - piece->first_row) * PANEL, (size_t)over * 4);
+    write_edge(p, piece, scratch + l.edge, PANEL);
 }
 
 #ifdef ISA_BF16
@@ -96,8 +99,15 @@ INLINE void multiply_weights_as(const struct product *p, const struct product_pi
 #else
 #define AS_BFLOAT(p) 0
 #endif
+#define AS_BYTES(p) (HAS_BYTES && !(p)->exact && is_bytes((p)->weight->type) && words_at_a_time((p)->weight->type))
 
 static void multiply_weights(const struct product *p, const struct product_piece *piece, float *scratch) {
+#if HAS_BYTES
+    if (AS_BYTES(p)) {
+        multiply_bytes(p, piece, scratch);
+        return;
+    }
+#endif
     if (AS_BFLOAT(p))
         multiply_weights_as(p, piece, scratch, 1);
     else
@@ -105,13 +115,30 @@ static void multiply_weights(const struct product *p, const struct product_piece
 }
 
 static int64_t product_scratch(const struct product *p, const struct product_piece *piece) {
+#if HAS_BYTES
+    if (AS_BYTES(p))
+        return byte_layout(p, piece).total;
+#endif
     return product_layout(p, piece, AS_BFLOAT(p)).total;
 }
 
-/* A line more than the row has, so that a strip's rows do not compete for the same lines of the cache. */
-static int64_t words_of_row(const struct product *p) { return round_up(words_of(p->n_in, AS_BFLOAT(p)), 16) + 16; }
+static int64_t rows_of_strip(const struct product *p) { return AS_BYTES(p) ? BYTE_MR : MR; }
+
+static int64_t words_of_strip(const struct product *p) {
+#if HAS_BYTES
+    if (AS_BYTES(p))
+        return p->n_in / 32 * strip_block(byte_kind(p->weight->type));
+#endif
+    return MR * row_words(p->n_in, AS_BFLOAT(p));
+}
 
 static void convert_rows(const struct product *p, int64_t first, int64_t stop) {
+#if HAS_BYTES
+    if (AS_BYTES(p)) {
+        convert_rows_bytes(p, first, stop);
+        return;
+    }
+#endif
     for (int64_t row = first; row < stop; row++)
-        to_words((const float *)(p->x + row * p->x_step), p->n_in, p->words + row * p->words_step, AS_BFLOAT(p));
+        to_words((const float *)(p->x + row * p->x_step), p->n_in, p->words + row * row_words(p->n_in, AS_BFLOAT(p)), AS_BFLOAT(p));
 }

@@ -44,8 +44,9 @@ static struct plan make_plan(const struct context *context, const struct tensor 
     struct plan plan = {.product = read_node(context, node), .columns = PIECE_COLUMNS};
     struct product *p = &plan.product;
     int64_t wanted = n_threads == 1 ? 1 : (int64_t)n_threads * PIECES_PER_THREAD;
-    p->words_step = context->instructions->words_of_row(p);
-    plan.rows_converted = CONVERTED / p->n_in > 1 ? CONVERTED / p->n_in : 1;
+    p->strip_rows = context->instructions->rows_of_strip(p);
+    p->strip_words = context->instructions->words_of_strip(p);
+    plan.rows_converted = ceil_div(CONVERTED, p->n_in * p->strip_rows) * p->strip_rows; /* whole strips */
     plan.n_conversions = ceil_div(p->n_rows, plan.rows_converted);
     while (plan.columns > COLUMN_STEP && ceil_div(p->n_out, plan.columns) < wanted)
         plan.columns -= COLUMN_STEP;
@@ -89,7 +90,7 @@ static bool wait_for(struct context *context, int64_t n) {
 static bool convert(struct context *context, struct plan *plan, const struct tensor *node, int64_t index) {
     struct product *p = &plan->product;
     if (index == 0) {
-        if (reserve(context, &context->shared, p->n_rows * p->words_step, node) == NULL)
+        if (reserve(context, &context->shared, ceil_div(p->n_rows, p->strip_rows) * p->strip_words, node) == NULL)
             return false;
     } else {
         if (!wait_for(context, 1))
