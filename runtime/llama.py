@@ -33,6 +33,7 @@ from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
 from .loading import (
     WeightsKey,
+    alphabet_of,
     check_context,
     check_loadable,
     check_special_tokens,
@@ -153,6 +154,7 @@ class Llama(llama_cpp.Llama):
         if options.get("lora_path"):
             options["lora_path"] = os.fspath(options["lora_path"])
         self._weights = WeightsKey(header, options)
+        self._alphabet = alphabet_of(header)
         self.plan = memory.choose_kv(
             header,
             self._requested_ctx,
@@ -622,16 +624,30 @@ class Llama(llama_cpp.Llama):
 
     @holds_context
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Return the tokens of a text, as in llama_cpp; a control token's spelling that was cut in two is only text."""
+        """Return the tokens of a text, as in llama_cpp; a control token's spelling that was cut in two is only text.
+
+        Raises:
+            UserError: a SentencePiece vocabulary lacks a character and the bytes of it.
+        """
         pieces = text.split(CUT_BYTES) if special else [text]
-        return [
+        lacking = self._alphabet.lacks(text) if self._alphabet is not None else None
+        if lacking is not None:
+            raise UserError(f"{self.model_path}: its vocabulary has no token for {lacking!a}, nor for its bytes")
+        tokens = [
             token
             for i, piece in enumerate(pieces)
             for token in super(Llama, self).tokenize(piece, add_bos=add_bos and i == 0, special=special)
         ]
+        if llama_cpp.LLAMA_TOKEN_NULL in tokens:
+            raise UserError(f"{self.model_path}: its vocabulary has no token for a part of the text")
+        return tokens
 
     @holds_context
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.n_vocab():  # llama.cpp would abort
+            raise UserError(
+                f"detokenize: tokens from {min(tokens):,} to {max(tokens):,}, expected 0 to {self.n_vocab() - 1:,}"
+            )
         return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **options: Any) -> Any:

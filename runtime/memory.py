@@ -150,7 +150,8 @@ def _shape(header: Header) -> _Sizes:
     if len(kv_heads) == 1:
         kv_heads *= n_layer
     (n_embd,) = counts(header, "embedding_length", (0,), 0)
-    (key_length,) = counts(header, "attention.key_length", (n_embd // max(*heads, 1, 1),), 0)
+    usual = n_embd // max(*heads, 1, 1)
+    (key_length,) = counts(header, "attention.key_length", (usual,), 0)
     tokens = header.entries.get("tokenizer.ggml.tokens")
     tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
@@ -158,7 +159,7 @@ def _shape(header: Header) -> _Sizes:
         n_head=max(heads),
         k_heads=kv_heads,
         key_length=key_length,
-        value_length=counts(header, "attention.value_length", (key_length,), 0)[0],
+        value_length=counts(header, "attention.value_length", (usual,), 0)[0],
         n_embd=n_embd,
         n_ff=max(counts(header, "feed_forward_length", (4 * n_embd,), 0, 1 << 26, per_layer=True)),
         n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding and embedding.shape else 0),
