@@ -9,14 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gguf
-import psutil
 
 from ..container import GGUFError, Header, model_parts
 from ..errors import UserError, mib
+from .free_memory import available_memory
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """Cache types; `K:V` names one each for K and V, a single name is for both."""
@@ -272,17 +271,3 @@ def check_room(n_bytes: int, count: int, free: int) -> None:
             f"not enough memory to screen {count} passages: {mib(n_bytes)} each, and {mib(free)} are free;"
             " use fewer passages, fewer workers or a shorter context"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: those free on the machine, or fewer under a control group."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or "max"
-    return max(free, 0)
