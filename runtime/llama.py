@@ -48,7 +48,8 @@ from .loading import (
     whole_number,
 )
 from .losses import Logits, Scored
-from .prompts.control_tokens import CUT_BYTES, ControlSpellings
+from .prompts.chat_formatter import chat_handlers
+from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
 from .threads import default_threads
 
@@ -199,6 +200,8 @@ class Llama(llama_cpp.Llama):
         except (ValueError, RuntimeError) as error:  # the latter for an adapter
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
         check_special_tokens(model_path, self._model.vocab)
+        eos = (self.token_eos(), self._text_of(self.token_eos()))
+        self._chat_handlers |= chat_handlers(self.metadata, eos, self._text_of(self.token_bos()))
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
         if hooked and self._has_memory and not options.get("vocab_only"):
@@ -651,13 +654,17 @@ class Llama(llama_cpp.Llama):
         return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **options: Any) -> Any:
-        """Answer as in llama_cpp, except that the text of messages is never read as control tokens.
+        """Answer as in llama_cpp, except that the text of messages is never read as control tokens, and that a chat
+        template of the model runs in a process of its own, within limits.
 
         Handlers for pictures, and those with a tokeniser of their own, get the messages as they are.
         """
         if self.chat_handler is None and not str(self.chat_format).startswith("functionary"):
             messages = self._spellings.cut_messages(messages)
         return super().create_chat_completion(messages, *args, **options)
+
+    def _text_of(self, token: int) -> str:
+        return "" if token == llama_cpp.LLAMA_TOKEN_NULL else text_of(self.vocab, token)
 
     @cached_property
     def _spellings(self) -> ControlSpellings:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import UserError
+from ...files import MAX_NAME_BYTES
 from ..json_file import read_json
 
 DTYPES = {
@@ -37,8 +38,6 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Tensor types by their names in safetensors."""
-
-MAX_NAME_BYTES = 255  # of a file, on most file systems
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,26 @@ def test_a_chat_template_without_tokenizer_config(tmp_path: Path) -> None:
     assert template_of(folder, tmp_path / "out.gguf") == "NEW"
 
 
+def test_additional_chat_templates_come_with_any_main_one(tmp_path: Path) -> None:
+    folder, file = written(tmp_path, LLAMA), tmp_path / "out.gguf"
+    configured = template_of(folder, file)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("RAG")
+    for main in (configured, "NEW"):
+        assert template_of(folder, file) == main
+        assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+        assert read_header(file).array("tokenizer.chat_templates") == ["rag"]
+        (folder / "chat_template.jinja").write_text("NEW")
+    (folder / "chat_template.jinja").unlink()
+    listed = [{"name": "default", "template": "LISTED"}, {"name": "rag", "template": "OLD"}]
+    edit(folder / "tokenizer_config.json", lambda data: data.update(chat_template=listed))
+    assert template_of(folder, file) == "LISTED"
+    assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+    edit(folder / "tokenizer_config.json", lambda data: data.update(chat_template=None))
+    assert template_of(folder, file) is None
+    assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+
+
 # --- vocabularies that are not whole
 
 
