@@ -147,7 +147,7 @@ def _from_file(
     if lossy:
         kinds = ", ".join(lossy)
         notes.append(f"the weights were quantised already ({kinds}): rounding them again loses some precision")
-    return ConversionNotes(plan, tuple(notes), load_problem(target, str(target)))
+    return ConversionNotes(plan, tuple(notes), load_problem(target, source))
 
 
 def _from_checkpoint(

@@ -138,7 +138,7 @@ def _change_tensor(tensors: dict[str, Any], rng: random.Random) -> None:
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> list[Contents]:
     """The contents of files that run, of several architectures."""
     place = tmp_path_factory.mktemp("sound")
-    files = [tiny_llama(place / f"{arch}.gguf", arch=arch) for arch in ("llama", "qwen2")]
+    files = [tiny_llama(place / f"tiny-{arch}.gguf", arch=arch) for arch in ("llama", "qwen2")]
     for case in tc.CASES:
         if (case.name in CASES or (MINUTES and isinstance(case.tokeniser, tc.SentencePiece))) and case.can_be_made():
             files.append(place / f"{case.name}.gguf")
