@@ -9,13 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 
 from ..container import TENSOR_TYPES, TYPE_NUMBERS, GGUFError, Header, model_parts
 from ..errors import UserError, mib
+from .free_memory import available_memory
 from .graph.kernels import why_missing
 from .threads import default_threads
 
@@ -154,7 +153,8 @@ def _shape(header: Header) -> _Sizes:
     if len(kv_heads) == 1:
         kv_heads *= n_layer
     (n_embd,) = counts(header, "embedding_length", (0,), 0)
-    (key_length,) = counts(header, "attention.key_length", (n_embd // max(*heads, 1, 1),), 0)
+    usual = n_embd // max(*heads, 1, 1)
+    (key_length,) = counts(header, "attention.key_length", (usual,), 0)
     tokens = header.entries.get("tokenizer.ggml.tokens")
     tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
@@ -162,7 +162,7 @@ def _shape(header: Header) -> _Sizes:
         n_head=max(heads),
         k_heads=kv_heads,
         key_length=key_length,
-        value_length=counts(header, "attention.value_length", (key_length,), 0)[0],
+        value_length=counts(header, "attention.value_length", (usual,), 0)[0],
         n_embd=n_embd,
         n_ff=max(counts(header, "feed_forward_length", (4 * n_embd,), 0, 1 << 26, per_layer=True)),
         n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding and embedding.shape else 0),
@@ -284,17 +284,3 @@ def check_room(n_bytes: int, count: int, free: int) -> None:
             f"not enough memory to screen {count} passages: {mib(n_bytes)} each, and {mib(free)} are free;"
             " use fewer passages, fewer workers or a shorter context"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: those free on the machine, or fewer under a control group."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or "max"
-    return max(free, 0)

@@ -25,8 +25,8 @@ import numpy as np
 from ..errors import UserError, mib
 from ..files import remove_dead_part
 from . import session
+from .free_memory import available_memory
 from .loading import ROPE_OPTIONS
-from .memory import available_memory
 
 if TYPE_CHECKING:
     from .llama import Llama

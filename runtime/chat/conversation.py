@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...errors import UserError
+from ...factors import first_mistake
 from ...files import write_file
 from .. import session
 from ..prompt_cache import MIN_TOKENS, PromptCache
@@ -436,10 +437,7 @@ def _read_record(folder: Path) -> _Record:
     try:
         record = _Record.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = re.sub(r"\s+", " ", f"{key + ': ' if key else ''}{first['msg']}")
-        raise UserError(f"{path}: not a saved conversation: {reason}") from None
+        raise UserError(f"{path}: not a saved conversation: {first_mistake(error)}") from None
     if _digest(record.transcript) != record.digest:
         raise UserError(f"{path}: the saved conversation is damaged (its digest does not match)")
     return record

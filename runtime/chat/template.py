@@ -92,7 +92,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
-            return render(self._template, {"messages": messages, **self._specials}, self._today)
+            # A reasoning model's thoughts would be taken for the answer.
+            variables = {"messages": messages, "enable_thinking": False, **self._specials}
+            return render(self._template, variables, self._today)
         except TemplateError as error:
             if not error.hopeless and len(messages) > 1 and messages[0]["role"] == "system":  # some have no system role
                 system, first, *rest = messages

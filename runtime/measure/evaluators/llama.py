@@ -13,9 +13,10 @@ from ....container import read_header, trained_schedule
 from ....errors import UserError
 from ....factors import Band, Schedule
 from ....factors.search.protocol import Fidelity, Result, Task
+from ...free_memory import available_memory
 from ...llama import Llama
 from ...losses import Losses
-from ...memory import available_memory, check_room
+from ...memory import check_room
 from ..passages import Passage
 from .spec import EvaluatorSpec
 
