@@ -91,7 +91,8 @@ class Llama(llama_cpp.Llama):
         kv: cache type: "f16", "q8_0", "q4_0", …, "K:V" for one each, or "auto" for the most exact that fits.
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
-        flash_attn: None = on if the cache is quantised (without fast_prefill, if its V is).
+        flash_attn: None = on, as attention is computed by our own kernels; without these (not compiled, or fast_prefill
+            off), on if the cache is quantised.
         fast_prefill: with flash attention, compute attention and matrix products here (see `graph.fast`); the
             environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
         exact: there, compute in floats where bfloat16 or whole numbers would be faster; the default is what the

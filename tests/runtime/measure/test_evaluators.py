@@ -60,7 +60,7 @@ def test_they_agree_and_give_the_weighted_loss_of_the_targets(evaluators, spec, 
     passage = spec.passages[1]
     schedule = native_schedule(read_header(smollm2))
     alone = schedule.model_copy(update={"bands": (other(band, 16).model_copy(update={"context": 8192}),)})
-    llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, verbose=False)
+    llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, exact=True, verbose=False)
     direct = llm.token_losses(passage.tokens, targets=passage.targets) @ np.array(passage.weights)
     llm.close()
     assert losses["llama"] == pytest.approx(direct, abs=1e-6)
