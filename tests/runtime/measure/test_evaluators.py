@@ -16,6 +16,7 @@ from ropewalk.runtime.measure.evaluators import faster, make_evaluator
 from ropewalk.runtime.measure.evaluators import llama as llama_evaluator
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
 from ropewalk.runtime.measure.passages import Text, make_passages
+from ropewalk.runtime.measure.readings import reader
 from ropewalk.runtime.measure.torch_reader import weights
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -51,6 +52,13 @@ def other(band, start_tokens=0):
     factors = tuple(factor * 1.05 for factor in band.rescale_factors)
     changes = {"rescale_factors": factors, "start_tokens": start_tokens, "attention_factor": 1.02}
     return band.model_copy(update=changes)
+
+
+def test_llama_cpp_evaluates_exactly(evaluators, smollm2):
+    readers = evaluators["llama"]._llm, reader(smollm2, 256)
+    for llm in readers:
+        assert llm.computed_by == "torch" or llm.computed_by.endswith(" exact")
+    readers[1].close()
 
 
 def test_they_agree_and_give_the_weighted_loss_of_the_targets(evaluators, spec, band, smollm2):
