@@ -104,7 +104,7 @@ INLINE void multiply_weights_as(const struct product *p, const struct product_pi
 static void multiply_weights(const struct product *p, const struct product_piece *piece, float *scratch) {
 #if HAS_BYTES
     if (AS_BYTES(p)) {
-        multiply_bytes(p, piece, scratch);
+        multiply_weight_bytes(p, piece, scratch);
         return;
     }
 #endif
