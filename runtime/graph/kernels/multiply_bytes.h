@@ -177,15 +177,9 @@ INLINE void pack_scales(const uint32_t *rows, int64_t n, uint32_t *panel, int co
     }
 }
 
-/* Read `n` values, whole blocks, of a weight's row. */
-INLINE void read_bytes_of(int type, const uint8_t *block, int64_t n, uint8_t *bytes, float *scales, float *mins) {
-    for (int64_t at = 0; at < n; at += block_values(type), block += block_size(type))
-        bytes_of_block(type, block, bytes + at, scales + at / sub_block(type), mins + at / sub_block(type));
-}
-
-static void read_bytes(int type, const uint8_t *block, int64_t n, uint8_t *bytes, float *scales, float *mins) {
-#define OF(type) read_bytes_of(type, block, n, bytes, scales, mins)
-    FOR_BYTES(type, OF) /* so that each becomes a loop of its own */
+static void read_bytes(int type, const uint8_t *group, int64_t n, uint8_t *bytes, float *scales, float *mins) {
+#define OF(type) read_group(type, group, n, bytes, scales, mins)
+    FOR_BYTES(type, OF) /* so that each becomes code of its own */
 #undef OF
 }
 
