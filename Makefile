@@ -3,6 +3,7 @@
 # make oracle what llama.cpp's own converter makes of the tests' tiny checkpoints, anew
 # make layouts band changes with every layout of keys that llama.cpp's K-shift may meet
 # make fuzz   odd files of every kind, each test for MINUTES (30 unless told otherwise)
+# make sanitize the kernels under the address, undefined-behaviour and thread sanitizers, a few minutes
 # make matrix the runtime's tests with several releases of llama-cpp-python, each in a venv of its own
 # Each sets up .venv first, with the exact versions of constraints.txt, where that is not done yet.
 
@@ -21,7 +22,7 @@ export CXXFLAGS := $(CXXFLAGS) $(NO_AMX)
 
 KERNELS := $(wildcard runtime/graph/kernels/*.[ch])
 
-.PHONY: demo test bench oracle fuzz layouts matrix clean
+.PHONY: demo test bench oracle fuzz layouts sanitize matrix clean
 
 demo: .venv/kernels
 	$(BIN)/ropewalk demo
@@ -70,6 +71,17 @@ fuzz: .venv/kernels
 
 layouts: .venv/kernels
 	$(BIN)/python tests/runtime/key_layouts.py
+
+# Without Python, whose own memory and threads would be looked at as well; ggml is linked to quantise what is read.
+sanitize: .venv/ready
+	@ggml=$$($(BIN)/python -c 'import llama_cpp.llama_cpp as c; print(c.__file__.rsplit("/", 1)[0] + "/lib")'); \
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	for sanitizers in address,undefined thread; do \
+		echo "== $$sanitizers"; \
+		$(CC) -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$$sanitizers \
+			-Iruntime/graph/kernels runtime/graph/kernels/*.c tests/runtime/graph/kernels_driver.c -o $$folder/driver \
+			-L"$$ggml" -lggml-base -Wl,-rpath,"$$ggml" -lm -lpthread && $$folder/driver || exit 1; \
+	done
 
 matrix: $(VERSIONS:%=.matrix/%/ready)
 	@failed=; for version in $(VERSIONS); do \

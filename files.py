@@ -25,8 +25,11 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
+MAX_NAME_BYTES = 255
+"""Most bytes of a file's name, on most file systems."""
+
 MAX_STEM_BYTES = 200
-"""Most bytes of a target's name that are used in its part file's name; most file systems allow 255 in all."""
+"""Most bytes of a target's name that are used in its part file's name."""
 
 DEAD_AFTER_S = 24 * 3600.0
 """On a file system without locks, a part file that has not been written to for this long is dead."""

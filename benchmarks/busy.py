@@ -1,6 +1,6 @@
 """Writing beside other busy processes: tokens per second of ours and others, and what is left of the speed without.
 
-    python benchmarks/busy.py [--model FILE.gguf] [--kv q8_0] [--after 100] [--count 32] [--busy 2] [--rounds 3]
+    python benchmarks/busy.py [--model FILE.gguf] [--kv q8_0] [--after 100] [--count 16] [--busy 2] [--rounds 3]
                               [--threads 2] [--tree NAME=FOLDER] [--llama-bench NAME=COMMAND] [--only NAMES]
                               [--json FILE]
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, kv="q8_0")
     parser.add_argument("--after", type=int, default=100, help="depth (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=32, help="tokens that are written (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=16, help="tokens that are written (default: %(default)s)")
     parser.add_argument("--busy", type=int, default=2, help="other processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")

@@ -9,6 +9,7 @@ oneDNN or MKL for them. The best of several runs counts.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -36,9 +37,15 @@ def per_second(work: Callable[[int], object], amount: float, n_threads: int, n_r
 
 
 def memory_read(n_threads: int) -> float:
-    """Bytes per second, by scalar products of long vectors with themselves."""
-    vectors = [np.ones(64 << 20, np.float32) for _ in range(n_threads)]
-    return per_second(lambda i: vectors[i] @ vectors[i], vectors[0].nbytes, n_threads)
+    """Bytes per second, by the C library's search for a byte that is not there."""
+    search = ctypes.CDLL(None).memchr
+    search.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    vectors = [np.ones(256 << 20, np.uint8) for _ in range(n_threads)]
+
+    def read(thread: int) -> None:
+        search(vectors[thread].ctypes.data, 2, vectors[thread].nbytes)
+
+    return per_second(read, vectors[0].nbytes, n_threads, n_rounds=15)
 
 
 def products(n_threads: int) -> dict[str, float]:

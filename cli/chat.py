@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ..runtime import Llama
     from ..runtime.chat import Answer
     from .chat_terminal import Chat
+    from .model import LoadOptions
 
 KV_NAMES = ("auto", "f16", "q8_0", "q8_0:f16", "q4_0")
 
@@ -29,7 +32,7 @@ def _complete_kv(incomplete: str) -> list[str]:
 
 
 def _complete_saved(incomplete: str) -> list[str]:
-    from .chat_prompt import saved_names
+    from .chat_places import saved_names
 
     return [name for name in saved_names() if name.startswith(incomplete)]
 
@@ -118,14 +121,14 @@ def chat(
     for number in (temp, top_p, min_p, repeat_penalty):
         if not math.isfinite(number):
             raise UserError(f"{number}: expected a finite number")
-    from .chat_prompt import named_documents
+    from .chat_places import named_documents
 
     files = named_documents(names)
     if piped:
         question = _with_input(question)
     place = _place(resume, load)
 
-    from .model import LoadOptions, load_fast, load_model, model_path
+    from .model import LoadOptions, full_context, load_fast, load_model, model_path
 
     path = model_path(name or (_model_of(place) if place else None))
     options = LoadOptions(context=context, kv=kv or "auto", schedule=schedule, threads=threads)
@@ -135,6 +138,16 @@ def chat(
     from .chat_autosave import Autosave
     from .chat_terminal import Chat
     from .terminal import err, plain
+
+    def start(options: LoadOptions) -> Chat:
+        with err.status(f"Loading {plain(path.name)}") if err.is_terminal else nullcontext():
+            llm = load_model(path, options) if kv else load_fast(path, options)
+            conversation = Conversation(llm, system, open_cache(llm, folder))
+            if place is not None:
+                conversation.load(place)
+                if system:
+                    conversation.set_system(system)
+        return Chat(conversation, sampling, autosaves, markdown=markdown)
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -146,22 +159,33 @@ def chat(
         min_p=min_p,
         stops=tuple(read_stop(text) for text in stop or ()),
     )
-    with err.status(f"Loading {plain(path.name)}") if err.is_terminal else nullcontext():
-        llm = load_model(path, options) if kv else load_fast(path, options)
-        conversation = Conversation(llm, system, open_cache(llm, folder))
-        if place is not None:
-            conversation.load(place)
-            if system:
-                conversation.set_system(system)
     # What scripts ask through pipes is kept only where they continue a conversation.
     autosaves = Autosave(active=autosave and (place is not None or not piped))
-    terminal = Chat(conversation, sampling, autosaves, markdown=markdown)
     if not question:
-        terminal.converse(files, place, load or "")
+        start(options).converse(files, place, load or "")
         return
+    if max_tokens is None or files or folder or place is not None:
+        terminal = start(options)
+    else:
+        terminal = _start_small(start, path, options, question, system, max_tokens)
     if place is not None:
         terminal.adopt(place, load or "")
-    _answer_once(terminal, files, question, as_json)
+    _answer_once(terminal, files, question, as_json, full_context(path, options))
+
+
+def _start_small(
+    start: Callable[[LoadOptions], Chat], path: Path, options: LoadOptions, question: str, system: str, max_tokens: int
+) -> Chat:
+    """Load the model with a cache that holds this question and its answer: a long one takes time and memory."""
+    from ..container import read_header
+    from ..runtime.chat import most_tokens
+
+    needed = most_tokens(read_header(path), question, system) + max_tokens
+    terminal = start(replace(options, needed=needed))
+    if terminal.conversation.prompt_tokens(question) + max_tokens <= needed:
+        return terminal
+    terminal.llm.close()
+    return start(options)
 
 
 def _parts(words: list[str], model: str | None, files: list[str]) -> tuple[str | None, str, list[str]]:
@@ -187,7 +211,7 @@ def _is_question(word: str) -> bool:
 def _place(resume: bool, load: str | None) -> Path | None:
     """Return where the conversation to continue is kept, if one is asked for."""
     if load is not None:
-        from .chat_prompt import place_to_load
+        from .chat_places import place_to_load
 
         return place_to_load(load)
     if resume:
@@ -224,7 +248,7 @@ def _with_input(question: str) -> str:
     return f"{text}\n\n{question}".strip()
 
 
-def _answer_once(terminal: Chat, files: list[Path], question: str, as_json: bool) -> None:
+def _answer_once(terminal: Chat, files: list[Path], question: str, as_json: bool, context: int) -> None:
     """Print the answer as it is generated, or at the end as JSON."""
     for path in files:
         terminal.give(path)
@@ -234,10 +258,10 @@ def _answer_once(terminal: Chat, files: list[Path], question: str, as_json: bool
     if answer.ending == "interrupted":
         raise KeyboardInterrupt
     if as_json:
-        print(json.dumps(_facts(answer, terminal.llm), ensure_ascii=False), flush=True)
+        print(json.dumps(_facts(answer, terminal.llm, context), ensure_ascii=False), flush=True)
 
 
-def _facts(answer: Answer, llm: Llama) -> dict[str, Any]:
+def _facts(answer: Answer, llm: Llama, context: int) -> dict[str, Any]:
     return {
         "answer": answer.text.strip(),
         "ending": answer.ending,
@@ -245,7 +269,7 @@ def _facts(answer: Answer, llm: Llama) -> dict[str, Any]:
             "prompt": answer.prompt_tokens,
             "read": answer.read_tokens,
             "answer": answer.written_tokens,
-            "context": llm.n_ctx(),
+            "context": context,
         },
         "band": {"index": llm.band_index, "context": llm.band.context},
         "kv_type": llm.plan.kv_type,

@@ -9,53 +9,17 @@ from __future__ import annotations
 import re
 import time
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
-from markdown_it import MarkdownIt
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.live import Live
-from rich.markdown import CodeBlock, Heading, Markdown
 from rich.segment import Segment, Segments
-from rich.syntax import Syntax
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters, with which an answer could take over the terminal."""
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 REDRAW_S = 0.08
-
-PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
-"""Without HTML, which rich would leave out of what it shows."""
-
-
-class _Heading(Heading):
-    """A heading at the left edge, in bold, without a box."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        self.text.justify = "left"
-        self.text.stylize("bold")
-        yield self.text
-
-
-class _Code(CodeBlock):
-    """Code on the terminal's own background, so that it can be copied without a margin of spaces on its right."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        code = str(self.text).rstrip()
-        yield Syntax(code, self.lexer_name, theme="ansi_dark", background_color="default", word_wrap=True)
-
-
-class _Markdown(Markdown):
-    elements: ClassVar[dict[str, Any]] = {
-        **Markdown.elements,
-        "heading_open": _Heading,
-        "fence": _Code,
-        "code_block": _Code,
-    }
-
-    def __init__(self, text: str) -> None:
-        super().__init__("", hyperlinks=False)
-        self.markup, self.parsed = text, PARSER.parse(_with_line_breaks(text))
 
 
 class ShownAnswer:
@@ -114,7 +78,9 @@ class ShownAnswer:
 
     def _lines(self, block: str) -> list[list[Segment]]:
         """Return a block's lines, with one blank line before all but the first block."""
-        lines = self._console.render_lines(_Markdown(block), self._console.options, pad=False)
+        from .markdown_blocks import MarkdownBlock
+
+        lines = self._console.render_lines(MarkdownBlock(block), self._console.options, pad=False)
         while lines and not _text(lines[0]):
             del lines[0]
         while lines and not _text(lines[-1]):
@@ -173,19 +139,3 @@ def split_blocks(text: str) -> tuple[list[str], str]:
                 fence = marks[1]
         place += len(line)
     return blocks, text[start:]
-
-
-def _with_line_breaks(text: str) -> str:
-    """Keep the line breaks inside paragraphs, which Markdown would join: models write poems and addresses so."""
-    lines, fence = [], ""
-    for line in text.split("\n"):
-        marks = FENCE.match(line)
-        if fence:
-            if marks and marks[1].startswith(fence) and not marks[2].strip():
-                fence = ""
-        elif marks:
-            fence = marks[1]
-        elif line.strip():
-            line = line.rstrip() + "  "
-        lines.append(line)
-    return "\n".join(lines)

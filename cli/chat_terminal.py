@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -26,16 +26,7 @@ from ..errors import UserError
 from ..runtime.chat import Answer, ContextFull, Conversation, Sampling, Transcript, read_saved
 from .chat_autosave import RECORD, Autosave, autosaved, autosaved_folder
 from .chat_markdown import CONTROL, ShownAnswer
-from .chat_prompt import (
-    Command,
-    choice,
-    place_to_load,
-    prompt_session,
-    saved_names,
-    saved_place,
-    typed_files,
-    without_echo,
-)
+from .chat_places import place_to_load, saved_names, saved_place, typed_files
 from .chat_settings import set_setting, shown_settings
 from .documents import DocumentError, read_document
 from .reading_bar import ReadingBar
@@ -50,6 +41,16 @@ LEAVING = ("exit", "quit", "bye", "goodbye", "q", ":q", ":q!", ":wq", "logout", 
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves"
 MAX_LISTED = 10
 LONG_WORD = 40
+
+
+@dataclass(frozen=True)
+class Command:
+    """A slash command: its argument, its help text, what it runs, and what completes its argument."""
+
+    argument: str
+    help: str
+    run: Callable[[Any, str], None]
+    completes: str = ""  # "paths", "saved" or "settings"
 
 
 class Leave(Exception):
@@ -74,6 +75,8 @@ class Chat:
 
     def converse(self, files: Sequence[Path] = (), place: Path | None = None, name: str = "") -> None:
         """Chat until Ctrl-D or /exit; with the documents `files`, and in the conversation loaded from `place`."""
+        from .chat_prompt import prompt_session
+
         prompt = prompt_session(self.status, COMMANDS)
         say(self._greeting())
         if place is not None:
@@ -100,6 +103,8 @@ class Chat:
 
     def _respond(self, work: Callable[[], None]) -> None:
         """Handle one line of input, and keep what came of it; an error is reported in one line."""
+        from .chat_prompt import without_echo
+
         try:
             with without_echo():
                 problem = self._problem_of(work)
@@ -126,7 +131,7 @@ class Chat:
 
     def _offer_room(self, work: Callable[[], None], needed: int) -> None:
         """Offer to drop or summarise the oldest turns, and do `work` again if that was wanted."""
-        wanted = choice("[d]rop or [s]ummarise the oldest turns? [d/s/N]", "n")
+        wanted = _choice("[d]rop or [s]ummarise the oldest turns? [d/s/N]", "n")
         if wanted in ("d", "s"):
             self._make_room(needed, summarise=wanted == "s")
             work()
@@ -163,7 +168,7 @@ class Chat:
         """Run one line of input: a command, a question, or the `edited` question in its new form."""
         text = line.strip()
         if not line.startswith("/"):
-            if text.lower() in LEAVING and choice("Leave the chat? [Y/n]", "y") != "n":
+            if text.lower() in LEAVING and _choice("Leave the chat? [Y/n]", "y") != "n":
                 raise Leave  # otherwise it is a question
             if text:
                 self.ask(text, again=edited is not None)
@@ -325,7 +330,7 @@ class Chat:
         except UserError:
             what = "damaged"
         say(f"{folder.name} is another saved conversation: {what}")
-        return choice("Overwrite it? [y/N]", "n") == "y"
+        return _choice("Overwrite it? [y/N]", "n") == "y"
 
     def load(self, argument: str) -> None:
         if not argument:
@@ -487,6 +492,12 @@ ALIASES = {
     "/clear": "/reset",
     "/new": "/reset",
 }
+
+
+def _choice(question: str, default: str) -> str:
+    from .chat_prompt import choice
+
+    return choice(question, default)
 
 
 def say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,10 +91,11 @@ def convert(
 
 @dataclass(frozen=True)
 class ConversionNotes:
-    """What a conversion did with the factors, and notes for the user."""
+    """What a conversion did with the factors, notes for the user, and why llama.cpp does not load it, if so."""
 
     plan: Plan | None
     notes: tuple[str, ...] = ()
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _from_file(
 ) -> ConversionNotes:
     """Convert a GGUF file."""
     from ..container import read_header
-    from ..convert import convert_model, quantised_types
+    from ..convert import convert_model, load_problem, quantised_types
 
     header = read_header(source)
     plan = options.plan(header)
@@ -141,11 +143,11 @@ def _from_file(
     schedule = plan.schedule if plan else None
     convert_model(source, target, schedule=schedule, weight_type=weight_type, force=force, bar=_bar)
     lossy = quantised_types(header) if weight_type is not None and weight_type.lower() not in FLOATS else []
-    if not lossy:
-        return ConversionNotes(plan)
-    return ConversionNotes(
-        plan, (f"the weights were quantised already ({', '.join(lossy)}): rounding them again loses some precision",)
-    )
+    notes = []
+    if lossy:
+        kinds = ", ".join(lossy)
+        notes.append(f"the weights were quantised already ({kinds}): rounding them again loses some precision")
+    return ConversionNotes(plan, tuple(notes), load_problem(target, source))
 
 
 def _from_checkpoint(
@@ -177,6 +179,9 @@ def _gather(source: str, names: tuple[Path, ...], conversion: ConversionNotes) -
     schedule = schedule_of(written)
     plain = len(schedule.bands) == 1 and set(schedule.bands[0].rescale_factors) == {1.0}
     kept = "not extended; use --context to extend it" if plain else "the model's own factors are kept"
+    stock = what_stock_does(written)
+    if conversion.problem is not None:
+        stock = [f"does not load it (llama-cpp-python {version('llama-cpp-python')}): {conversion.problem}"]
     return {
         "source": source,
         "target": str(names[0]),
@@ -188,7 +193,7 @@ def _gather(source: str, names: tuple[Path, ...], conversion: ConversionNotes) -
         "bands": [band.model_dump() for band in schedule.bands],
         "native_factors": takes_native_factors(written),
         "notes": [conversion.plan.note if conversion.plan else kept, *conversion.notes],
-        "stock_llama_cpp": what_stock_does(written),
+        "stock_llama_cpp": stock,
     }
 
 

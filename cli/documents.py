@@ -18,6 +18,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..errors import UserError
 SUFFIXES = (".txt", ".md", ".markdown", ".rst")
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
 MAX_BYTES = 1 << 30
+PART_BYTES = 1 << 24
 FALLBACK = "cp1252"
 
 BOMS = {
@@ -189,6 +191,8 @@ def _read_whole(source: Source, encoding: str | None) -> Document:
     except DocumentError as error:
         digest = hashlib.sha256(raw).hexdigest() if raw else ""
         return Document(source.id, str(source.path), "", digest, len(raw), error=str(error))
+    except MemoryError:
+        return _failed(source, "not enough memory to read it")
     return Document(source.id, str(source.path), text, hashlib.sha256(raw).hexdigest(), len(raw), note=note)
 
 
@@ -278,7 +282,8 @@ def _decoded(raw: bytes, encoding: str | None, fallback: bool) -> tuple[str, lis
 def _read_bytes(path: Path) -> bytes:
     try:
         with _open(path) as file:
-            raw: bytes = file.read(MAX_BYTES + 1)
+            # In parts: one read of so many bytes reserves them all, whatever the file has.
+            raw = b"".join(itertools.islice(iter(partial(file.read, PART_BYTES), b""), MAX_BYTES // PART_BYTES + 1))
     except (OSError, ValueError) as error:
         raise DocumentError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:

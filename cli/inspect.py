@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from .terminal import out, plain, size
 
 if TYPE_CHECKING:
@@ -18,27 +19,62 @@ SHOWN_KV_TYPES = ("f16", "q8_0:f16", "q8_0", "q4_0")
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Path to a GGUF model.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Path to a GGUF model.", show_default=False)
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot λ against dimension.")] = None,
+    machine: Annotated[bool, typer.Option("--machine", help="Show how this machine computes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as a JSON object.")] = False,
 ) -> None:
-    """Show a model's metadata and bands, the memory it needs, and what stock llama.cpp does with it."""
-    from ..container import read_header, schedule_of
+    """Show a model's metadata and bands, the memory it needs, and what stock llama.cpp does with it; or the machine."""
+    if file is None and not machine:
+        raise UserError("inspect: expected a FILE, or --machine")
+    if file is None:
+        facts: dict[str, Any] = {"machine": _machine()}
+    else:
+        from ..container import read_header, schedule_of
 
-    header = read_header(file)
-    schedule = schedule_of(header)
-    facts = _gather(header, schedule)
-    if plot is not None:
-        from .picture import check_picture_place, draw_factors, save_figure
+        header = read_header(file)
+        schedule = schedule_of(header)
+        facts = _gather(header, schedule) | ({"machine": _machine()} if machine else {})
+        if plot is not None:
+            from .picture import check_picture_place, draw_factors, save_figure
 
-        check_picture_place(plot)
-        save_figure(draw_factors(schedule, f"{facts['model']['name']}: rescale factors by band"), plot)
+            check_picture_place(plot)
+            save_figure(draw_factors(schedule, f"{facts['model']['name']}: rescale factors by band"), plot)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=1))
-    else:
+        return
+    if file is not None:
         _show(facts, schedule)
         if plot is not None:
             out.print(f"\nλ plotted in {plain(plot)}", soft_wrap=True)
+    if machine:
+        if file is not None:
+            out.print()
+        _show_machine(facts["machine"])
+
+
+def _machine() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..runtime.machine import this_machine
+
+    return asdict(this_machine())
+
+
+def _show_machine(facts: dict[str, Any]) -> None:
+    precision = "exact" if facts["exact"] else "rounding where that is faster and loses little"
+    kernels = f"{facts['instructions']}, {precision}" if facts["instructions"] else f"none: {facts['missing']}"
+    buffers = "" if facts["extra_buffers"] else ", without its extra weight buffers, which crash here"
+    quota = "" if facts["quota"] is None else f", whose group may use {facts['quota']:g} of them"
+    for name, value in (
+        ("llama-cpp-python", facts["llama_cpp"] + buffers),
+        ("native kernels", kernels),
+        ("long prompts", f"computed by {facts['computes']}"),
+        ("threads", f"{facts['threads']} by default; {facts['cpus']} logical CPUs for this process{quota}"),
+    ):
+        out.print(f"{name:<18}{plain(value)}", soft_wrap=True)
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:

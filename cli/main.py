@@ -6,7 +6,9 @@ What is slow to import is imported only when a command runs, so that `--help` an
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +45,9 @@ for group, commands in GROUPS.items():
         app.command(name, rich_help_panel=group)(command)
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # click's, wherever typer keeps its click
+
+NO_MEMORY = re.compile("failed to map segment|cannot map zero-fill pages|[Cc]annot allocate memory")
+"""How the dynamic loader says that there is not enough."""
 
 
 def _version(wanted: bool) -> None:
@@ -111,6 +116,11 @@ def _is_of_output(error: OSError) -> bool:
     return False
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether a library could not be loaded, or a process not be started, for lack of memory."""
+    return getattr(error, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(error)) is not None
+
+
 def _broken_pipe(_: Console) -> NoReturn:
     _drop_output()  # the reader has gone (`ropewalk … | head`)
     raise SystemExit(141)
@@ -136,8 +146,10 @@ def main() -> None:
         if isinstance(stop.__context__, BrokenPipeError):  # typer makes an exit with 1 of it
             _broken_pipe(out)
         raise
-    except OSError as error:
-        if not _is_of_output(error):
+    except (ImportError, RuntimeError, OSError) as error:
+        if _is_of_memory(error):
+            fail(f"not enough memory to go on: {error}")
+        if not isinstance(error, OSError) or not _is_of_output(error):
             raise
         _drop_output()
         fail(f"standard output: cannot write: {error.strerror or error}")

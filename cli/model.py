@@ -32,9 +32,13 @@ COARSEST_CLOCK_NS = 2_000_000_000  # some file systems store times in steps of t
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model: context in tokens (0 = all that the last band holds), cache type, schedule file, threads."""
+    """How to load a model: context in tokens (0 = all that the last band holds), cache type, schedule file, threads.
+
+    With `needed`, the cache holds only so many tokens, if the context is longer.
+    """
 
     context: int = 0
+    needed: int | None = None
     kv: str = "auto"
     schedule: Path | None = None
     threads: int | None = None
@@ -59,11 +63,14 @@ def load_model(path: Path, options: LoadOptions) -> Llama:
     """
     from ..runtime import Llama
 
+    context = options.context
+    if options.needed is not None and options.needed < full_context(path, options):
+        context = options.needed
     return Llama(
         str(path),
         schedule=options.schedule,
         kv=options.kv,
-        n_ctx=options.context,
+        n_ctx=context,
         flash_attn=True,  # the fast code for long prompts works on its nodes
         n_threads=options.threads,
         n_threads_batch=options.threads,
@@ -90,15 +97,27 @@ def load_fast(path: Path, options: LoadOptions) -> Llama:
 
 def _suits_quantised(path: Path, options: LoadOptions) -> bool:
     """Whether the context is long, and our own code reads over a quantised cache; llama.cpp's is three times slower."""
-    from ..container import read_header, schedule_of
-    from ..factors import read_schedule
+    from ..container import read_header
     from ..runtime.graph.fast import switched_off
 
     header = read_header(path)
-    context = options.context or (read_schedule(options.schedule) if options.schedule else schedule_of(header)).context
     capped = header.get(f"{header.arch}.attn_logit_softcapping")
     sinks = any(tensor.name.endswith("attn_sinks.weight") for tensor in header.tensors)
-    return context > LONG_CONTEXT and not (switched_off() or capped or sinks)
+    return full_context(path, options) > LONG_CONTEXT and not (switched_off() or capped or sinks)
+
+
+def full_context(path: Path, options: LoadOptions) -> int:
+    """Return the context in tokens that the options ask for, or that the last band holds.
+
+    Raises:
+        UserError: the options ask for more than that.
+    """
+    from ..container import read_header, schedule_of
+    from ..factors import read_schedule
+    from ..runtime.loading import check_context
+
+    schedule = read_schedule(options.schedule) if options.schedule else schedule_of(read_header(path))
+    return check_context(options.context, schedule)
 
 
 def bundled_model() -> Path:

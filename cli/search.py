@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..files import MAX_NAME_BYTES
 from .terminal import out, printable
 
 if TYPE_CHECKING:
@@ -141,7 +144,7 @@ def search(
         model=path,
         texts=tuple(texts_of(text, more)),
         contexts=contexts,
-        folder=output.with_name(f"{output.name}.search"),
+        folder=search_folder(output),
         settings=_settings(algorithm, seed, budget, screen, evolution),
         objective=objective,
         passages=passages,
@@ -177,6 +180,16 @@ def _run(plan: SearchPlan, search_schedule: Any, output: Path, plot: Path | None
         print(json.dumps(_facts(schedule, found, plan, output), ensure_ascii=False, indent=1))
     else:
         _show(schedule, found, plan, output, plot)
+
+
+def search_folder(output: Path) -> Path:
+    """Return the folder beside the schedule for what the search has done so far; a name too long for one is cut."""
+    name = f"{output.name}.search"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:8]
+        start = os.fsencode(output.name)[: MAX_NAME_BYTES - len(f".{digest}.search")].decode(errors="ignore")
+        name = f"{start}.{digest}.search"
+    return output.with_name(name)
 
 
 def _settings(algorithm: str, seed: int, budget: str, screen: bool, evolution: dict[str, Any]) -> Any:

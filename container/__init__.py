@@ -14,8 +14,8 @@ from .parts import model_parts
 from .reader import read_header
 from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values, trained_schedule
 from .stock import what_stock_does
-from .tensor_types import type_name
-from .values import Value
+from .tensor_types import TENSOR_TYPES, TYPE_NUMBERS, type_name
+from .values import Value, ValueType
 
 __all__ = [
     "ARCHITECTURES_WITHOUT_ROPE",
@@ -24,11 +24,14 @@ __all__ = [
     "NATIVE_FACTOR_ARCHITECTURES",
     "PREFIX",
     "SHORT",
+    "TENSOR_TYPES",
+    "TYPE_NUMBERS",
     "Entry",
     "GGUFError",
     "Header",
     "Tensor",
     "Value",
+    "ValueType",
     "check_has_tensors",
     "check_is_model",
     "embedded_schedule",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from pydantic import ValidationError
 
 from ..errors import UserError
@@ -29,7 +28,7 @@ from ..factors import (
 from .architectures import ALPHA_ARCHITECTURES, YARN_BETA_ARCHITECTURES, YARN_LOG_MULTIPLIER, has_rope
 from .header import GGUFError, Header
 from .kinds import check_is_model
-from .tensor_types import type_name
+from .tensor_types import TYPE_NUMBERS, type_name
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING_TYPES = ("none", "linear", "yarn", "longrope")
@@ -252,7 +251,7 @@ def _factor_tensor(header: Header, name: str, n_rot: int) -> Array | None:
     tensor = header.tensor(name)
     if tensor is None:
         return None
-    floats: dict[int, str] = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
+    floats: dict[int, str] = {TYPE_NUMBERS["F32"]: "<f4", TYPE_NUMBERS["F16"]: "<f2"}
     dtype = floats.get(tensor.type)
     half = n_rot // 2
     # step35 stores the factors of its layers with most rotary dimensions; the other layers use the first ones of them

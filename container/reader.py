@@ -14,11 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gguf import GGUFValueType
-
 from .header import Entry, GGUFError, Header, Tensor
 from .tensor_types import TENSOR_TYPES
-from .values import ARRAY, SCALARS, STRING, U32, U64, decode_scalar, scalar_size
+from .values import ARRAY, SCALARS, STRING, U32, U64, ValueType, decode_scalar, scalar_size
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -162,7 +160,7 @@ class _Reader:
                 text = self.keep(n, key).decode("utf-8", errors="replace")
             return Entry(key, kind, None, 1, start, self.at, text)
         if kind != ARRAY:
-            raise self.fail(f"{key}: value type {kind}, expected 0 to {max(GGUFValueType)}")
+            raise self.fail(f"{key}: value type {kind}, expected 0 to {max(ValueType)}")
         item = self.scalar(U32, f"item type of {key}")
         if item in SCALARS:
             n = self.count(f"length of {key}", scalar_size(item))

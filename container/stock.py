@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..factors import Band
 from .architectures import KNOWN_ARCHITECTURES, LLAMA_CPP_PYTHON, takes_native_factors
 from .facts import native_schedule
 from .header import Header
@@ -17,6 +18,13 @@ def what_stock_does(header: Header) -> list[str]:
         return [f"runs it as it is, up to {schedule.context:,} tokens."]
     last = schedule.bands[-1]
     if not takes_native_factors(header):
+        scaled = native.bands[-1]
+        if native.context >= schedule.context and set(scaled.rescale_factors) != {1.0}:
+            return [
+                f"cannot take rescale factors for this {header.arch!r} model: it runs the file with the scaling of its"
+                f" metadata, up to {native.context:,} tokens, whose factors differ by up to"
+                f" {_difference(scaled, last):.0%}. Run it with ropewalk."
+            ]
         return [
             f"cannot take rescale factors for this {header.arch!r} model: it runs the file as if it were not extended,"
             f" which holds for {schedule.bands[0].context:,} tokens. Run it with ropewalk."
@@ -39,3 +47,10 @@ def what_stock_does(header: Header) -> list[str]:
     if any(band.start_tokens for band in schedule.bands):
         lines.append(f"Start tokens ({last.start_tokens}) are rescaled like all others.")
     return lines
+
+
+def _difference(native: Band, other: Band) -> float:
+    """Return by how much the angle of a pair differs at most, relative to the other's, attention factors included."""
+    pairs = zip(native.rescale_factors, other.rescale_factors, strict=True)
+    factors = max(abs(b / a - 1) for a, b in pairs)
+    return max(factors, abs(native.attention_factor / other.attention_factor - 1))

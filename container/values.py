@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
-from gguf import GGUFValueType
 
-U32, U64, F32, F64 = GGUFValueType.UINT32, GGUFValueType.UINT64, GGUFValueType.FLOAT32, GGUFValueType.FLOAT64
-I64, BOOL, STRING, ARRAY = GGUFValueType.INT64, GGUFValueType.BOOL, GGUFValueType.STRING, GGUFValueType.ARRAY
+class ValueType(IntEnum):
+    """The format's numbers for the types of values."""
+
+    UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
+
+
+U32, U64, F32, F64 = ValueType.UINT32, ValueType.UINT64, ValueType.FLOAT32, ValueType.FLOAT64
+I64, BOOL, STRING, ARRAY = ValueType.INT64, ValueType.BOOL, ValueType.STRING, ValueType.ARRAY
 
 SCALARS: Mapping[int, str] = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
+    ValueType.UINT8: "B",
+    ValueType.INT8: "b",
+    ValueType.UINT16: "H",
+    ValueType.INT16: "h",
     U32: "I",
-    GGUFValueType.INT32: "i",
+    ValueType.INT32: "i",
     F32: "f",
     BOOL: "?",
     U64: "Q",

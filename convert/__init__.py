@@ -4,6 +4,7 @@ from .checkpoint import checkpoint_folder, is_checkpoint
 from .embed import embed_schedule, write_embedded
 from .from_checkpoint import convert_checkpoint
 from .from_gguf import convert_model
+from .load_trial import load_problem
 from .plan import EXISTING, Plan, plan_extension, plan_given
 from .requantise import WEIGHT_TYPES, quantised_types
 from .split import in_parts, parse_size, split_model
@@ -18,6 +19,7 @@ __all__ = [
     "embed_schedule",
     "in_parts",
     "is_checkpoint",
+    "load_problem",
     "parse_size",
     "plan_extension",
     "plan_given",

@@ -44,6 +44,13 @@ def check_loads(path: Path, what: str) -> None:
     Raises:
         UserError: it does not; the message has llama.cpp's reason.
     """
+    problem = load_problem(path, what)
+    if problem is not None:
+        raise UserError(f"{what}: llama.cpp would not load the converted model: {problem}")
+
+
+def load_problem(path: Path, what: str) -> str | None:
+    """Return why llama.cpp does not load the file at `path`, which its reason calls `what`; None if it does."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(path), repr(sys.path)],
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # otherwise an abort in llama.cpp would start a debugger
@@ -51,9 +58,10 @@ def check_loads(path: Path, what: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    if done.returncode:
-        output = done.stderr.decode("utf-8", errors="replace").replace(str(path), what)
-        raise UserError(f"{what}: llama.cpp would not load the converted model: {_reason(output, done.returncode)}")
+    if not done.returncode:
+        return None
+    output = done.stderr.decode("utf-8", errors="replace").replace(str(path), what)
+    return _reason(output, done.returncode)
 
 
 def _reason(output: str, code: int) -> str:

@@ -205,10 +205,13 @@ def schedule_from_dict(data: Any, where: str) -> Schedule:
         raise ScheduleError(f"{where}: {first_mistake(error)}") from None
 
 
+LONGEST_KEY = 60  # characters of a key in a message
+
+
 def first_mistake(error: ValidationError) -> str:
     """Return the first thing that these types found wrong with their values, in one line with its key."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(_printable(str(part)) for part in first["loc"])
+    key = ".".join(_printable(str(part)[:LONGEST_KEY]) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] in ("value_error", "missing") else f", found {_short(first['input'])}"
     return f"{key + ': ' if key else ''}{message}{found}"

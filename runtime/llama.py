@@ -35,6 +35,7 @@ from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
 from .loading import (
     WeightsKey,
+    alphabet_of,
     check_context,
     check_loadable,
     check_special_tokens,
@@ -49,7 +50,8 @@ from .loading import (
     whole_number,
 )
 from .losses import Logits, Scored
-from .prompts.control_tokens import CUT_BYTES, ControlSpellings
+from .prompts.chat_formatter import chat_handlers
+from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
 from .threads import default_threads
 
@@ -159,6 +161,7 @@ class Llama(llama_cpp.Llama):
         if options.get("lora_path"):
             options["lora_path"] = os.fspath(options["lora_path"])
         self._weights = WeightsKey(header, options)
+        self._alphabet = alphabet_of(header)
         self.plan = memory.choose_kv(
             header,
             self._requested_ctx,
@@ -169,6 +172,7 @@ class Llama(llama_cpp.Llama):
             n_ubatch=n_ubatch,
             logits_all=logits_all,
             bands=len(self._schedule.bands),
+            n_threads=max(n_threads, n_threads_batch),
         )
         check_templates(header)
         engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
@@ -203,6 +207,8 @@ class Llama(llama_cpp.Llama):
         except (ValueError, RuntimeError) as error:  # the latter for an adapter
             raise UserError(f"{model_path}: llama.cpp cannot run it: {log.first_error(str(error))}") from None
         check_special_tokens(model_path, self._model.vocab)
+        eos = (self.token_eos(), self._text_of(self.token_eos()))
+        self._chat_handlers |= chat_handlers(self.metadata, eos, self._text_of(self.token_bos()))
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
         if hooked and self._has_memory and not options.get("vocab_only"):
@@ -307,6 +313,15 @@ class Llama(llama_cpp.Llama):
     def fast_prefill(self) -> bool:
         """Whether long prompts are computed by `graph.fast`."""
         return self._fast is not None
+
+    @property
+    def computed_by(self) -> str:
+        """What computes long prompts: "llama.cpp", "torch", or an instruction set of the kernels; "exact" behind it."""
+        if self._fast is None:
+            return "llama.cpp"
+        if self._kernels is None:
+            return "torch"
+        return self._kernels.instructions.name + (" exact" if self._kernels.exact else "")
 
     @property
     def nodes_taken(self) -> int:
@@ -638,26 +653,44 @@ class Llama(llama_cpp.Llama):
 
     @holds_context
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Return the tokens of a text, as in llama_cpp; a control token's spelling that was cut in two is only text."""
+        """Return the tokens of a text, as in llama_cpp; a control token's spelling that was cut in two is only text.
+
+        Raises:
+            UserError: a SentencePiece vocabulary lacks a character and the bytes of it.
+        """
         pieces = text.split(CUT_BYTES) if special else [text]
-        return [
+        lacking = self._alphabet.lacks(text) if self._alphabet is not None else None
+        if lacking is not None:
+            raise UserError(f"{self.model_path}: its vocabulary has no token for {lacking!a}, nor for its bytes")
+        tokens = [
             token
             for i, piece in enumerate(pieces)
             for token in super(Llama, self).tokenize(piece, add_bos=add_bos and i == 0, special=special)
         ]
+        if llama_cpp.LLAMA_TOKEN_NULL in tokens:
+            raise UserError(f"{self.model_path}: its vocabulary has no token for a part of the text")
+        return tokens
 
     @holds_context
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.n_vocab():  # llama.cpp would abort
+            raise UserError(
+                f"detokenize: tokens from {min(tokens):,} to {max(tokens):,}, expected 0 to {self.n_vocab() - 1:,}"
+            )
         return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special))
 
     def create_chat_completion(self, messages: list[Any], *args: Any, **options: Any) -> Any:
-        """Answer as in llama_cpp, except that the text of messages is never read as control tokens.
+        """Answer as in llama_cpp, except that the text of messages is never read as control tokens, and that a chat
+        template of the model runs in a process of its own, within limits.
 
         Handlers for pictures, and those with a tokeniser of their own, get the messages as they are.
         """
         if self.chat_handler is None and not str(self.chat_format).startswith("functionary"):
             messages = self._spellings.cut_messages(messages)
         return super().create_chat_completion(messages, *args, **options)
+
+    def _text_of(self, token: int) -> str:
+        return "" if token == llama_cpp.LLAMA_TOKEN_NULL else text_of(self.vocab, token)
 
     @cached_property
     def _spellings(self) -> ControlSpellings:

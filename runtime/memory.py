@@ -9,14 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import gguf
-import psutil
 
-from ..container import GGUFError, Header, model_parts
+from ..container import TENSOR_TYPES, TYPE_NUMBERS, GGUFError, Header, model_parts
 from ..errors import UserError, mib
+from .free_memory import available_memory
+from .graph.kernels import why_missing
+from .threads import default_threads
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """Cache types; `K:V` names one each for K and V, a single name is for both."""
@@ -24,8 +24,11 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_
 AUTO_ORDER = ("f16", "q8_0:f16", "q8_0", "q4_0")
 """The cache types that `auto` tries, most exact first."""
 
-FAST_BYTES = 40 << 20
-"""Memory for `graph.fast`: dequantised cells and weights, and torch's buffers."""
+TORCH_BYTES = 40 << 20
+"""Memory for nodes that are computed in torch: dequantised cells and weights, and its own buffers."""
+
+KERNELS_BYTES, THREAD_BYTES = 16 << 20, 3 << 20
+"""The same for the native kernels: results of cells that are to be joined, and what each thread works in."""
 
 CELL_PADDING = 256  # llama.cpp rounds the cache's cells up to this
 
@@ -61,7 +64,7 @@ class MemoryPlan:
 
 def ggml_type(name: str) -> int:
     """Return ggml's number for the cache type `name`."""
-    return int(gguf.GGMLQuantizationType[name.upper()])
+    return TYPE_NUMBERS[name.upper()]
 
 
 def type_name(option: str, number: Any) -> str:
@@ -83,7 +86,7 @@ def is_quantised(name: str) -> bool:
 
 
 def _row_bytes(name: str, n: int) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    _, block, size = TENSOR_TYPES[ggml_type(name)]
     return int(-(-n // block) * size)
 
 
@@ -150,7 +153,8 @@ def _shape(header: Header) -> _Sizes:
     if len(kv_heads) == 1:
         kv_heads *= n_layer
     (n_embd,) = counts(header, "embedding_length", (0,), 0)
-    (key_length,) = counts(header, "attention.key_length", (n_embd // max(*heads, 1, 1),), 0)
+    usual = n_embd // max(*heads, 1, 1)
+    (key_length,) = counts(header, "attention.key_length", (usual,), 0)
     tokens = header.entries.get("tokenizer.ggml.tokens")
     tensors = [tensor for part in model_parts(header) for tensor in part.tensors]
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
@@ -158,7 +162,7 @@ def _shape(header: Header) -> _Sizes:
         n_head=max(heads),
         k_heads=kv_heads,
         key_length=key_length,
-        value_length=counts(header, "attention.value_length", (key_length,), 0)[0],
+        value_length=counts(header, "attention.value_length", (usual,), 0)[0],
         n_embd=n_embd,
         n_ff=max(counts(header, "feed_forward_length", (4 * n_embd,), 0, 1 << 26, per_layer=True)),
         n_vocab=tokens.count if tokens else (embedding.shape[-1] if embedding and embedding.shape else 0),
@@ -187,13 +191,14 @@ def plan_memory(
     n_ubatch: int = 512,
     logits_all: bool = False,
     bands: int = 1,
+    n_threads: int | None = None,
     available: int | None = None,
 ) -> MemoryPlan:
     """Return the plan for `n_ctx` tokens with cache type `kv` (not "auto").
 
     `flash_attn` None means: on where V is quantised, which llama.cpp requires, and with `fast_prefill`, which only
     takes over flash-attention nodes and adds memory of its own, where K is. More than one of `bands` adds the buffer in
-    which quantised keys are rotated. `available` replaces the machine's own figure.
+    which quantised keys are rotated. `n_threads` None means the default. `available` replaces the machine's own figure.
     """
     kv = check_kv_type(kv)
     type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
@@ -212,7 +217,7 @@ def plan_memory(
     outputs = rows * (shape.n_vocab + 8 * shape.n_embd)
     rotated = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
     logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
-    fast = FAST_BYTES if flash_attn and fast_prefill else 0
+    fast = _fast_bytes(shape, rows, n_threads) if flash_attn and fast_prefill else 0
     return MemoryPlan(
         n_ctx=n_ctx,
         kv_type=kv,
@@ -222,6 +227,14 @@ def plan_memory(
         compute_bytes=int(1.05 * max(scores + states, outputs, rotated)) + logits + fast,
         available_bytes=available_memory() if available is None else available,
     )
+
+
+def _fast_bytes(shape: _Sizes, rows: int, n_threads: int | None) -> int:
+    """Bytes for nodes that are computed here; `rows` is the bytes of one float per row of a micro-batch."""
+    if why_missing():
+        return TORCH_BYTES
+    converted = rows * max(shape.n_ff, shape.n_embd, shape.n_head * shape.value_length)
+    return KERNELS_BYTES + THREAD_BYTES * (n_threads or default_threads()) + converted
 
 
 def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan:
@@ -254,7 +267,7 @@ def choose_kv(header: Header, n_ctx: int, kv: str, **options: Any) -> MemoryPlan
 
 def _block_mismatch(shape: _Sizes, kv: str) -> str | None:
     for name, length in ((kv.split(":")[0], shape.key_length), (kv.split(":")[-1], shape.value_length)):
-        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][0]
+        _, block, _ = TENSOR_TYPES[ggml_type(name)]
         if length % block:
             return f"its head size {length} is not a multiple of {name}'s block, {block}"
     return None
@@ -271,17 +284,3 @@ def check_room(n_bytes: int, count: int, free: int) -> None:
             f"not enough memory to screen {count} passages: {mib(n_bytes)} each, and {mib(free)} are free;"
             " use fewer passages, fewer workers or a shorter context"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: those free on the machine, or fewer under a control group."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or "max"
-    return max(free, 0)

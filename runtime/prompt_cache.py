@@ -25,8 +25,8 @@ import numpy as np
 from ..errors import UserError, mib
 from ..files import remove_dead_part
 from . import session
+from .free_memory import available_memory
 from .loading import ROPE_OPTIONS
-from .memory import available_memory
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -227,7 +227,7 @@ class PromptCache:
         params = llm.context_params
         options = [getattr(params, name) for name in ROPE_OPTIONS]
         longest = 0 if llm.runs_by_schedule else llm.n_ctx()  # llama.cpp chooses native long factors by it
-        settings = (llm.kv_type, llm.plan.flash_attn, llm.fast_prefill, llm.n_batch, params.n_ubatch, longest)
+        settings = (llm.kv_type, llm.plan.flash_attn, llm.computed_by, llm.n_batch, params.n_ubatch, longest)
         schedule = llm.schedule.model_dump_json()
         parts = (session.FORMAT, llama_cpp.__version__, llm.weights_key, schedule, settings, options)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

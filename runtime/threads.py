@@ -10,10 +10,11 @@ wait, and sleep after it, it generates as fast as before on an idle machine.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import psutil
 
-from ..processes import usable_cores
+from ..processes import ROOT, allowed_cpus, quota_cores
 
 # Iterations of its waiting loop: some microseconds, in which most threads arrive. It is libgomp's own default where
 # threads outnumber cores.
@@ -23,6 +24,38 @@ if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both once, when it is l
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def default_threads() -> int:
-    """Return the machine's physical cores, or those that this process may use if fewer (taskset, containers)."""
-    return min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, usable_cores())
+def default_threads(root: Path = ROOT, allowed: set[int] | None = None) -> int:
+    """Return the physical cores that this process may use: fewer under taskset, in a container, or with a CPU quota.
+
+    Of a hybrid processor only the performance cores count: all threads wait for the slowest one. `root` is where the
+    file system begins, `allowed` the numbers of the logical CPUs that may be used (default: this process').
+    """
+    cpus = _fast_cpus(root, allowed_cpus() if allowed is None else allowed)
+    return max(1, min(_physical_cores(root, cpus), quota_cores(root)))
+
+
+def _fast_cpus(root: Path, cpus: set[int]) -> set[int]:
+    """Those of `cpus` that are performance cores, where the kernel tells; all if it does not, or there are none."""
+    devices = root / "sys/devices"
+    fast = cpus & _numbers(devices / "cpu_core/cpus")  # Intel's
+    if fast:
+        return fast
+    capacities = {cpu: max(_numbers(devices / f"system/cpu/cpu{cpu}/cpu_capacity"), default=0) for cpu in cpus}  # Arm's
+    greatest = max(capacities.values(), default=0)
+    return {cpu for cpu, capacity in capacities.items() if capacity >= greatest / 2}
+
+
+def _physical_cores(root: Path, cpus: set[int]) -> int:
+    """How many cores these logical CPUs belong to."""
+    topology = [root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus]
+    cores = {frozenset(_numbers(path)) for path in topology} - {frozenset()}
+    return len(cores) or min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
+
+
+def _numbers(path: Path) -> set[int]:
+    """The numbers in a file of the kernel's, such as `0-3,8`; empty where there is none."""
+    try:
+        ranges = [part.split("-") for part in path.read_text(encoding="ascii").strip().split(",")]
+        return {number for first, *last in ranges for number in range(int(first), int(last[0] if last else first) + 1)}
+    except (OSError, ValueError):
+        return set()

@@ -54,10 +54,9 @@ class Graph:
         return self.permuted(self.tensor(q.transpose(0, 2, 1, 3).astype(np.float32), 0))
 
     def cells(self, x, kind):
-        code = gguf.GGMLQuantizationType[kind.upper()]
-        packed = gguf.quants.quantize(np.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=np.float32), code)
+        packed = quantised(x.transpose(0, 2, 1, 3), kind)
         shape = tuple(x.transpose(0, 2, 1, 3).shape)
-        return self.permuted(self.tensor(packed, int(code), shape))
+        return self.permuted(self.tensor(packed, int(gguf.GGMLQuantizationType[kind.upper()]), shape))
 
     def permuted(self, tensor):
         self.base.ggml_permute.restype = POINTER
@@ -81,11 +80,23 @@ class Graph:
         self.base.ggml_free(self.context)
 
 
+def quantised(x, kind):
+    """The bytes of `x` in a cache, of any shape whose last dimension is whole blocks."""
+    x, code = np.ascontiguousarray(x, dtype=np.float32), gguf.GGMLQuantizationType[kind.upper()]
+    if kind != "iq4_nl":
+        return gguf.quants.quantize(x, code)
+    block, size = gguf.GGML_QUANT_SIZES[code]  # the gguf package only reads this type
+    packed = np.empty((*x.shape[:-1], x.shape[-1] // block * size), dtype=np.uint8)
+    chunk = library("ggml-base").ggml_quantize_chunk
+    chunk.restype, chunk.argtypes = ctypes.c_size_t, (ctypes.c_int, POINTER, POINTER, *[ctypes.c_int64] * 3, POINTER)
+    chunk(int(code), x.ctypes.data, packed.ctypes.data, 0, x.size // x.shape[-1], x.shape[-1], None)
+    return packed
+
+
 def stored(x, kind):
     """`x` as the cache stores it."""
     code = gguf.GGMLQuantizationType[kind.upper()]
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    return gguf.quants.dequantize(gguf.quants.quantize(x, code), code).reshape(x.shape).astype(np.float64)
+    return gguf.quants.dequantize(quantised(x, kind), code).reshape(x.shape).astype(np.float64)
 
 
 def reference(q, k, v, mask, scale, sinks=None, max_bias=0.0, softcap=0.0):

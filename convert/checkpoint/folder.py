@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import UserError
+from ...files import MAX_NAME_BYTES
 from ..json_file import read_json
 
 DTYPES = {
@@ -147,8 +148,8 @@ def _indexed_shards(index: Path, weight_map: Any) -> list[Path]:
     if not names:
         raise UserError(f"{index}: weight_map: missing or not a map of tensor names to files")
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index}: weight_map: {name!r}, expected the name of a file beside it")
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+            raise UserError(f"{index}: weight_map: {name!r:.80}, expected the name of a file beside it")
         if not (index.parent / name).is_file():
             n = sum(shard == name for shard in weight_map.values())
             raise UserError(f"{index.parent / name}: missing, although {index.name} names it for {n} of the tensors")

@@ -13,7 +13,7 @@ from ...errors import UserError
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .pre_tokeniser import encoded, find_pre_tokeniser
-from .trial import SAMPLE, Vocabulary, differing_texts, note
+from .trial import SAMPLE, Vocabulary, differing_texts, note, trial_notes
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -97,7 +97,7 @@ def write_byte_fallback_bpe(
         if len(without) < len(differing):
             writer.add_add_space_prefix(False)
             differing = without
-    return vocabulary, (*notes, *note("llama.cpp", differing))
+    return vocabulary, (*notes, *trial_notes(vocabulary, "llama.cpp", differing))
 
 
 def load(path: Path) -> Any:
@@ -147,7 +147,7 @@ def _special_tokens(files: TokeniserFiles) -> set[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = files.config.get(key)
         entries += more if isinstance(more, list) else more.values() if isinstance(more, dict) else ()
-    texts = {entry.get("content") if isinstance(entry, dict) else entry for entry in entries}
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
     return {text for text in texts if isinstance(text, str)}
 
 

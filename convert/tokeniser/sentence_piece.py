@@ -12,7 +12,7 @@ from ..json_file import read_json
 from .files import AddedToken, TokeniserFiles
 from .looks import looks_special
 from .rules import TokeniserRules
-from .trial import SAMPLE, Vocabulary, differing_texts, note
+from .trial import SAMPLE, Vocabulary, differing_texts, trial_notes
 
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL)
@@ -51,7 +51,7 @@ def write_sentencepiece(
     vocabulary.check_distinct()
     vocabulary.write(writer, "default")
     differing = differing_texts(vocabulary, "default", SAMPLE, model.encode(list(SAMPLE)), space_prefix)
-    return vocabulary, note("llama.cpp", differing)
+    return vocabulary, trial_notes(vocabulary, "llama.cpp", differing)
 
 
 def load_model(path: Path) -> Any:
@@ -67,10 +67,14 @@ def load_model(path: Path) -> Any:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_MODEL_BYTES:,}")
         model = SentencePieceProcessor()
         model.LoadFromSerializedProto(path.read_bytes())
+        for i in range(model.vocab_size()):
+            model.IdToPiece(i)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RuntimeError:
         raise UserError(f"{path}: not a SentencePiece model") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a piece is not UTF-8 text") from None
     return model
 
 

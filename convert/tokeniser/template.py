@@ -19,19 +19,20 @@ MAX_BYTES = 16 << 20
 def write_template(writer: GGUFWriter, files: TokeniserFiles) -> None:
     """Write the template in chat_template.jinja, or else in tokenizer_config.json or chat_template.json.
 
-    That is the order of transformers.
+    That is the order of transformers. The named ones in additional_chat_templates come with any of them.
 
     Raises:
         UserError: a template is not text.
     """
     configured = files.config.get("chat_template")
     _check(configured, files.folder)
-    given = _in_files(files.folder)
-    given = configured if given is None else given
+    main = files.folder / "chat_template.jinja"
+    given: Any = _text(main) if main.is_file() else configured
     old = files.folder / "chat_template.json"
     if given is None and old.is_file():
         given = read_json(old).get("chat_template")
         _check(given, files.folder)
+    given = _with_additional(given, files.folder)
     if isinstance(given, str):
         writer.add_chat_template(given)
     elif given is not None:
@@ -46,15 +47,15 @@ def _check(given: Any, folder: Path) -> None:
             raise UserError(f"{folder}: chat_template: {entry!r:.60}, expected a map with name and template")
 
 
-def _in_files(folder: Path) -> Any:
-    main = folder / "chat_template.jinja"
-    if main.is_file():
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        if not more:
-            return _text(main)
-        named = [{"name": path.stem, "template": _text(path)} for path in more]
-        return [{"name": "default", "template": _text(main)}, *named]
-    return None
+def _with_additional(given: Any, folder: Path) -> Any:
+    """Return the templates with those that have files of their own, which go before others of the same name."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if not files:
+        return given
+    listed = [{"name": "default", "template": given}] if isinstance(given, str) else given or []
+    names = {path.stem for path in files}
+    kept = [entry for entry in listed if entry.get("name") not in names]
+    return kept + [{"name": path.stem, "template": _text(path)} for path in files]
 
 
 def _write_named(writer: GGUFWriter, templates: list[Any]) -> None:

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
 
+from ...container.alphabet import BYTES, Alphabet, alphabet
 from ...errors import UserError
 
 
@@ -24,6 +26,11 @@ class Vocabulary:
     types: Sequence[int]
     scores: Sequence[float] = ()
     merges: Sequence[str] = ()
+
+    @cached_property
+    def alphabet(self) -> Alphabet | None:
+        """What a SentencePiece vocabulary can spell; None if that is every text."""
+        return alphabet(self.tokens, self.types) if self.model == "llama" else None
 
     def check_distinct(self) -> None:
         """Refuse two tokens with the same text, on which llama.cpp aborts.
@@ -81,6 +88,18 @@ def differing_texts(
     return tuple(text for text, a, b in zip(texts, found, wanted, strict=True) if a != b)
 
 
+def trial_notes(vocabulary: Vocabulary, who: str, differing: Sequence[str]) -> tuple[str, ...]:
+    """A note on bytes that no token stands for, and one on the samples that differ."""
+    return (*_missing(vocabulary.alphabet), *note(who, differing))
+
+
+def _missing(found: Alphabet | None) -> tuple[str, ...]:
+    if found is None:
+        return ()
+    n, first = len(found.missing), BYTES[min(found.missing)]
+    return (f"tokeniser: {n} of 256 bytes have no token, e.g. {first}: llama.cpp aborts at texts that need one",)
+
+
 def note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
     """A note on the samples that differ, if there are any."""
     if not differing:
@@ -91,8 +110,8 @@ def note(who: str, differing: Sequence[str]) -> tuple[str, ...]:
 
 def tokens_of(
     vocabulary: Vocabulary, pre: str, texts: Sequence[str], space_prefix: bool | None = None
-) -> list[list[int]]:
-    """Tokenise texts with llama.cpp.
+) -> list[list[int] | None]:
+    """Tokenise texts with llama.cpp; None for one that the vocabulary cannot spell.
 
     Args:
         pre: the pre-tokeniser's name.
@@ -101,8 +120,9 @@ def tokens_of(
     Raises:
         UserError: llama.cpp does not accept the vocabulary.
     """
+    spells = vocabulary.alphabet
     with _loaded(vocabulary, pre, space_prefix) as vocab:
-        return [_tokens(vocab, text.encode()) for text in texts]
+        return [None if spells and spells.lacks(text.encode()) else _tokens(vocab, text.encode()) for text in texts]
 
 
 def ending_tokens(vocabulary: Vocabulary, tokens: Sequence[int]) -> set[int]:
@@ -160,7 +180,7 @@ def _write(path: Path, vocabulary: Vocabulary, pre: str, space_prefix: bool | No
 def _tokens(vocab: Any, raw: bytes) -> list[int]:
     import llama_cpp
 
-    limit = len(raw) + 1  # at most one token per byte, and a space before them
+    limit = 3 * (len(raw) + 1)  # at most one token per byte, of which "▁" has three, and a space before them
     found = (llama_cpp.llama_token * limit)()
     n = llama_cpp.llama_tokenize(vocab, raw, len(raw), found, limit, False, False)
     assert n >= 0, raw

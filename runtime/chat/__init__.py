@@ -4,7 +4,7 @@ from .answer import Answer, ContextFull, Sampling, piece
 from .conversation import Conversation, Saved, Transcript, drop_saved_cache, read_saved
 from .results import Results, StandardOutput, settings_digest
 from .summary import PROMPT, EmptySummary, NothingToSummarize, Summarizer, Summary, SummarySettings, has_words
-from .template import ChatTemplate, Message, count_tokens
+from .template import ChatTemplate, Message, count_tokens, most_tokens
 
 __all__ = [
     "PROMPT",
@@ -26,6 +26,7 @@ __all__ = [
     "count_tokens",
     "drop_saved_cache",
     "has_words",
+    "most_tokens",
     "piece",
     "read_saved",
     "settings_digest",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...errors import UserError
+from ...factors import first_mistake
 from ...files import write_file
 from .. import session
 from ..prompt_cache import MIN_TOKENS, PromptCache
@@ -166,6 +167,10 @@ class Conversation:
         transcript, question = self.transcript.without_last()
         self.transcript = self._counted(transcript)
         return question
+
+    def prompt_tokens(self, question: str) -> int:
+        """Return how many tokens the prompt has that asks `question` next."""
+        return len(self._template.tokens(self.transcript.prompt_messages(question)))
 
     def could_hold(self, n_tokens: int) -> bool:
         """Whether so many more tokens would fit if some, or all, of the exchanges were dropped."""
@@ -432,10 +437,7 @@ def _read_record(folder: Path) -> _Record:
     try:
         record = _Record.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = re.sub(r"\s+", " ", f"{key + ': ' if key else ''}{first['msg']}")
-        raise UserError(f"{path}: not a saved conversation: {reason}") from None
+        raise UserError(f"{path}: not a saved conversation: {first_mistake(error)}") from None
     if _digest(record.transcript) != record.digest:
         raise UserError(f"{path}: the saved conversation is damaged (its digest does not match)")
     return record

@@ -19,6 +19,7 @@ from ..prompts.control_tokens import CUT, ControlSpellings, text_of
 from ..prompts.rendering import TemplateError, render
 
 if TYPE_CHECKING:
+    from ...container import Header
     from ..llama import Llama
 
 PLAIN_TEMPLATE = (
@@ -27,6 +28,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nAssistant:")
+
+SPARE_TOKENS = 64  # for control tokens, and what else a template adds
 
 EXACT_CHARACTERS = 1 << 20  # longer texts are counted in pieces, so that Ctrl-C takes effect between them
 
@@ -89,7 +92,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
-            return render(self._template, {"messages": messages, **self._specials}, self._today)
+            # A reasoning model's thoughts would be taken for the answer.
+            variables = {"messages": messages, "enable_thinking": False, **self._specials}
+            return render(self._template, variables, self._today)
         except TemplateError as error:
             if not error.hopeless and len(messages) > 1 and messages[0]["role"] == "system":  # some have no system role
                 system, first, *rest = messages
@@ -98,6 +103,16 @@ class ChatTemplate:
 
     def _text(self, token: int) -> str:
         return "" if token == -1 else text_of(self._llm.vocab, token)
+
+
+def most_tokens(header: Header, *texts: str) -> int:
+    """Return how many tokens a prompt of these texts takes at most, before the model is loaded.
+
+    That is one for each byte of theirs and of the chat template, which may have a system message of its own. Some
+    tokenisers can make more of a text: `Conversation.prompt_tokens` tells.
+    """
+    template = str(header.get("tokenizer.chat_template") or PLAIN_TEMPLATE)
+    return sum(len(text.encode("utf-8", "replace")) for text in (template, *texts)) + SPARE_TOKENS
 
 
 def count_tokens(llm: Llama, text: str) -> int:

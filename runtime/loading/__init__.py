@@ -1,6 +1,6 @@
 """What is decided and checked before a model is loaded: options, schedule, and what llama.cpp would abort at."""
 
-from .loadable import check_loadable, check_special_tokens
+from .loadable import alphabet_of, check_loadable, check_special_tokens
 from .options import (
     ROPE_OPTIONS,
     WeightsKey,
@@ -19,6 +19,7 @@ from .options import (
 __all__ = [
     "ROPE_OPTIONS",
     "WeightsKey",
+    "alphabet_of",
     "check_context",
     "check_loadable",
     "check_special_tokens",

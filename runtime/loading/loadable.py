@@ -10,7 +10,8 @@ from typing import Any
 
 import llama_cpp
 
-from ...container import GGUFError, Header
+from ...container import GGUFError, Header, has_rope, model_parts
+from ...container.alphabet import Alphabet, alphabet
 from ...errors import UserError
 from ..memory import MAX_LAYERS, counts, head_size, value_size
 
@@ -33,6 +34,15 @@ WHOLE_HEAD_ARCHITECTURES = frozenset(
 )
 """Architectures whose graphs assert that all of a head is rotated, and that values are as long as keys."""
 
+EQUAL_HEAD_ARCHITECTURES = WHOLE_HEAD_ARCHITECTURES | frozenset(
+    """
+    afmoe bailingmoe2 bitnet chatglm cohere2 command-r dflash eagle3 eurobert glm4 glm4moe gptneox granitehybrid
+    laguna llama-embed minimax-01 minimax-m2 minimax-m3 modern-bert muse-glimmer nanbeige nemotron neo-bert openelm
+    phi2 phi3 pockettts qwen qwen35 qwen35moe qwen3next qwen3tts qwen4exp spark2_5 stablelm
+    """.split()  # noqa: SIM905
+)
+"""Architectures whose graphs assert that values are as long as keys; of those that rotate."""
+
 
 def check_loadable(header: Header, vocab_only: bool = False) -> None:
     """Refuse a file at which llama.cpp would abort.
@@ -46,10 +56,20 @@ def check_loadable(header: Header, vocab_only: bool = False) -> None:
     _check_layers(header)
     _check_experts(header)
     _check_head(header)
+    _check_attention(header)
     for name in EPSILONS:
         key = f"{header.arch}.attention.{name}"
         if key in header.entries and header.number(key) < 0:
             raise GGUFError(f"{header.path}: {key}: {header.number(key):g}, expected at least 0")
+
+
+def alphabet_of(header: Header) -> Alphabet | None:
+    """Return what the model's vocabulary can spell if llama.cpp would abort at other texts; None if there are none."""
+    if header.get("tokenizer.ggml.model") != "llama":
+        return None
+    found = (header.entries.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    tokens, types = (header.array(entry.key) if entry and entry.item_type is not None else [] for entry in found)
+    return alphabet(map(str, tokens), types) if tokens else None
 
 
 def check_special_tokens(path: Any, vocab: Any) -> None:
@@ -95,16 +115,29 @@ def _check_experts(header: Header) -> None:
 
 
 def _check_head(header: Header) -> None:
-    if header.arch not in WHOLE_HEAD_ARCHITECTURES:
+    if not has_rope(header):
         return
     size = head_size(header)
     (n_rot,) = counts(header, "rope.dimension_count", (size,), 0)
-    if n_rot != size:
-        raise GGUFError(f"{header.path}: {header.arch}.rope.dimension_count: {n_rot}, expected the head size, {size}")
-    if value_size(header) != size:
+    whole = header.arch in WHOLE_HEAD_ARCHITECTURES
+    if n_rot > size or (whole and n_rot != size):
+        expected = f"{'' if whole else 'at most '}the head size, {size}"
+        raise GGUFError(f"{header.path}: {header.arch}.rope.dimension_count: {n_rot}, expected {expected}")
+    if header.arch in EQUAL_HEAD_ARCHITECTURES and value_size(header) != size:
         raise GGUFError(
             f"{header.path}: {header.arch}.attention.value_length: {value_size(header)}, expected the key's, {size}"
         )
+
+
+def _check_attention(header: Header) -> None:
+    """In phi3, queries, keys and values may be one tensor or three; the loader also takes none."""
+    if header.arch != "phi3":
+        return
+    names = {tensor.name for part in model_parts(header) for tensor in part.tensors}
+    for i in range(*counts(header, "block_count", (1,), 1, MAX_LAYERS)):
+        parts = {f"blk.{i}.attn_{name}.weight" for name in "qkv"}
+        if f"blk.{i}.attn_qkv.weight" not in names and not parts <= names:
+            raise GGUFError(f"{header.path}: blk.{i}.attn_qkv.weight: missing")
 
 
 def _check_tokens(header: Header) -> None:

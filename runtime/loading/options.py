@@ -19,9 +19,18 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from gguf import GGUFValueType
 
-from ...container import Entry, Header, freq_scale, model_digest, model_parts, native_schedule, read_header, schedule_of
+from ...container import (
+    Entry,
+    Header,
+    ValueType,
+    freq_scale,
+    model_digest,
+    model_parts,
+    native_schedule,
+    read_header,
+    schedule_of,
+)
 from ...errors import UserError
 from ...factors import Band, Provenance, Schedule, check_matches, read_schedule
 from ..memory import head_size, is_quantised
@@ -138,10 +147,10 @@ def _float(value: Any) -> float | None:
 
 def _gguf_type(value: bool | int | float | str) -> int:
     kinds = {
-        bool: GGUFValueType.BOOL,
-        int: GGUFValueType.INT64,
-        float: GGUFValueType.FLOAT64,
-        str: GGUFValueType.STRING,
+        bool: ValueType.BOOL,
+        int: ValueType.INT64,
+        float: ValueType.FLOAT64,
+        str: ValueType.STRING,
     }
     return int(kinds[type(value)])
 

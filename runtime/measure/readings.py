@@ -149,6 +149,7 @@ def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None)
         n_ctx=n_ctx,
         kv=kv,
         flash_attn=True,
+        exact=True,
         n_threads=threads,
         n_threads_batch=threads,
         verbose=False,

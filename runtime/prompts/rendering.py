@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,17 @@ def check_templates(header: Header) -> None:
 _checked: set[str] = set()
 
 
-def render(template: str, variables: Mapping[str, Any], today: date | None = None) -> str:
-    """Return what the template makes of `variables`, with `today` for its `strftime_now`.
+def render(template: str, variables: Mapping[str, Any], now: date | None = None) -> str:
+    """Return what the template makes of `variables`, with `now` (a date, or a datetime) for its `strftime_now`.
 
     Raises:
         TemplateError: it is not a template, raises an exception, or exceeds a limit.
+        TypeError: a variable is of a kind that JSON does not have.
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(f"{len(template):,} characters, expected at most {MAX_TEMPLATE:,}", hopeless=True)
     defaults = {
         "add_generation_prompt": True,
-        "enable_thinking": False,  # a reasoning model's thoughts would be taken for the answer
         "eos_token": "",
         "bos_token": "",
         **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
@@ -91,7 +91,7 @@ def render(template: str, variables: Mapping[str, Any], today: date | None = Non
     request = {
         "template": template,
         "variables": {**defaults, **variables},
-        "today": (today or date.today()).isoformat(),
+        "now": (now or datetime.now()).isoformat(),
     }
     reply = _renderer.ask(request)
     if "text" in reply:

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 from contextlib import suppress
-from datetime import date
+from datetime import datetime
 from typing import Any
 
 SPARE_CHARACTERS = 1 << 20
@@ -90,7 +90,7 @@ def _render(template: Any, request: dict[str, Any], max_characters: int) -> dict
     variables = {
         **request["variables"],
         "raise_exception": raise_exception,
-        "strftime_now": date.fromisoformat(request["today"]).strftime,
+        "strftime_now": datetime.fromisoformat(request["now"]).strftime,
     }
     pieces, length = [], 0
     for piece in template.generate(variables):

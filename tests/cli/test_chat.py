@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ropewalk.runtime.chat
 
 COMMAND = [sys.executable, "-c", "from ropewalk.cli.main import main; main()", "chat"]
 FAST = ["--context", "1024", "--temp", "0", "--threads", "1"]
@@ -63,6 +64,7 @@ def test_one_question_from_a_pipe(pipe: Pipe) -> None:
         (b"word " * 2000, [], "this question: 2,03"),
         (b"hello", ["--kv", "q9"], "kv: 'q9'"),
         (b"hello", ["--context", "50000"], "n_ctx: 50,000"),
+        (b"hello", ["--context", "50000", "--max-tokens", "8"], "n_ctx: 50,000"),
         (b"hello", ["--max-tokens", "0"], "Invalid value for '--max-tokens'"),
     ],
 )
@@ -70,6 +72,33 @@ def test_mistakes_in_a_pipe(
     mistake: Callable[..., str], smollm2: Path, stdin: bytes, arguments: list[str], expected: str
 ) -> None:
     assert mistake("chat", smollm2, *FAST, *arguments, stdin=stdin).startswith(f"ropewalk: {expected}")
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_one_question_takes_no_more_cache_than_it_needs(
+    ropewalk_command: Pipe, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: bool
+) -> None:
+    loaded: list[int] = []
+    make = ropewalk.Llama.__init__
+
+    def noted(self: ropewalk.Llama, *arguments: Any, **options: Any) -> None:
+        loaded.append(options["n_ctx"])
+        make(self, *arguments, **options)
+
+    def ask(*more: str) -> dict[str, Any]:
+        arguments = ("--temp", "0", "--threads", "1", "--max-tokens", "12", "--json", *more)
+        done = ropewalk_command("chat", smollm2, *arguments, stdin="Wer war Père Noël? 🎅".encode())
+        assert (done.returncode, done.stderr) == (0, "")
+        return dict(json.loads(done.stdout))
+
+    expected = ask("--system", "Be brief.", "--prompt-cache", str(tmp_path / "prompts"))
+    monkeypatch.setattr(ropewalk.Llama, "__init__", noted)
+    if not enough:
+        monkeypatch.setattr(ropewalk.runtime.chat, "most_tokens", lambda *_: 20)
+    answer = ask("--system", "Be brief.")
+    assert answer["answer"] == expected["answer"] and answer["tokens"] == expected["tokens"]
+    assert answer["tokens"]["context"] == 8192
+    assert 0 < loaded[0] < 1024 and loaded[1:] == ([] if enough else [0])
 
 
 def test_a_text_piped_before_is_not_read_again(pipe: Pipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 
+import llama_cpp
 import numpy as np
 import pytest
 from ropewalk.container import embedded_schedule, native_schedule, read_header
@@ -72,6 +73,18 @@ def test_notes_say_what_happens_to_existing_factors(run, tiny_llama, tmp_path):
     assert "(native + yarn, 512 tokens) is kept" in done.stdout
     done = run(tmp_path / "3.gguf", tmp_path / "4.gguf", "--type", "q8_0")
     assert "note: the weights were quantised already (q4_0" in done.stdout
+
+
+def test_that_llama_cpp_does_not_load_a_model_is_said(run, tiny_llama, tmp_path):
+    path = tiny_llama(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    assert "does not load" not in run(path, tmp_path / "sound.gguf", "--context", 1024).stdout
+    path.write_bytes(data.replace(b"blk.1.attn_v.weight", b"blk.1.none_v.weight"))
+    done = run(path, tmp_path / "out.gguf", "--context", 1024)
+    assert done.returncode == 0
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"stock llama.cpp: does not load it (llama-cpp-python {llama_cpp.__version__}): ")
+    assert "blk.1.attn_v.weight" in last
 
 
 @pytest.mark.parametrize(

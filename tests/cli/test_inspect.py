@@ -1,14 +1,18 @@
 """`ropewalk inspect` as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
 
+import llama_cpp
 import pytest
 from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import embed_schedule
 from ropewalk.factors import extend
+from ropewalk.runtime.graph.kernels import why_missing
+from ropewalk.runtime.threads import default_threads
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,28 @@ def test_help_is_fast_and_loads_no_heavy_modules():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "summarize" in result.stdout and result.stdout.strip().endswith("[]")
+
+
+def test_the_machine(run, smollm2, monkeypatch):
+    facts = json.loads(run("--machine", "--json").stdout)["machine"]
+    assert facts["llama_cpp"] == llama_cpp.__version__
+    assert facts["threads"] == default_threads() and facts["cpus"] >= facts["threads"]
+    assert facts["computes"] == ("torch" if why_missing() else "kernels")
+    shown = run("--machine").stdout
+    assert llama_cpp.__version__ in shown and (facts["instructions"] or "not compiled") in shown
+    both = json.loads(run(smollm2, "--machine", "--json").stdout)
+    assert both["machine"] == facts and both["model"]["layers"] == 30
+    assert run(smollm2, "--machine").stdout.endswith(shown)
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
+    assert "none: ROPEWALK_KERNELS is 0" in run("--machine").stdout
+
+
+@pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+def test_the_machine_with_other_kernels(run, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_INSTRUCTIONS", "plain C")
+    monkeypatch.setenv("ROPEWALK_EXACT", "1")
+    assert re.search("native kernels +plain C, exact", run("--machine").stdout)
+
+
+def test_neither_a_file_nor_the_machine(mistake):
+    assert mistake("inspect").startswith("ropewalk: inspect: expected a FILE, or --machine")

@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 from ropewalk import read_schedule
+from ropewalk.cli.search import search_folder
 
 TOPICS = "\n\n".join(pydoc_data.topics.topics.values())
 
@@ -71,6 +72,16 @@ def saved_bytes(schedule):
         with contextlib.suppress(FileNotFoundError):  # it has just been renamed to its final name
             total += path.stat().st_size
     return total
+
+
+def test_the_folder_beside_a_schedule_with_a_very_long_name(tmp_path):
+    assert search_folder(tmp_path / "s.json") == tmp_path / "s.json.search"
+    names = ["x" * 247 + ".json", "x" * 246 + "y.json", "é" * 123 + ".json", "x" * 248]
+    folders = {search_folder(tmp_path / name) for name in names}
+    assert len(folders) == len(names)
+    for folder in folders:
+        folder.mkdir()
+        assert folder.name.endswith(".search")
 
 
 @pytest.mark.parametrize("algorithm", ["cma", "gradient"])

@@ -85,6 +85,9 @@ def test_an_index_that_is_out_of_date_is_noted(tmp_path):
         ("{}", "weight_map: missing or not a map"),
         ('{"weight_map": {"a": 3}}', "weight_map: missing or not a map"),
         ('{"weight_map": {"a": "../../etc/passwd"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"a": "a\\nb"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"a": "\\ud800"}}', "expected the name of a file beside it"),
+        ('{"weight_map": {"a": "' + "é" * 200 + '"}}', "expected the name of a file beside it"),
         ("[" * 100_000, "not a JSON file"),
     ],
 )

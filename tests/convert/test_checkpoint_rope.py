@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_checkpoints as checkpoints
 import torch
-from ropewalk.container import Header, read_header, schedule_of, what_stock_does
+from ropewalk.container import Header, native_schedule, read_header, schedule_of, what_stock_does
 from ropewalk.convert import convert_checkpoint, plan_extension
 from ropewalk.errors import UserError
 from ropewalk.factors import Schedule, extend, yarn
@@ -135,6 +135,20 @@ def test_what_the_scaling_holds_is_what_stock_programs_see(tmp_path: Path) -> No
     header = read_header(tmp_path / "out.gguf")
     assert header.get("qwen2.context_length") == 1024
     assert what_stock_does(header) == ["runs it as it is, up to 1,024 tokens."]
+
+
+def test_stock_programs_scale_with_another_ramp(tmp_path: Path) -> None:
+    """llama.cpp has YaRN's own betas for this architecture, whatever the file says."""
+    config = {**QWEN2, "rope_scaling": {**RECIPE, "beta_fast": 4.0}}
+    convert_checkpoint(written(tmp_path, "model", config), tmp_path / "out.gguf")
+    header = read_header(tmp_path / "out.gguf")
+    own, stock = (schedule.bands[-1].rescale_factors for schedule in (schedule_of(header), native_schedule(header)))
+    most = max(abs(b / a - 1) for a, b in zip(stock, own, strict=True))
+    assert most > 0.1
+    assert what_stock_does(header) == [
+        "cannot take rescale factors for this 'qwen2' model: it runs the file with the scaling of its metadata, up to"
+        f" 1,024 tokens, whose factors differ by up to {most:.0%}. Run it with ropewalk."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -295,3 +295,55 @@ def test_a_chat_template_without_tokenizer_config(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_text("NEW")
     assert template_of(folder, tmp_path / "out.gguf") == "NEW"
+
+
+def test_additional_chat_templates_come_with_any_main_one(tmp_path: Path) -> None:
+    folder, file = written(tmp_path, LLAMA), tmp_path / "out.gguf"
+    configured = template_of(folder, file)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("RAG")
+    for main in (configured, "NEW"):
+        assert template_of(folder, file) == main
+        assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+        assert read_header(file).array("tokenizer.chat_templates") == ["rag"]
+        (folder / "chat_template.jinja").write_text("NEW")
+    (folder / "chat_template.jinja").unlink()
+    listed = [{"name": "default", "template": "LISTED"}, {"name": "rag", "template": "OLD"}]
+    edit(folder / "tokenizer_config.json", lambda data: data.update(chat_template=listed))
+    assert template_of(folder, file) == "LISTED"
+    assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+    edit(folder / "tokenizer_config.json", lambda data: data.update(chat_template=None))
+    assert template_of(folder, file) is None
+    assert read_header(file).get("tokenizer.chat_template.rag") == "RAG"
+
+
+# --- vocabularies that are not whole
+
+
+@pytest.mark.parametrize("tokeniser_files", ["model", "json"])
+def test_a_byte_without_a_token_is_noted(tokeniser_files: str, tmp_path: Path) -> None:
+    """llama.cpp aborts at a text that needs it, so that the samples must not be tried with it, either."""
+    folder = written(tmp_path, LLAMA, tokeniser_files=tokeniser_files)
+    if tokeniser_files == "json":
+        path = folder / "tokenizer.json"
+        path.write_bytes(path.read_bytes().replace(b"<0xC3>", b"zqxjkv"))
+    else:
+        entry = {"content": "zqxjkv", "special": False}
+        edit(folder / "tokenizer_config.json", lambda data: data["added_tokens_decoder"].update({str(3 + 0xC3): entry}))
+    notes = convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert any("1 of 256 bytes have no token, e.g. <0xC3>" in note for note in notes), notes
+
+
+def test_a_piece_that_is_not_text(tmp_path: Path) -> None:
+    folder = written(tmp_path, LLAMA)
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes().replace(b"<0xC3>", b"zq\xffxjk"))
+    with pytest.raises(UserError, match=r"tokenizer\.model: a piece is not UTF-8 text"):
+        convert_checkpoint(folder, tmp_path / "out.gguf")
+
+
+def test_special_tokens_of_odd_kinds(tmp_path: Path) -> None:
+    folder = written(tmp_path, {**LLAMA, "vocab_size": 514}, tokeniser_files="json", added=("<|im_start|>", "[END]"))
+    edit(folder / "tokenizer_config.json", lambda data: data.update(mask_token=["x"], pad_token={"content": ["x"]}))
+    convert_checkpoint(folder, tmp_path / "out.gguf")
+    assert types_of(tmp_path / "out.gguf")[512:] == [CONTROL, USER_DEFINED]

@@ -1,27 +1,22 @@
 """GGUF heads with anything in them: read, planned for, extended and checked, or refused in one line.
 
-Loading itself is tried in tests of the self-test and of `runtime.loading`; here nothing of llama.cpp runs. The seed is
-fixed; `MINUTES` sets how long each test runs.
+Here nothing of llama.cpp runs; `test_gguf_loads` has what is loaded.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import time
 from pathlib import Path
 
 import gguf
 import numpy as np
+from fuzzing import check_line, rounds
 from ropewalk.container import freq_scale, plain_context, read_header, schedule_of, trained_schedule, what_stock_does
 from ropewalk.convert import embed_schedule, plan_extension
 from ropewalk.errors import UserError
 from ropewalk.factors import read_schedule
 from ropewalk.runtime import choose_kv
 from ropewalk.runtime.loading import check_loadable
-
-SEED = 21
-SECONDS = 60 * float(os.environ.get("MINUTES", "0")) or 5
 
 T = gguf.GGUFValueType
 NUMBERS = (
@@ -132,14 +127,15 @@ def use(path: Path, rng: random.Random) -> None:
 
 
 def test_odd_values_in_a_head(tmp_path: Path) -> None:
-    rng, ends, end = random.Random(SEED), {"used": 0, "refused": 0}, time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    ends = {"used": 0, "refused": 0}
+    for rng in rounds(3):
         write_odd(tmp_path / "in.gguf", rng)
         try:
             use(tmp_path / "in.gguf", rng)
             ends["used"] += 1
         except UserError as error:
-            assert "\n" not in str(error) and str(error).isprintable(), repr(str(error))
+            check_line(error)
+            assert str(error).isprintable()
             ends["refused"] += 1
     assert min(ends.values()) > 0, ends
 
@@ -147,9 +143,8 @@ def test_odd_values_in_a_head(tmp_path: Path) -> None:
 def test_bytes_that_are_changed_or_missing(tiny_llama, tmp_path: Path) -> None:
     whole = tiny_llama(tmp_path / "whole.gguf").read_bytes()
     head = whole[: 64 << 10]
-    rng, end = random.Random(SEED), time.monotonic() + SECONDS
     path = tmp_path / "in.gguf"
-    while time.monotonic() < end:
+    for rng in rounds(2):
         data = bytearray(whole)
         for _ in range(rng.randint(0, 4)):
             data[rng.randrange(min(len(head), 4096))] = rng.randrange(256)
@@ -157,7 +152,7 @@ def test_bytes_that_are_changed_or_missing(tiny_llama, tmp_path: Path) -> None:
         try:
             use(path, rng)
         except UserError as error:
-            assert "\n" not in str(error), repr(str(error))
+            check_line(error)
 
 
 def test_odd_schedules(tmp_path: Path) -> None:
@@ -166,8 +161,8 @@ def test_odd_schedules(tmp_path: Path) -> None:
         '{"facts": {"n_rot": 8, "freq_base": 10000.0, "original_context": 256}, "bands": [{"context": 256,'
         ' "rescale_factors": [1, 1, 1, 1], "start_tokens": 0, "attention_factor": 1.0, "found": {"method": "yarn"}}]}'
     )
-    rng, end, path = random.Random(SEED), time.monotonic() + SECONDS, tmp_path / "schedule.json"
-    while time.monotonic() < end:
+    path = tmp_path / "schedule.json"
+    for rng in rounds(2):
         changed = text
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(changed))
@@ -176,4 +171,4 @@ def test_odd_schedules(tmp_path: Path) -> None:
         try:
             read_schedule(path)
         except UserError as error:
-            assert "\n" not in str(error), repr(str(error))
+            check_line(error)

@@ -118,6 +118,10 @@ ABORTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qwen2", {"ARCH.rope.dimension_count": (32, U32)}, "qwen2.rope.dimension_count: 32, expected the head size, 64"),
     ("qwen2", {"ARCH.attention.value_length": (32, U32)}, "value_length: 32, expected the key's, 64"),
+    ("qwen2", {"ARCH.attention.key_length": (2, U32)}, "dimension_count: 64, expected the head size, 2"),
+    ("phi3", {"ARCH.attention.key_length": (72, U32)}, "value_length: 64, expected the key's, 72"),
+    ("phi3", {"ARCH.rope.dimension_count": (128, U32)}, "dimension_count: 128, expected at most the head size, 64"),
+    ("gemma3", {"ARCH.rope.dimension_count": (66, U32)}, "dimension_count: 66, expected at most the head size, 64"),
     ("llama", {"tokenizer.ggml.model": ("none", TEXT)}, "tokenizer.ggml.model: 'none', expected"),
     ("llama", {"tokenizer.ggml.model": ("no_vocab", TEXT)}, "tokenizer.ggml.model: 'no_vocab', expected"),
     ("llama", {"tokenizer.ggml.model": ("bert", TEXT)}, "expected a byte like '<0x0A>'"),
@@ -151,6 +155,42 @@ def test_a_vocabulary_without_the_token_that_it_adds(make: Make) -> None:
     )
     with pytest.raises(UserError, match="bos_token_id: missing"):
         Llama(path, vocab_only=True, n_ctx=1, verbose=False)
+
+
+@pytest.mark.parametrize("kept", [(), ("q", "v")])
+def test_a_layer_without_attention(make: Make, tmp_path: Path, kept: tuple[str, ...]) -> None:
+    """phi3's loader takes it, and its graph reads from a null pointer."""
+    path = make({}, "phi3")
+    data = path.read_bytes()
+    for name in "qkv":
+        if name not in kept:
+            data = data.replace(f"blk.1.attn_{name}.weight".encode(), f"blk.1.none_{name}.weight".encode())
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"blk\.1\.attn_qkv\.weight: missing"):
+        check_loadable(read_header(path))
+    check_loadable(read_header(make({}, "phi3")))
+
+
+def test_texts_that_a_vocabulary_without_all_bytes_cannot_spell(make: Make) -> None:
+    tokens = ["zqxjkv" if token == "<0xC3>" else token for token in TOKENS]
+    llm = Llama(make({"tokenizer.ggml.tokens": (tokens, LIST)}), n_ctx=100, verbose=False)
+    assert llm.detokenize(llm.tokenize("the rope 你".encode())).decode().strip() == "the rope 你"
+    with pytest.raises(UserError, match=r"m\.gguf: its vocabulary has no token for '\\xe9'"):
+        llm.tokenize("a rop\u00e9".encode())
+
+
+def test_texts_that_a_vocabulary_without_unknown_tokens_cannot_spell(make: Make) -> None:
+    changes = {"tokenizer.ggml.model": ("rwkv", TEXT), "tokenizer.ggml.unknown_token_id": None}
+    llm = Llama(make(changes), n_ctx=100, verbose=False)
+    with pytest.raises(UserError, match="no token for a part of the text"):
+        llm.tokenize("the rope 你".encode())
+
+
+@pytest.mark.parametrize("tokens", [[-1], [5, len(TOKENS)]])
+def test_tokens_outside_the_vocabulary_have_no_text(make: Make, tokens: list[int]) -> None:
+    llm = Llama(make({}), n_ctx=100, verbose=False)
+    with pytest.raises(UserError, match="expected 0 to 294"):
+        llm.detokenize(tokens)
 
 
 def test_a_wrong_adapter(make: Make, tmp_path: Path) -> None:

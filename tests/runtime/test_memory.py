@@ -9,6 +9,7 @@ import ropewalk
 from ropewalk import UserError
 from ropewalk.container import read_header
 from ropewalk.runtime import choose_kv, plan_memory
+from ropewalk.runtime.graph.kernels import why_missing
 
 ALLOCATED = """
 import llama_cpp, sys
@@ -36,6 +37,21 @@ def test_the_plan_matches_what_llama_cpp_allocates(smollm2, n_ctx, kv, types):
     assert plan.cache_bytes / 2**20 == pytest.approx(cache, abs=0.01)
     assert 1.0 <= plan.compute_bytes / 2**20 / compute < 1.5
     assert plan.flash_attn == (kv in ("q8_0", "q4_0"))
+
+
+@pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_the_plan_holds_what_the_kernels_allocate(smollm2, kv, monkeypatch):
+    llm = ropewalk.Llama(smollm2, n_ctx=2048, kv=kv, flash_attn=True, n_threads=3, n_threads_batch=3, verbose=False)
+    llm.eval(list(range(300, 1500)))
+    llm.eval([7])
+    options = {"flash_attn": True, "n_threads": 3}
+    plans = [plan_memory(read_header(smollm2), 2048, kv, fast_prefill=fast, **options) for fast in (True, False)]
+    planned = plans[0].compute_bytes - plans[1].compute_bytes
+    assert planned / 4 < llm._kernels.n_bytes <= planned
+    llm.close()
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
+    assert plan_memory(read_header(smollm2), 2048, kv, fast_prefill=True, **options).total_bytes > plans[0].total_bytes
 
 
 def test_auto_takes_the_most_exact_that_fits(smollm2):

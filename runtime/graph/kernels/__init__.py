@@ -4,6 +4,24 @@
 caches.
 """
 
-from .library import Context, InstructionSet, RopeSetting, instruction_sets, what_is_used, why_missing
+from .library import (
+    Context,
+    InstructionSet,
+    RopeSetting,
+    exact_by_default,
+    instruction_sets,
+    instructions_in_use,
+    what_is_used,
+    why_missing,
+)
 
-__all__ = ["Context", "InstructionSet", "RopeSetting", "instruction_sets", "what_is_used", "why_missing"]
+__all__ = [
+    "Context",
+    "InstructionSet",
+    "RopeSetting",
+    "exact_by_default",
+    "instruction_sets",
+    "instructions_in_use",
+    "what_is_used",
+    "why_missing",
+]

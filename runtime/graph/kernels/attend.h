@@ -3,6 +3,10 @@
  * A chunk of cells is unpacked into panels once and then used by all rows, a strip at a time: scores, their running
  * maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), weights, and the weighted sum of V. Scores are to the
  * base 2: the queries are multiplied by log2(e).
+ *
+ * K's blocks of whole numbers stay whole (`whole`) where pairs of 16-bit numbers are multiplied by one instruction: the
+ * queries are rounded to 15 bits, far more than bfloat16 has, and a block's sum is multiplied by its scale. A block's
+ * minimum is multiplied by the sum of the queries there.
  */
 #pragma once
 
@@ -10,10 +14,21 @@
 #include "kernels.h"
 #include "panels.h"
 
+/* Whether K's whole numbers are multiplied as they are. */
+INLINE bool keeps_whole(const struct attention *a) {
+#ifdef ISA_VNNI
+    return !a->exact && (has_integers(a->k->type) || has_minimum(a->k->type)) && a->k_size % 32 == 0;
+#else
+    (void)a;
+    return false;
+#endif
+}
+
 /* Memory of one piece, in words; a row of queries is a query head's vector for one token. */
 struct attend_layout {
     int64_t n_rows, k_words, k_room, v_padded, chunk;
-    int64_t queries, k_panels, v_panels, scores, weights, out, sum, greatest, row, seen, total;
+    bool whole;
+    int64_t queries, query_scales, query_sums, k_panels, k_scales, k_minima, v_panels, scores, weights, out, sum, greatest, row, seen, total;
 };
 
 INLINE struct attend_layout attend_layout(const struct attention *a, const struct attention_piece *p, int bf) {
@@ -21,12 +36,17 @@ INLINE struct attend_layout attend_layout(const struct attention *a, const struc
     int64_t at = 0, largest = a->k_size > a->v_size ? a->k_size : a->v_size;
     l.chunk = largest <= 128 ? 256 : 128;
     l.n_rows = (p->stop_head - p->first_head) * (p->stop_token - p->first_token) * a->group;
-    l.k_words = words_of(a->k_size, bf);
+    l.whole = keeps_whole(a);
+    l.k_words = words_of(a->k_size, bf || l.whole);
     l.k_room = round_up(l.k_words, VL);
     l.v_padded = a->v_padded;
 #define PLACE(field, n) (l.field = at, at += round_up(n, 16))
     PLACE(queries, l.n_rows * l.k_words + VL);
+    PLACE(query_scales, l.whole ? l.n_rows : 0);
+    PLACE(query_sums, l.whole ? l.n_rows * a->k_size / 32 : 0);
     PLACE(k_panels, l.chunk * l.k_room);
+    PLACE(k_scales, l.whole ? l.chunk * a->k_size / 32 : 0);
+    PLACE(k_minima, l.whole ? l.chunk * a->k_size / 32 : 0);
     PLACE(v_panels, words_of(l.chunk, bf) * l.v_padded);
     PLACE(scores, MR * l.chunk);
     PLACE(weights, MR * l.chunk);
@@ -62,14 +82,28 @@ INLINE const uint16_t *mask_row(const struct attention *a, int64_t stream, int64
 enum { HIDDEN = 0, SEEN = 1, MASKED = 2 };
 enum { MINUS_INFINITY = 0xfc00 }; /* as half precision */
 
+typedef uint64_t halves32 __attribute__((vector_size(64)));
+
 /* How a token sees `n` cells: none of them, all, or as the mask says. */
 INLINE int32_t visibility(const uint16_t *mask, int64_t n) {
-    uint16_t any = 0, differs = 0;
-    for (int64_t i = 0; i < n; i++) {
-        any |= mask[i];
-        differs |= mask[i] ^ MINUS_INFINITY;
+    halves32 any = {0}, differs = {0};
+    uint64_t any_last = 0, differs_last = 0;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        halves32 some;
+        memcpy(&some, mask + i, sizeof some);
+        any |= some;
+        differs |= some ^ (MINUS_INFINITY * 0x0001000100010001u);
     }
-    return any == 0 ? SEEN : differs == 0 ? HIDDEN : MASKED;
+    for (; i < n; i++) {
+        any_last |= mask[i];
+        differs_last |= mask[i] ^ MINUS_INFINITY;
+    }
+    for (int lane = 0; lane < 8; lane++) {
+        any_last |= any[lane];
+        differs_last |= differs[lane];
+    }
+    return any_last == 0 ? SEEN : differs_last == 0 ? HIDDEN : MASKED;
 }
 
 /* ALiBi's slope of a head (Press et al., arXiv 2108.12409), as ggml computes it. */
@@ -116,8 +150,13 @@ INLINE float weigh(float *scores, int64_t n, const uint16_t *mask, float slope, 
     for (int64_t i = VL; i < padded; i += VL)
         most = v_max(most, v_load(scores + i));
     float before = *greatest, now = v_max_lane(most);
-    now = now > before ? now : before;
-    vf from = v_set(now == -INFINITY ? 0.0f : now), total = v_set(0.0f);
+    now = before > now ? before : now; /* in this order, as it is to stay what is not a number */
+    if (now == -INFINITY) { /* nothing has been seen yet */
+        memset(scores, 0, (size_t)padded * 4);
+        memset(weights, 0, (size_t)words_of(padded, bf) * 4);
+        return 1.0f;
+    }
+    vf from = v_set(now), total = v_set(0.0f);
     for (int64_t i = 0; i < padded; i += VL) {
         vf weight = v_exp2(v_sub(v_load(scores + i), from), !bf);
         v_store(scores + i, weight);
@@ -136,21 +175,23 @@ INLINE void prefetch(const char *cell, int64_t bytes) {
         __builtin_prefetch(cell + (i < bytes ? i : bytes - 1), 0, 2);
 }
 
-/* Unpack a chunk's cells of one head into panels of K and of V; what is missing in the last panel is 0. */
-INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
-                       int64_t head, int64_t first, int64_t n, int bf) {
-    const char *k = cell_of(a->k, stream, head, first), *v = cell_of(a->v, stream, head, first);
+#ifdef ISA_VNNI
+#include "attend_whole.h"
+#endif
+
+/* Unpack a chunk's cells of one head into panels of K; what is missing in the last panel is 0. */
+INLINE void pack_keys(const struct attention *a, const struct attend_layout *l, uint32_t *memory, const char *k, int64_t n,
+                      int64_t ahead, int bf) {
     float *row = (float *)memory + l->row;
-    int64_t step = round_up(a->k_size, PANEL), v_step = words_of(l->chunk, bf) * PANEL;
-    int64_t k_bytes = row_bytes(a->types, a->k->type, a->k_size), v_bytes = row_bytes(a->types, a->v->type, a->v_size);
-    int64_t ahead = first + 2 * l->chunk <= a->n_cells ? l->chunk : 0; /* the next chunk's, if it is as long */
+    int64_t step = round_up(a->k_size, PANEL), k_step = (int64_t)a->k->nb[1];
+    int64_t bytes = row_bytes(a->types, a->k->type, a->k_size);
     for (int64_t cell = 0; cell < round_up(n, PANEL); cell += VL) {
         for (int64_t i = 0; i < VL; i++) {
             float *to = row + i * step;
             if (ahead)
-                prefetch(k + (cell + i + ahead) * (int64_t)a->k->nb[1], k_bytes);
+                prefetch(k + (cell + i + ahead) * k_step, bytes);
             if (cell + i < n)
-                unpack(a->types, a->k->type, k + (cell + i) * (int64_t)a->k->nb[1], to, a->k_size);
+                unpack(a->types, a->k->type, k + (cell + i) * k_step, to, a->k_size);
             else
                 memset(to, 0, (size_t)a->k_size * 4);
             to_words(to, a->k_size, (uint32_t *)to, bf);
@@ -158,18 +199,38 @@ INLINE void pack_cells(const struct attention *a, const struct attend_layout *l,
         pack_columns((uint32_t *)row, step, l->k_words,
                      memory + l->k_panels + cell / PANEL * l->k_room * PANEL, (int)(cell % PANEL));
     }
-    float *one = row, *two = row + l->v_padded;
-    memset(row, 0, (size_t)l->v_padded * 8);
+}
+
+/* Likewise of V. */
+INLINE void pack_values(const struct attention *a, const struct attend_layout *l, uint32_t *memory, const char *v,
+                        int64_t n, int64_t ahead, int bf) {
+    float *one = (float *)memory + l->row, *two = one + l->v_padded;
+    int64_t panel_words = words_of(l->chunk, bf) * PANEL, step = (int64_t)a->v->nb[1];
+    int64_t bytes = row_bytes(a->types, a->v->type, a->v_size);
+    memset(one, 0, (size_t)l->v_padded * 8);
     for (int64_t cell = 0; cell < n; cell += 1 + bf) {
         for (int64_t i = 0; ahead && i <= bf; i++)
-            prefetch(v + (cell + i + ahead) * (int64_t)a->v->nb[1], v_bytes);
-        unpack(a->types, a->v->type, v + cell * (int64_t)a->v->nb[1], one, a->v_size);
+            prefetch(v + (cell + i + ahead) * step, bytes);
+        unpack(a->types, a->v->type, v + cell * step, one, a->v_size);
         if (bf && cell + 1 < n)
-            unpack(a->types, a->v->type, v + (cell + 1) * (int64_t)a->v->nb[1], two, a->v_size);
+            unpack(a->types, a->v->type, v + (cell + 1) * step, two, a->v_size);
         else if (bf)
             memset(two, 0, (size_t)a->v_size * 4);
-        pack_step(one, two, a->v_size, memory + l->v_panels + words_of(cell, bf) * PANEL, v_step, bf);
+        pack_step(one, two, a->v_size, memory + l->v_panels + words_of(cell, bf) * PANEL, panel_words, bf);
     }
+}
+
+INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
+                       int64_t head, int64_t first, int64_t n, int bf) {
+    const char *k = cell_of(a->k, stream, head, first), *v = cell_of(a->v, stream, head, first);
+    int64_t ahead = first + 2 * l->chunk <= a->n_cells ? l->chunk : 0; /* the next chunk's, if it is as long */
+#ifdef ISA_VNNI
+    if (l->whole)
+        pack_whole_keys(a, l, memory, k, n, ahead);
+    else
+#endif
+        pack_keys(a, l, memory, k, n, ahead, bf);
+    pack_values(a, l, memory, v, n, ahead, bf);
 }
 
 /* Score, weigh and sum one strip of rows [at, at + n) of a head over the packed cells. */
@@ -180,7 +241,11 @@ INLINE void attend_strip(const struct attention *a, const struct attention_piece
     uint32_t *weights = memory + l->weights;
     const int32_t *seen = (const int32_t *)memory + l->seen;
     int64_t weight_words = words_of(n_cells, bf);
-    for (int64_t c = 0; c < n_cells; c += PANEL)
+#ifdef ISA_VNNI
+    if (l->whole)
+        multiply_whole(a, l, memory, at, n, n_cells);
+#endif
+    for (int64_t c = 0; !l->whole && c < n_cells; c += PANEL)
         multiply(n, memory + l->queries + at * l->k_words, l->k_words, memory + l->k_panels + c * l->k_room, l->k_words,
                  scores + c, l->chunk, NULL, bf);
     for (int r = 0; r < n; r++) {
@@ -216,6 +281,12 @@ INLINE void prepare_queries(const struct attention *a, const struct attention_pi
                 const float *q = query_row(a, p->stream, token, head * a->group + g);
                 for (int64_t i = 0; i < a->k_size; i++)
                     row[i] = q[i] * scale;
+#ifdef ISA_VNNI
+                if (l->whole) {
+                    round_whole(l, memory, at, row, a->k_size);
+                    continue;
+                }
+#endif
                 to_words(row, a->k_size, memory + l->queries + at * l->k_words, bf);
             }
 }

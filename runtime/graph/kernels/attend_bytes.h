@@ -40,7 +40,7 @@ INLINE void round_query(const struct few_layout *l, uint32_t *memory, int64_t at
 }
 
 /* Write the bytes of up to 16 cells' K, 128 added, such that four of each cell lie side by side. */
-INLINE void pack_bytes_of(int type, const char *cells, int64_t step, int64_t ahead, int64_t block_bytes, int64_t blocks,
+INLINE void pack_key_bytes_of(int type, const char *cells, int64_t step, int64_t ahead, int64_t block_bytes, int64_t blocks,
                           int64_t n, uint32_t *room, uint32_t *bytes) {
     for (int64_t block = 0; block < blocks; block += 2) {
         for (int64_t i = 0; i < 16; i++) {
@@ -63,15 +63,15 @@ INLINE void pack_bytes_of(int type, const char *cells, int64_t step, int64_t ahe
 }
 
 /* Likewise of cells [first, first + n) of a chunk. */
-INLINE void pack_bytes(const struct attention *a, const struct few_layout *l, uint32_t *memory, const char *cells,
+INLINE void pack_key_bytes(const struct attention *a, const struct few_layout *l, uint32_t *memory, const char *cells,
                        int64_t first, int64_t n, int64_t ahead) {
     int64_t step = (int64_t)a->k->nb[1], block_bytes = a->types[a->k->type].block_bytes;
     uint32_t *room = memory + l->row, *bytes = memory + l->bytes + first * l->k_words;
     switch (a->k->type) { /* one call for each, so that each becomes a loop of its own */
-    case TYPE_Q8_0: pack_bytes_of(TYPE_Q8_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
-    case TYPE_Q4_0: pack_bytes_of(TYPE_Q4_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
-    case TYPE_Q5_0: pack_bytes_of(TYPE_Q5_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
-    default: pack_bytes_of(TYPE_IQ4_NL, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes);
+    case TYPE_Q8_0: pack_key_bytes_of(TYPE_Q8_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
+    case TYPE_Q4_0: pack_key_bytes_of(TYPE_Q4_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
+    case TYPE_Q5_0: pack_key_bytes_of(TYPE_Q5_0, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes); break;
+    default: pack_key_bytes_of(TYPE_IQ4_NL, cells, step, ahead, block_bytes, l->k_blocks, n, room, bytes);
     }
 }
 
@@ -95,7 +95,7 @@ INLINE vf multiply_16(const uint32_t *bytes, const float *scales, const uint32_t
 }
 
 /* The scores of a chunk's cells for rows [at, at + rows). */
-INLINE void multiply_bytes(const struct few_layout *l, uint32_t *memory, int64_t at, int rows, int64_t n, float *scores) {
+INLINE void score_bytes(const struct few_layout *l, uint32_t *memory, int64_t at, int rows, int64_t n, float *scores) {
     for (int r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i += 16)
             v_store(scores + r * FEW_CHUNK + i,

@@ -186,7 +186,7 @@ INLINE void few_values_rows(int rows, int blocks, int type, const char *cells, i
 #if defined(ISA_AVX512)
 #define DOTS_OF_ROWS DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6)
 #define VALUES_OF_ROWS \
-    VALUES(1, 1) VALUES(2, 1) VALUES(3, 1) VALUES(4, 1) VALUES(5, 1) VALUES(6, 1) \
+    VALUES(1, 1) \
     VALUES(1, 2) VALUES(2, 2) VALUES(3, 2) VALUES(4, 2) VALUES(5, 2) VALUES(6, 2)
 #else
 #define DOTS_OF_ROWS DOTS(1) DOTS(2) DOTS(3)
@@ -253,7 +253,7 @@ INLINE void few_scores(const struct attention *a, const struct few_layout *l, ui
     int64_t step = (int64_t)a->k->nb[1], block_bytes = bytes32(a->k->type, a->types);
 #ifdef ISA_VNNI
     if (rounds_queries(a)) {
-        multiply_bytes(l, memory, at, rows, n, scores);
+        score_bytes(l, memory, at, rows, n, scores);
         return;
     }
 #endif
@@ -285,10 +285,14 @@ INLINE void few_strip(const struct attention *a, const struct attention_piece *p
     int64_t block_bytes = bytes32(a->v->type, a->types), step = (int64_t)a->v->nb[1];
     for (int64_t block = 0; block < l->v_blocks; block += SLICE) {
         int blocks = l->v_blocks - block < SLICE ? (int)(l->v_blocks - block) : SLICE;
-        FOR_TYPE(a->v->type, few_values, rows, blocks, v + block * block_bytes, step, next ? l->chunk * step : 0,
-                 block_bytes, n, scaled_values ? floats + l->weights + block * FEW_CHUNK : scores,
-                 scaled_values ? l->v_blocks * FEW_CHUNK : FEW_CHUNK, scaled_values ? FEW_CHUNK : 0,
-                 floats + l->out + at * l->v_padded + block * 32, l->v_padded, factor)
+        int together = blocks == SLICE ? rows : 1; /* what is left of sizes like 96 is not worth functions of its own */
+        const float *weights = scaled_values ? floats + l->weights + block * FEW_CHUNK : scores;
+        int64_t row_weights = scaled_values ? l->v_blocks * FEW_CHUNK : FEW_CHUNK;
+        for (int r = 0; r < rows; r += together)
+            FOR_TYPE(a->v->type, few_values, together, blocks, v + block * block_bytes, step,
+                     next ? l->chunk * step : 0, block_bytes, n, weights + r * row_weights, row_weights,
+                     scaled_values ? FEW_CHUNK : 0, floats + l->out + (at + r) * l->v_padded + block * 32, l->v_padded,
+                     factor + r)
     }
 }
 
@@ -304,7 +308,7 @@ INLINE void few_prepare(const struct attention *a, const struct few_layout *l, u
             few_scales(v + i * v_step, v_step, bytes32(a->v->type, a->types), l->v_blocks, some, (float *)memory + l->v_scales + i);
 #ifdef ISA_VNNI
         if (rounds_queries(a))
-            pack_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
+            pack_key_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
 #endif
     }
     (void)next;

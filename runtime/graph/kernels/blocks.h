@@ -79,16 +79,20 @@ INLINE void scaled(struct values32 values, float d, float m, float *out) {
     }
 }
 
-/* The whole numbers of a block of a type that has no more than these and a scale, which are its first two bytes. */
+/* The whole numbers of a block of 32, which follow its scale (two bytes) and, of some types, its minimum (two more). */
 INLINE struct values32 integers(int type, const uint8_t *block) {
     struct values32 values;
     switch (type) {
     case TYPE_Q4_0:
         values = nibbles(block + 2);
         return (struct values32){values.first - 8, values.last - 8};
+    case TYPE_Q4_1:
+        return nibbles(block + 4);
     case TYPE_Q5_0:
         values = fives(block + 6, block + 2);
         return (struct values32){values.first - 16, values.last - 16};
+    case TYPE_Q5_1:
+        return fives(block + 8, block + 4);
     case TYPE_IQ4_NL:
         values = nibbles(block + 2);
         return (struct values32){iq4_nl(values.first), iq4_nl(values.last)};
@@ -97,38 +101,31 @@ INLINE struct values32 integers(int type, const uint8_t *block) {
     }
 }
 
+/* Whether a value is a whole number times its block's scale, and whether the block's minimum is added to that. */
+INLINE bool has_minimum(int type) { return type == TYPE_Q4_1 || type == TYPE_Q5_1; }
 INLINE bool has_integers(int type) {
     return type == TYPE_Q8_0 || type == TYPE_Q4_0 || type == TYPE_Q5_0 || type == TYPE_IQ4_NL;
 }
 
-INLINE int64_t unpack_block32(int type, const uint8_t *block, float *out) {
-    float d = half(block);
+/* Bytes of a block of a type that `integers` reads. */
+INLINE int64_t block_bytes32(int type) {
     switch (type) {
-    case TYPE_Q8_0:
-        scaled(integers(type, block), d, 0.0f, out);
-        return 34;
-    case TYPE_Q4_0:
-        scaled(integers(type, block), d, 0.0f, out);
-        return 18;
-    case TYPE_Q4_1:
-        scaled(nibbles(block + 4), d, half(block + 2), out);
-        return 20;
-    case TYPE_Q5_0:
-        scaled(integers(type, block), d, 0.0f, out);
-        return 22;
-    case TYPE_Q5_1:
-        scaled(fives(block + 8, block + 4), d, half(block + 2), out);
-        return 24;
-    default: /* TYPE_IQ4_NL */
-        scaled(integers(type, block), d, 0.0f, out);
-        return 18;
+    case TYPE_Q8_0: return 34;
+    case TYPE_Q4_1: return 20;
+    case TYPE_Q5_0: return 22;
+    case TYPE_Q5_1: return 24;
+    default: return 18; /* TYPE_Q4_0, TYPE_IQ4_NL */
     }
+}
+
+INLINE void unpack_block32(int type, const uint8_t *block, float *out) {
+    scaled(integers(type, block), half(block), has_minimum(type) ? half(block + 2) : 0.0f, out);
 }
 
 INLINE void unpack_blocks32(int type, const char *row, float *out, int64_t n) {
     const uint8_t *block = (const uint8_t *)row;
-    for (int64_t i = 0; i < n; i += 32)
-        block += unpack_block32(type, block, out + i);
+    for (int64_t i = 0; i < n; i += 32, block += block_bytes32(type))
+        unpack_block32(type, block, out + i);
 }
 
 INLINE void unpack_plain(int type, const char *row, float *out, int64_t n) {

@@ -52,6 +52,7 @@ EXPORT void ropewalk_free(struct context *context) {
         return;
     for (int i = 0; i < MAX_THREADS; i++)
         free(context->scratch[i].data);
+    free(context->shared.data);
     free(context->partials);
     free(context);
 }
@@ -59,6 +60,14 @@ EXPORT void ropewalk_free(struct context *context) {
 /* Tell how a type is stored. */
 EXPORT void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function function) {
     context->types[type] = (struct block_type){block, bytes, function};
+}
+
+/* Bytes that are allocated for the context's nodes. */
+EXPORT int64_t ropewalk_bytes(const struct context *context) {
+    int64_t floats = PARTIAL_FLOATS + context->shared.n_floats;
+    for (int i = 0; i < MAX_THREADS; i++)
+        floats += context->scratch[i].n_floats;
+    return floats * 4;
 }
 
 EXPORT int64_t ropewalk_taken(struct context *context) { return atomic_load(&context->taken); }

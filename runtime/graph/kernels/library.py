@@ -80,6 +80,16 @@ def why_missing() -> str:
     return _in_use()[1]
 
 
+def instructions_in_use() -> str:
+    """Return the name of the instruction set that a `Context` uses by default."""
+    return _default_set().name
+
+
+def exact_by_default() -> bool:
+    """Whether the environment asks for floats alone."""
+    return os.environ.get(EXACT, "") not in ("", "0")
+
+
 def what_is_used() -> tuple[str | int, ...]:
     """Return what tells one library and its use from another: its instruction set, size and time; or why it is not."""
     if _library() is None:
@@ -98,7 +108,7 @@ class Context:
         assert library is not None, why_missing()
         chosen = instructions or _default_set()
         self.instructions = chosen
-        self.exact = os.environ.get(EXACT, "") not in ("", "0") if exact is None else exact
+        self.exact = exact_by_default() if exact is None else exact
         self.address: int | None = library.ropewalk_new(chosen.index, self.exact)
         if not self.address:
             raise MemoryError("the kernels' buffers could not be allocated")
@@ -138,6 +148,7 @@ class Context:
         """Stop the graph that is under way, and those to come until it is called with False."""
         self._library.ropewalk_stop(self.address, stop)
 
+    @property
     def product(self) -> int:
         """The address of the function that computes a product of a stored weight."""
         return _address(self._library.ropewalk_product)
@@ -145,6 +156,11 @@ class Context:
     def covers_product(self, node: int) -> bool:
         """Whether the MUL_MAT node at an address is one that `product` computes."""
         return bool(self._library.ropewalk_covers_product(self.address, node))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes allocated for nodes so far; see `memory.KERNELS_BYTES`."""
+        return int(self._library.ropewalk_bytes(self.address))
 
     @property
     def taken(self) -> int:
@@ -201,6 +217,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "covers_product": (ctypes.c_bool, _POINTER, _POINTER),
     "must_stop": (ctypes.c_bool, _POINTER),
     "stop": (None, _POINTER, ctypes.c_bool),
+    "bytes": (_INT64, _POINTER),
     "taken": (_INT64, _POINTER),
     "failure": (ctypes.c_char_p, _POINTER),
     "forgive": (None, _POINTER),

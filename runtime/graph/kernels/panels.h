@@ -40,6 +40,7 @@ INLINE void multiply_rows(int rows, const uint32_t *strip, int64_t strip_step, c
     vf sums[MR][2];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
         for (int c = 0; c < 2; c++)
             sums[r][c] = factor ? v_mul(v_set(factor[r]), v_load(out + r * out_step + c * VL)) : v_set(0.0f);
     for (int64_t w = 0; w < words; w++) {
@@ -53,6 +54,7 @@ INLINE void multiply_rows(int rows, const uint32_t *strip, int64_t strip_step, c
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
         for (int c = 0; c < 2; c++)
             v_store(out + r * out_step + c * VL, sums[r][c]);
 }

@@ -104,8 +104,9 @@ INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vf v_scale2(vf a, vf n) {
-    __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f))), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), shift));
+    __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)));
+    __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+    return _mm256_mul_ps(a, power);
 }
 INLINE vf v_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE vf v_bfloats(const uint16_t *p) {
@@ -162,7 +163,7 @@ INLINE vf v_round(vf a) { /* adding 1.5 * 2^23 leaves no bits for a fraction; fo
     volatile vf sum = a + big;
     return sum - big;
 }
-INLINE vf v_scale2(vf a, vf n) { LANES(bits_float(float_bits(a[i]) + ((uint32_t)(int32_t)(n[i] < -126.0f ? -126.0f : n[i]) << 23))); }
+INLINE vf v_scale2(vf a, vf n) { LANES(a[i] * bits_float((uint32_t)((int32_t)(n[i] > -126.0f ? n[i] : -126.0f) + 127) << 23)); }
 INLINE vf v_halves(const uint16_t *p) { LANES(half_to_float(p[i])); }
 INLINE vf v_bfloats(const uint16_t *p) { LANES(bfloat_to_float(p[i])); }
 INLINE vf v_lanes(b16 b, int from) { LANES((float)(int8_t)b[from + i]); }

@@ -13,9 +13,10 @@ from ....container import read_header, trained_schedule
 from ....errors import UserError
 from ....factors import Band, Schedule
 from ....factors.search.protocol import Fidelity, Result, Task
+from ...free_memory import available_memory
 from ...llama import Llama
 from ...losses import Losses
-from ...memory import available_memory, check_room
+from ...memory import check_room
 from ..passages import Passage
 from .spec import EvaluatorSpec
 
@@ -41,6 +42,7 @@ class LlamaEvaluator:
             n_ctx=longest,
             kv=spec.kv,
             flash_attn=True,
+            exact=True,
             n_threads=spec.threads,
             n_threads_batch=spec.threads,
             verbose=False,

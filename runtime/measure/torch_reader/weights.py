@@ -17,8 +17,8 @@ from ....container import GGUFError, Header, trained_schedule, type_name
 from ....container import Tensor as TensorInfo
 from ....errors import UserError, mib
 from ....factors import RopeFacts
+from ...free_memory import available_memory
 from ...graph import ggml
-from ...memory import available_memory
 
 ADJACENT_PAIRS = {"llama": True, "mistral3": True, "qwen2": False, "qwen3": False}
 """The architectures, and whether rotation pairs up adjacent dimensions, or else a head's first half with its second."""

@@ -316,6 +316,22 @@ def test_nodes_that_are_taken_over_are_no_less_exact(tiny, kv, exact):
     assert np.abs(ours - right).mean() < 1.3 * np.abs(stock - right).mean()  # each has its own rounding
 
 
+def test_a_model_says_what_computes_it(tiny, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_INSTRUCTIONS", "plain C")
+    options = {"kv": "q8_0", **QUIET}
+
+    def computed_by(**more):
+        llm = ropewalk.Llama(tiny, **options, **more)
+        llm.close()
+        return llm.computed_by
+
+    assert computed_by() == "plain C" and computed_by(exact=True) == "plain C exact"
+    monkeypatch.setenv("ROPEWALK_EXACT", "1")
+    assert computed_by() == "plain C exact" and computed_by(exact=False) == "plain C"
+    monkeypatch.setenv("ROPEWALK_KERNELS", "0")
+    assert computed_by() == "torch" and computed_by(fast_prefill=False) == "llama.cpp"
+
+
 def test_a_model_pickles_whether_it_is_exact(tiny):
     llm = ropewalk.Llama(tiny, kv="q8_0", exact=True, **QUIET)
     assert llm._kernels.exact and llm.__getstate__()["exact"] is True

@@ -1,0 +1,338 @@
+/* The kernels without Python, for sanitizers: nodes of many kinds on several threads, against plain loops in double.
+ *
+ * Every buffer is allocated with exactly the bytes that its tensor has, so that a read beyond it is found. `make sanitize`
+ * compiles this together with the kernels, and links ggml for its quantisation.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+struct traits {
+    const char *name;
+    int64_t block, interleave;
+    size_t bytes;
+    bool quantised;
+    dequantise_function dequantise;
+};
+const struct traits *ggml_get_type_traits(int type);
+size_t ggml_quantize_chunk(int type, const float *from, void *to, int64_t start, int64_t rows, int64_t columns,
+                           const float *importance);
+void ggml_fp32_to_fp16_row(const float *from, uint16_t *to, int64_t n);
+
+const char *ropewalk_instruction_set(int index);
+struct context *ropewalk_new(int index, bool exact);
+void ropewalk_free(struct context *context);
+void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function function);
+int64_t ropewalk_taken(struct context *context);
+const char *ropewalk_failure(struct context *context);
+void ropewalk_watch(struct context *context, int rope, int attention, int product, int custom, struct rope_setting *setting);
+bool ropewalk_see(struct tensor *node, bool ask, void *userdata);
+
+enum { ROPE = 1, ATTENTION = 2, PRODUCT = 3, CUSTOM = 4 }; /* any codes will do: ggml does not run these nodes */
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL = 20,
+       IQ4_XS = 23, BF16 = 30, MXFP4 = 39 };
+
+static uint64_t state = 88172645463325252u;
+
+static float draw(void) { /* from -1 to 1 */
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (float)(int32_t)(state >> 32) * 0x1p-31f;
+}
+
+static void *allocate(size_t bytes) {
+    void *data = malloc(bytes ? bytes : 1);
+    if (data == NULL)
+        abort();
+    return data;
+}
+
+/* A tensor of `type` whose rows of ne[0] values are drawn; `values` are what it holds. */
+struct drawn {
+    struct tensor tensor;
+    float *values;
+};
+
+static struct drawn *drawn(int type, int64_t a, int64_t b, int64_t c, int64_t d) {
+    struct drawn *x = calloc(1, sizeof *x);
+    const struct traits *traits = ggml_get_type_traits(type);
+    int64_t n = a * b * c * d;
+    size_t bytes = (size_t)(n / traits->block) * traits->bytes;
+    x->values = allocate((size_t)n * 4);
+    for (int64_t i = 0; i < n; i++)
+        x->values[i] = draw() * 2.0f;
+    x->tensor.type = type;
+    x->tensor.data = allocate(bytes);
+    if (type == F32) {
+        memcpy(x->tensor.data, x->values, bytes);
+    } else {
+        ggml_quantize_chunk(type, x->values, x->tensor.data, 0, n / a, a, NULL);
+        traits->dequantise(x->tensor.data, x->values, n);
+    }
+    memcpy(x->tensor.ne, (int64_t[]){a, b, c, d}, sizeof x->tensor.ne);
+    x->tensor.nb[0] = traits->bytes;
+    x->tensor.nb[1] = (size_t)(a / traits->block) * traits->bytes;
+    x->tensor.nb[2] = x->tensor.nb[1] * (size_t)b;
+    x->tensor.nb[3] = x->tensor.nb[2] * (size_t)c;
+    return x;
+}
+
+/* As llama.cpp's permuted views: rows (or cells) before heads in memory, heads before rows in the tensor. */
+static struct drawn *permuted(struct drawn *x) {
+    int64_t heads = x->tensor.ne[1];
+    size_t step = x->tensor.nb[1];
+    x->tensor.ne[1] = x->tensor.ne[2], x->tensor.nb[1] = x->tensor.nb[2];
+    x->tensor.ne[2] = heads, x->tensor.nb[2] = step;
+    return x;
+}
+
+static void release(struct drawn *x) {
+    if (x == NULL)
+        return;
+    free(x->tensor.data);
+    free(x->values);
+    free(x);
+}
+
+struct task {
+    struct tensor *node;
+    int thread, n_threads, times;
+    pthread_barrier_t *barrier;
+};
+
+static void *work(void *argument) {
+    struct task *task = argument;
+    struct custom_params params;
+    memcpy(&params, task->node->op_params, sizeof params);
+    for (int i = 0; i < task->times; i++) { /* a node after the other, with ggml's barrier between them */
+        params.function(task->node, task->thread, task->n_threads, params.userdata);
+        pthread_barrier_wait(task->barrier);
+    }
+    return NULL;
+}
+
+static void compute(struct tensor *node, int n_threads) {
+    pthread_t threads[16];
+    struct task tasks[16];
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, NULL, (unsigned)n_threads);
+    for (int i = 0; i < n_threads; i++) {
+        tasks[i] = (struct task){node, i, n_threads, 3, &barrier};
+        if (pthread_create(&threads[i], NULL, work, &tasks[i]) != 0)
+            abort();
+    }
+    for (int i = 0; i < n_threads; i++)
+        pthread_join(threads[i], NULL);
+    pthread_barrier_destroy(&barrier);
+}
+
+static int n_failed, n_checked;
+
+/* Compute on one thread and on several, which must give the same, and compare with `expected`. */
+static void check(struct context *context, struct tensor *node, const double *expected, int64_t n, double tolerance,
+                  const char *what) {
+    float *first = allocate((size_t)n * 4);
+    double worst = 0.0, squares = 0.0;
+    compute(node, 1);
+    memcpy(first, node->data, (size_t)n * 4);
+    for (int64_t i = 0; i < n; i++) {
+        double difference = fabs((double)first[i] - expected[i]);
+        worst = difference <= worst ? worst : difference;
+        squares += expected[i] * expected[i];
+    }
+    bool same = true;
+    for (int n_threads = 2; n_threads <= 5; n_threads += 3) {
+        memset(node->data, 0xff, (size_t)n * 4);
+        compute(node, n_threads);
+        same = same && memcmp(first, node->data, (size_t)n * 4) == 0;
+    }
+    bool right = worst <= tolerance * (sqrt(squares / (double)n) + 1e-3) && ropewalk_failure(context)[0] == 0;
+    n_checked++;
+    if (!right || !same) {
+        n_failed++;
+        printf("%s: off by %g; %s on several threads %s\n", what, worst, same ? "the same" : "something else",
+               ropewalk_failure(context));
+    }
+    free(first);
+}
+
+struct shape {
+    int64_t rows, cells, heads, kv_heads, k_size, v_size, streams;
+    float max_bias, softcap;
+    bool masked, sinks;
+};
+
+static double slope(const struct shape *s, int64_t head) {
+    if (s->max_bias == 0.0f)
+        return 1.0;
+    int64_t power = 1;
+    while (power * 2 <= s->heads)
+        power *= 2;
+    return head < power ? pow(2.0, -s->max_bias / (double)power * (double)(head + 1))
+                        : pow(2.0, -s->max_bias / 2.0 / (double)power * (double)(2 * (head - power) + 1));
+}
+
+/* out[stream][row][head][i], in double. */
+static void plain_attention(const struct shape *s, const float *q, const float *k, const float *v, const float *mask,
+                            const float *sinks, double scale, double *out) {
+    double *weights = allocate((size_t)s->cells * 8);
+    for (int64_t stream = 0; stream < s->streams; stream++)
+        for (int64_t row = 0; row < s->rows; row++)
+            for (int64_t head = 0; head < s->heads; head++) {
+                int64_t kv_head = head / (s->heads / s->kv_heads);
+                const float *query = q + ((stream * s->rows + row) * s->heads + head) * s->k_size;
+                double greatest = sinks ? sinks[head] : -INFINITY, sum = 0.0;
+                for (int64_t cell = 0; cell < s->cells; cell++) {
+                    const float *key = k + ((stream * s->cells + cell) * s->kv_heads + kv_head) * s->k_size;
+                    double score = 0.0;
+                    for (int64_t i = 0; i < s->k_size; i++)
+                        score += (double)query[i] * key[i];
+                    score *= scale;
+                    if (s->softcap != 0.0f)
+                        score = s->softcap * tanh(score / s->softcap);
+                    if (mask)
+                        score += slope(s, head) * mask[(stream * s->rows + row) * s->cells + cell];
+                    weights[cell] = score;
+                    greatest = score > greatest ? score : greatest;
+                }
+                double *to = out + ((stream * s->rows + row) * s->heads + head) * s->v_size;
+                memset(to, 0, (size_t)s->v_size * 8);
+                if (greatest == -INFINITY)
+                    continue;
+                sum = sinks ? exp(sinks[head] - greatest) : 0.0;
+                for (int64_t cell = 0; cell < s->cells; cell++) {
+                    const float *value = v + ((stream * s->cells + cell) * s->kv_heads + kv_head) * s->v_size;
+                    double weight = exp(weights[cell] - greatest);
+                    sum += weight;
+                    for (int64_t i = 0; i < s->v_size; i++)
+                        to[i] += weight * value[i];
+                }
+                for (int64_t i = 0; i < s->v_size; i++)
+                    to[i] /= sum;
+            }
+    free(weights);
+}
+
+static void check_attention(struct context *context, const struct shape *s, int type_k, int type_v) {
+    struct drawn *q = permuted(drawn(F32, s->k_size, s->heads, s->rows, s->streams));
+    struct drawn *k = permuted(drawn(type_k, s->k_size, s->kv_heads, s->cells, s->streams));
+    struct drawn *v = permuted(drawn(type_v, s->v_size, s->kv_heads, s->cells, s->streams));
+    struct drawn *out = drawn(F32, s->v_size, s->heads, s->rows, s->streams);
+    struct drawn *mask = s->masked ? drawn(F16, s->cells, s->rows, 1, s->streams) : NULL;
+    struct drawn *sinks = s->sinks ? drawn(F32, s->heads, 1, 1, 1) : NULL;
+    int64_t n = s->v_size * s->heads * s->rows * s->streams, seen = s->cells - s->rows;
+    double *expected = allocate((size_t)n * 8);
+    int64_t n_mask = mask ? s->cells * s->rows * s->streams : 0;
+    for (int64_t i = 0; i < n_mask; i++) { /* causal, with every seventh cell hidden, and biased by distance for ALiBi */
+        int64_t distance = seen + i / s->cells % s->rows - i % s->cells;
+        mask->values[i] = distance < 0 || i % 7 == 0 ? -INFINITY : s->max_bias != 0.0f ? -(float)distance : 0.0f;
+    }
+    if (mask)
+        ggml_fp32_to_fp16_row(mask->values, (uint16_t *)mask->tensor.data, n_mask);
+    float scale = 1.0f / sqrtf((float)s->k_size);
+    struct attention_params params = {scale, s->max_bias, s->softcap};
+    struct tensor *node = &out->tensor;
+    node->op = ATTENTION;
+    memcpy(node->op_params, &params, sizeof params);
+    node->src[0] = &q->tensor, node->src[1] = &k->tensor, node->src[2] = &v->tensor;
+    node->src[3] = mask ? &mask->tensor : NULL, node->src[4] = sinks ? &sinks->tensor : NULL;
+    plain_attention(s, q->values, k->values, v->values, mask ? mask->values : NULL, sinks ? sinks->values : NULL, scale, expected);
+    char what[160];
+    snprintf(what, sizeof what, "attention of %d rows over %d cells, heads %d:%d of %d, types %d:%d, cap %g, %s", (int)s->rows,
+             (int)s->cells, (int)s->heads, (int)s->kv_heads, (int)s->k_size, type_k, type_v, s->softcap,
+             context->exact ? "exact" : "fast");
+    ropewalk_see(node, true, context);
+    if (node->op != CUSTOM) {
+        printf("%s: not covered\n", what);
+        n_failed++;
+    } else {
+        check(context, node, expected, n, context->exact ? 2e-4 : 5e-2, what);
+    }
+    free(expected);
+    struct drawn *all[] = {q, k, v, out, mask, sinks};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        release(all[i]);
+}
+
+static void check_product(struct context *context, int type, int64_t n_in, int64_t n_out, int64_t n_rows) {
+    struct drawn *weight = drawn(type, n_in, n_out, 1, 1), *x = drawn(F32, n_in, n_rows, 1, 1);
+    struct drawn *out = drawn(F32, n_out, n_rows, 1, 1);
+    double *expected = allocate((size_t)(n_out * n_rows) * 8);
+    for (int64_t row = 0; row < n_rows; row++)
+        for (int64_t column = 0; column < n_out; column++) {
+            double sum = 0.0;
+            for (int64_t i = 0; i < n_in; i++)
+                sum += (double)weight->values[column * n_in + i] * x->values[row * n_in + i];
+            expected[row * n_out + column] = sum;
+        }
+    struct tensor *node = &out->tensor;
+    node->op = PRODUCT;
+    node->src[0] = &weight->tensor, node->src[1] = &x->tensor;
+    char what[120];
+    snprintf(what, sizeof what, "product of type %d, %d to %d, %d rows, %s", type, (int)n_in, (int)n_out, (int)n_rows,
+             context->exact ? "exact" : "fast");
+    ropewalk_see(node, true, context);
+    if (node->op == CUSTOM) /* llama.cpp keeps the others */
+        check(context, node, expected, n_out * n_rows, context->exact ? 1e-4 : 1e-1, what);
+    free(expected);
+    release(weight), release(x), release(out);
+}
+
+static void check_rope(struct context *context, struct rope_setting *setting) {
+    struct drawn *x = drawn(F32, 8, 2, 2, 1);
+    struct rope_params params = {.n_dims = 8, .freq_base = 1e4f, .freq_scale = 0.5f};
+    x->tensor.op = ROPE;
+    memcpy(x->tensor.op_params, &params, sizeof params);
+    for (int i = 0; i < 2; i++) /* the second time there is nothing to do */
+        ropewalk_see(&x->tensor, true, context);
+    memcpy(&params, x->tensor.op_params, sizeof params);
+    n_checked++;
+    n_failed += setting->touched != 1 || params.attn_factor != 1.5f || x->tensor.src[2] != setting->factors;
+    setting->touched = 0;
+    release(x);
+}
+
+static void check_all(int index, bool exact) {
+    static const struct shape shapes[] = {
+        {1, 300, 9, 3, 64, 64, 1, 0.0f, 0.0f, true, false},   {1, 1100, 6, 2, 64, 64, 2, 0.0f, 0.0f, true, true},
+        {5, 257, 4, 4, 128, 96, 1, 0.0f, 20.0f, true, false}, {70, 300, 6, 2, 64, 64, 1, 8.0f, 0.0f, true, false},
+        {40, 130, 4, 1, 96, 64, 2, 0.0f, 30.0f, true, true},  {33, 65, 8, 1, 256, 256, 1, 0.0f, 0.0f, false, false},
+        {17, 40, 2, 1, 576, 512, 1, 0.0f, 0.0f, true, false}, {2, 31, 3, 1, 32, 32, 1, 0.0f, 0.0f, true, false},
+    };
+    static const int cached[] = {F32, F16, BF16, Q8_0, Q5_1, Q5_0, IQ4_NL, Q4_1, Q4_0};
+    static const int stored[] = {F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4};
+    enum { N_SHAPES = sizeof shapes / sizeof *shapes, N_CACHED = sizeof cached / sizeof *cached };
+    struct context *context = ropewalk_new(index, exact);
+    struct drawn *factors = drawn(F32, 4, 1, 1, 1);
+    strcpy(factors->tensor.name, "factors");
+    struct rope_setting setting = {&factors->tensor, 0, 1e4f, 0.5f, 1.5f, 8};
+    for (int type = 0; type < 40; type++) {
+        const struct traits *traits = ggml_get_type_traits(type);
+        if (traits->block > 1 && traits->dequantise)
+            ropewalk_set_type(context, type, traits->block, (int64_t)traits->bytes, traits->dequantise);
+    }
+    ropewalk_watch(context, ROPE, ATTENTION, PRODUCT, CUSTOM, &setting);
+    check_rope(context, &setting);
+    for (int i = 0; i < N_SHAPES; i++)
+        for (int j = 0; j < N_CACHED; j++)
+            check_attention(context, &shapes[i], cached[j], cached[(j + i) % N_CACHED]);
+    for (size_t i = 0; i < sizeof stored / sizeof *stored; i++) {
+        check_product(context, stored[i], 512, 70, 33);
+        check_product(context, stored[i], 768, 33, 130);
+    }
+    release(factors);
+    ropewalk_free(context);
+}
+
+int main(void) {
+    const char *name;
+    for (int index = 0; (name = ropewalk_instruction_set(index)) != NULL; index++)
+        for (int exact = 0; name[0] && exact < 2; exact++) {
+            check_all(index, exact);
+            printf("%s%s: %d checks, %d failed\n", name, exact ? ", exact" : "", n_checked, n_failed);
+            fflush(stdout);
+        }
+    return n_failed != 0;
+}
