@@ -121,6 +121,14 @@ struct instruction_set {
     void (*convert_rows)(const struct product *p, int64_t first, int64_t stop);
     int64_t (*product_scratch)(const struct product *p, const struct product_piece *piece);
     void (*multiply_weights)(const struct product *p, const struct product_piece *piece, float *scratch);
+    int64_t (*min_rows)(int type, bool exact); /* of x, from which this is faster than llama.cpp with such a weight */
+    /* Whether a few rows can be multiplied straight from the weight's blocks; each thread converts them for itself, to
+     * `few_words` words, and multiplies them by rows [first, stop) of the weight. NULL where this is not faster than
+     * llama.cpp. */
+    bool (*is_few_product)(const struct product *p);
+    int64_t (*few_words)(const struct product *p);
+    void (*convert_few)(const struct product *p, uint32_t *words);
+    void (*multiply_few)(const struct product *p, int64_t first, int64_t stop);
 };
 
 extern const struct instruction_set avx512_bf16_set, avx512_vnni_set, avx512_set, avx2_vnni_set, avx2_set, plain_set;

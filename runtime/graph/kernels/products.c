@@ -7,10 +7,10 @@
 
 #include <sched.h>
 
-enum { MIN_ROWS = 32 };         /* tokens from which unpacking a weight pays off */
 enum { CONVERTED = 1 << 15 };   /* values that are converted at a time */
 enum { PIECE_COLUMNS = 128 };   /* at most; a multiple of COLUMN_STEP */
 enum { MIN_PIECE_ROWS = 96 };   /* tokens that a weight is unpacked for at least; a multiple of each strip */
+enum { FEW_BYTES = 1 << 16 };   /* of a weight, in a piece of a product with a few rows */
 enum { PIECES_PER_THREAD = 4 }; /* so that nobody waits for long at the end */
 
 struct plan {
@@ -40,8 +40,8 @@ static struct product read_node(const struct context *context, const struct tens
     };
 }
 
-static struct plan make_plan(const struct context *context, const struct tensor *node, int n_threads) {
-    struct plan plan = {.product = read_node(context, node), .columns = PIECE_COLUMNS};
+static struct plan make_plan(const struct context *context, struct product product, int n_threads) {
+    struct plan plan = {.product = product, .columns = PIECE_COLUMNS};
     struct product *p = &plan.product;
     int64_t wanted = n_threads == 1 ? 1 : (int64_t)n_threads * PIECES_PER_THREAD;
     p->strip_rows = context->instructions->rows_of_strip(p);
@@ -103,9 +103,32 @@ static bool convert(struct context *context, struct plan *plan, const struct ten
     return true;
 }
 
+/* A few rows: a piece is some of the weight's rows. */
+static void multiply_few(struct context *context, struct product *p, const struct tensor *node, int thread, int n_threads) {
+    const struct instruction_set *set = context->instructions;
+    int64_t shares = ceil_div(p->n_out, (int64_t)n_threads * 8), most = ceil_div(FEW_BYTES, (int64_t)p->weight->nb[1]);
+    int64_t step = ceil_div(shares < most ? shares : most, 16) * 16, first;
+    p->words = NULL;
+    while (!atomic_load(&context->failed) && (first = atomic_fetch_add(&context->claims.next, 1) * step) < p->n_out) {
+        if (p->words == NULL) {
+            p->words = (uint32_t *)reserve(context, &context->scratch[thread], set->few_words(p), node);
+            if (p->words == NULL)
+                break;
+            set->convert_few(p, p->words);
+        }
+        set->multiply_few(p, first, first + step < p->n_out ? first + step : p->n_out);
+    }
+    leave(context, n_threads);
+}
+
 EXPORT void ropewalk_product(struct tensor *node, int thread, int n_threads, void *userdata) {
     struct context *context = userdata;
-    struct plan plan = make_plan(context, node, n_threads);
+    struct product product = read_node(context, node);
+    if (context->instructions->is_few_product && context->instructions->is_few_product(&product)) {
+        multiply_few(context, &product, node, thread, n_threads);
+        return;
+    }
+    struct plan plan = make_plan(context, product, n_threads);
     int64_t first_phase = 1 + plan.n_conversions;
     while (!atomic_load(&context->failed)) {
         int64_t index = atomic_fetch_add(&context->claims.next, 1);
@@ -129,7 +152,7 @@ EXPORT void ropewalk_product(struct tensor *node, int thread, int n_threads, voi
 
 bool product_covers(const struct context *context, const struct tensor *node) {
     const struct tensor *weight = node->src[0], *x = node->src[1];
-    if (node->ne[1] < MIN_ROWS || node->ne[2] != 1 || node->ne[3] != 1 || node->nb[0] != 4)
+    if (node->ne[2] != 1 || node->ne[3] != 1 || node->nb[0] != 4)
         return false;
     /* A repacked weight has `extra` set; a weight that was computed is not a stored one. */
     if (weight->op != 0 || weight->view_src || weight->extra || weight->ne[2] != 1 || weight->ne[3] != 1)
@@ -137,7 +160,7 @@ bool product_covers(const struct context *context, const struct tensor *node) {
     const struct block_type *type = type_of(context, weight->type);
     if (type == NULL || weight->nb[1] != (size_t)(weight->ne[0] / type->block * type->block_bytes))
         return false;
-    return x->type == TYPE_F32 && x->nb[0] == 4;
+    return x->type == TYPE_F32 && x->nb[0] == 4 && node->ne[1] >= context->instructions->min_rows(weight->type, context->exact);
 }
 
 /* For the Python side: whether a MUL_MAT node is a product that is computed here. */
