@@ -27,6 +27,11 @@ struct claims {
     atomic_int left;    /* threads that have left the node */
 };
 
+/* A thread's own part of a node's rows, in order: a core reads memory fastest where it goes straight on. */
+struct share {
+    _Alignas(64) atomic_llong next; /* pieces of it that have been claimed */
+};
+
 struct scratch {
     float *data;
     int64_t n_floats;
@@ -55,6 +60,7 @@ struct context {
     bool exact; /* compute in floats, not in bfloat16 */
     struct watch watch;
     _Alignas(64) struct claims claims;
+    struct share shares[MAX_THREADS];
     _Alignas(64) atomic_llong taken; /* nodes computed so far */
     atomic_int failed, stopped;
     char failure[160]; /* which node failed, and why */

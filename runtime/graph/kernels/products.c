@@ -10,7 +10,7 @@
 enum { CONVERTED = 1 << 15 };   /* values that are converted at a time */
 enum { PIECE_COLUMNS = 128 };   /* at most; a multiple of COLUMN_STEP */
 enum { MIN_PIECE_ROWS = 96 };   /* tokens that a weight is unpacked for at least; a multiple of each strip */
-enum { FEW_BYTES = 1 << 16 };   /* of a weight, in a piece of a product with a few rows */
+enum { FEW_BYTES = 1 << 13 };   /* of a weight, in a piece of a product with a few rows */
 enum { PIECES_PER_THREAD = 4 }; /* so that nobody waits for long at the end */
 
 struct plan {
@@ -103,20 +103,33 @@ static bool convert(struct context *context, struct plan *plan, const struct ten
     return true;
 }
 
+/* Claim the next piece: `step` of `n` rows of the weight, from the thread's own share as long as there are some, and then
+ * from those of others. `share` is where it looked last, at first its own. */
+static bool claim(struct context *context, int n_threads, int64_t n, int64_t step, int *share, int *looked, int64_t *first,
+                  int64_t *stop) {
+    int64_t pieces = ceil_div(n, step);
+    for (; *looked < n_threads; ++*looked, *share = (*share + 1) % n_threads) {
+        int64_t begin = pieces * *share / n_threads, end = pieces * (*share + 1) / n_threads;
+        int64_t piece = begin + atomic_fetch_add(&context->shares[*share].next, 1);
+        if (piece < end) {
+            *first = piece * step;
+            *stop = *first + step < n ? *first + step : n;
+            return true;
+        }
+    }
+    return false;
+}
+
 /* A few rows: a piece is some of the weight's rows. */
 static void multiply_few(struct context *context, struct product *p, const struct tensor *node, int thread, int n_threads) {
     const struct instruction_set *set = context->instructions;
-    int64_t shares = ceil_div(p->n_out, (int64_t)n_threads * 8), most = ceil_div(FEW_BYTES, (int64_t)p->weight->nb[1]);
-    int64_t step = ceil_div(shares < most ? shares : most, 16) * 16, first;
-    p->words = NULL;
-    while (!atomic_load(&context->failed) && (first = atomic_fetch_add(&context->claims.next, 1) * step) < p->n_out) {
-        if (p->words == NULL) {
-            p->words = (uint32_t *)reserve(context, &context->scratch[thread], set->few_words(p), node);
-            if (p->words == NULL)
-                break;
-            set->convert_few(p, p->words);
-        }
-        set->multiply_few(p, first, first + step < p->n_out ? first + step : p->n_out);
+    int64_t step = ceil_div(ceil_div(FEW_BYTES, (int64_t)p->weight->nb[1]), 16) * 16, first, stop;
+    int share = thread, looked = 0;
+    p->words = (uint32_t *)reserve(context, &context->scratch[thread], set->few_words(p), node);
+    if (p->words != NULL) {
+        set->convert_few(p, p->words);
+        while (!atomic_load(&context->failed) && claim(context, n_threads, p->n_out, step, &share, &looked, &first, &stop))
+            set->multiply_few(p, first, stop);
     }
     leave(context, n_threads);
 }
