@@ -20,6 +20,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp.llama import LlamaState as StockState
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
@@ -663,14 +664,23 @@ class Llama(llama_cpp.Llama):
         lacking = self._alphabet.lacks(text) if self._alphabet is not None else None
         if lacking is not None:
             raise UserError(f"{self.model_path}: its vocabulary has no token for {lacking!a}, nor for its bytes")
-        tokens = [
-            token
-            for i, piece in enumerate(pieces)
-            for token in super(Llama, self).tokenize(piece, add_bos=add_bos and i == 0, special=special)
-        ]
+        tokens = [token for i, piece in enumerate(pieces) for token in self._tokens(piece, add_bos and i == 0, special)]
         if llama_cpp.LLAMA_TOKEN_NULL in tokens:
             raise UserError(f"{self.model_path}: its vocabulary has no token for a part of the text")
         return tokens
+
+    def _tokens(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        if type(self.tokenizer_) is not LlamaTokenizer:
+            return list(super().tokenize(text, add_bos=add_bos, special=special))
+        # llama_cpp's makes room for as many tokens as the model was trained for, gigabytes if the file says so.
+        size = len(text) + 2
+        for _ in range(2):
+            found = (llama_cpp.llama_token * size)()
+            n = llama_cpp.llama_tokenize(self.vocab, text, len(text), found, size, add_bos, special)
+            if n >= 0:
+                return list(found[:n])
+            size = -n  # as many as it takes
+        raise RuntimeError(f"llama.cpp did not tokenise {len(text):,} bytes")
 
     @holds_context
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
