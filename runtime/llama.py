@@ -54,7 +54,7 @@ from .losses import Logits, Scored
 from .prompts.chat_formatter import chat_handlers
 from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
-from .threads import default_threads
+from .threads import FreeCores, default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
 
@@ -186,6 +186,7 @@ class Llama(llama_cpp.Llama):
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
+        self._free_cores, self._threads_in_use = FreeCores(), n_threads
         self._verified = not hooked
         fast = self._fast  # not self: a model that holds itself would not be freed with its last reference
         self._calls = Interruptible(lambda: fast is not None and fast.failed, self._kernels)
@@ -467,6 +468,12 @@ class Llama(llama_cpp.Llama):
                 keep = 0
             self._move_to(band, old_index, index, keep)
 
+    def _use_free_cores(self) -> None:
+        n_threads = self._free_cores.threads(self.n_threads)
+        if n_threads != self._threads_in_use:
+            self._threads_in_use = n_threads
+            llama_cpp.llama_set_n_threads(self._ctx.ctx, n_threads, self.n_threads_batch)
+
     def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
         """Run one llama_decode; after a failure the cache is as it was before, or empty if it computed NaN."""
         n_past, n_new = self.n_tokens, len(tokens)
@@ -478,6 +485,7 @@ class Llama(llama_cpp.Llama):
         n_rows = n_new if self._logits_all else 1 if scored is None else len(scored.rows(n_new))
         try:
             if n_new < PROMPT_ROWS:
+                self._use_free_cores()
                 self._calls.run(self._decode_batch)
             else:
                 self._calls.run_long(self._decode_batch, self._ctx.ctx)
