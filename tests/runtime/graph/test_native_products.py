@@ -17,7 +17,7 @@ NAMES = {ggml._library().ggml_type_name(code).decode().upper(): code for code in
 WEIGHTS = sorted(NAMES.keys() - {"Q8_1", "Q8_K"})  # those are for activations
 PLAIN = ("F32", "F16", "BF16")
 FEW_SETS = [one for one in SETS if one.name in ("AVX-512 BF16", "AVX-512 VNNI")]  # those that multiply bytes
-FEW_KINDS = [kind for kind in WEIGHTS if re.fullmatch(r"Q._[01K]|IQ4_..|MXFP4", kind)]
+FEW_KINDS = [kind for kind in WEIGHTS if re.fullmatch(r"Q[458]_[01]|Q._K|IQ4_..|MXFP4", kind)]
 
 pytestmark = pytest.mark.skipif(not SETS, reason=kernels.why_missing() or "no instruction set")
 each_set = pytest.mark.parametrize("instructions", SETS, ids=[one.name for one in SETS])
