@@ -189,6 +189,7 @@ static void pack_weight_bytes(const struct product *p, const struct byte_layout 
     const struct tensor *w = p->weight;
     const struct block_type *type = &p->types[w->type];
     struct byte_kind kind = byte_kind(w->type);
+    int64_t group_bytes = 256 / type->block * type->block_bytes;
     uint32_t *row = memory + l->row, *scales = memory + l->row_scales, *mins = memory + l->row_mins;
     for (int64_t column = from; column < round_up(to - from, PANEL) + from; column += VL)
         for (int64_t k = first; k < first + n; k += 256) {
@@ -198,8 +199,11 @@ static void pack_weight_bytes(const struct product *p, const struct byte_layout 
                 uint8_t *bytes = (uint8_t *)row + i * BYTE_ROW;
                 float *scale = (float *)scales + i * 16, *min = (float *)mins + i * 16;
                 if (column + i < to) {
-                    const uint8_t *start = (const uint8_t *)w->data + (column + i) * (int64_t)w->nb[1];
-                    read_bytes(w->type, start + k / type->block * type->block_bytes, values, bytes, scale, min);
+                    const uint8_t *row_start = (const uint8_t *)w->data + (column + i) * (int64_t)w->nb[1];
+                    const uint8_t *group = row_start + k / type->block * type->block_bytes;
+                    for (int64_t line = 0; line < group_bytes; line += 64) /* the row's next group */
+                        __builtin_prefetch(group + group_bytes + line);
+                    read_bytes(w->type, group, values, bytes, scale, min);
                 } else {
                     memset(bytes, 0, 256);
                     memset(scale, 0, 64);

@@ -321,6 +321,8 @@ static void check_all(int index, bool exact) {
     for (size_t i = 0; i < sizeof stored / sizeof *stored; i++) {
         check_product(context, stored[i], 512, 70, 33);
         check_product(context, stored[i], 768, 33, 130);
+        check_product(context, stored[i], 512, 70, 1);
+        check_product(context, stored[i], 768, 300, 5);
     }
     release(factors);
     ropewalk_free(context);
