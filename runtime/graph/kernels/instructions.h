@@ -1,6 +1,7 @@
 /* Everything that is compiled once for each instruction set. The including file has named it; see avx2.c for one. */
 #include "attend_few.h"
 #include "multiply_weights.h"
+#include "rotate.h"
 
 static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
     if (is_few(a, piece)) {
@@ -44,4 +45,5 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
         .convert_rows = convert_rows, \
         .product_scratch = product_scratch, \
         .multiply_weights = multiply_weights, \
+        .rotate_row = rotate_row, \
     }
