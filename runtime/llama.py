@@ -29,7 +29,9 @@ from . import log, memory
 from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
+from .graph.key_caches import KeyCaches, KeySurvey
 from .graph.kernels import Context as Kernels
+from .graph.kernels import KeyRotation
 from .graph.kernels import why_missing
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
@@ -214,8 +216,13 @@ class Llama(llama_cpp.Llama):
         self._chat_handlers |= chat_handlers(self.metadata, eos, self._text_of(self.token_bos()))
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
+        self._key_caches: KeyCaches | None = None
         if hooked and self._has_memory and not options.get("vocab_only"):
-            self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
+            # llama.cpp gives the callback to its scheduler with the first token, not before.
+            if self._kernels is None:
+                self._run_stopped(None)
+            else:
+                self._key_caches = self._find_keys(self._kernels)
 
     # llama_cpp.Llama assigns `model_params` once, before it loads the model.
 
@@ -585,10 +592,13 @@ class Llama(llama_cpp.Llama):
             if rest:
                 self._cut(keep)
             rotations = plan_rotations(self._schedule.facts, old, band, keep)
-            if not all(map(self._rotate_keys, rotations)):
+            if self._key_caches is not None:
+                self._rotate_natively(rotations, keep)
+            elif not all(map(self._rotate_by_shift, rotations)):
                 rest = self.input_ids[:n_tokens].tolist()
                 self._forget()
-            self._spans = rotated(self._spans, len(rotations))
+            times = len(rotations) if self._key_caches is None else min(1, len(rotations))
+            self._spans = rotated(self._spans, times)
             self.band = band
             if rest:
                 self._read(rest, settled=True)
@@ -608,11 +618,11 @@ class Llama(llama_cpp.Llama):
             self._forget()
 
     def _can_rotate(self) -> bool:
-        """Whether llama.cpp can shift this cache, and its cell i holds position i."""
+        """Whether the kernels or llama.cpp's K-shift can rotate this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        can_shift = self._keys_can_shift and llama_cpp.llama_memory_can_shift(cache)
-        return self.can_rewind and bool(in_order and can_shift)
+        one_axis = llama_cpp.llama_memory_can_shift(cache)  # and sliding windows have as many cells as other layers
+        return self.can_rewind and bool(in_order and one_axis and (self._key_caches or self._keys_can_shift))
 
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
@@ -627,7 +637,41 @@ class Llama(llama_cpp.Llama):
         self._forget()
         self._read(tokens, settled=True)
 
-    def _rotate_keys(self, rotation: Rotation) -> bool:
+    def _find_keys(self, kernels: Kernels) -> KeyCaches | None:
+        """Return where the cached keys lie that the kernels can rotate; None where these are not made as expected."""
+        assert self._graph is not None and self._rope is not None
+        survey = KeySurvey(self._rope.applies, partial(kernels.can_rotate, n_rot=self._schedule.facts.n_rot))
+
+        def decode_nothing() -> int:
+            kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
+            return int(llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
+
+        self._batch.set_batch(batch=[0], n_past=0, logits_all=False)
+        with self._graph.surveying(survey.handlers):
+            self._calls.run_long(decode_nothing, self._ctx.ctx)
+        self._graph.raise_kept()
+        self.drop_rolled_back()
+        return survey.caches()
+
+    def _rotate_natively(self, rotations: Sequence[Rotation], n_cells: int) -> None:
+        """Carry out all rotations of the first `n_cells` keys in one pass."""
+        assert self._kernels is not None and self._key_caches is not None
+        facts, caches = self._schedule.facts, self._key_caches
+        rotate = partial(
+            self._kernels.rotate,
+            caches.layers,
+            [KeyRotation(one.start, one.stop, one.before, one.after) for one in rotations],
+            n_cells=n_cells,
+            n_rot=facts.n_rot,
+            freq_base=facts.freq_base,
+            scale=math.prod(one.scale for one in rotations),
+            halves=caches.halves,
+            n_threads=self.n_threads_batch,
+        )
+        self._calls.run(rotate)
+        self._requires_eval = True
+
+    def _rotate_by_shift(self, rotation: Rotation) -> bool:
         """Run llama.cpp's K-shift graph for one rotation; False if it did not reach the keys.
 
         Halving position 0 leaves it unchanged and still marks the cache as shifted, so that the graph runs at the start
