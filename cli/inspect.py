@@ -101,10 +101,10 @@ def _products(known: dict[str, Any]) -> str:
         return f"llama.cpp's kernels for repacked weights; measuring failed ({known['failed']})"
     if not known["repacked"]:
         return "our kernels; llama.cpp does not repack these here"
-    figures = f"reading {known['reading']:.1f} × and writing {known['writing']:.1f} × as fast"
+    speed = f"{known['reading']:.1f} × (reading) and {known['writing']:.1f} × (writing)"
     if known["ours"]:
-        return f"our kernels, {figures} as llama.cpp's for repacked weights"
-    return f"llama.cpp's kernels for repacked weights; ours would be {figures}"
+        return f"our kernels, at {speed} the speed of llama.cpp's for repacked weights"
+    return f"llama.cpp's kernels for repacked weights; ours have {speed} their speed"
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
