@@ -56,6 +56,7 @@ from .losses import Logits, Scored
 from .prompts.chat_formatter import chat_handlers
 from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
+from .repacking import may_repack
 from .threads import FreeCores, default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
@@ -180,12 +181,18 @@ class Llama(llama_cpp.Llama):
         )
         check_templates(header)
         engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
-        self._extra_buffers = engine.extra_buffers
         fast_prefill = fast_prefill and self.plan.flash_attn
         native = (hooked or fast_prefill) and engine.kernels and not why_missing()
         self._kernels = Kernels(exact=exact) if native else None
         self._fast = self._make_fast_nodes() if fast_prefill else None
         self._graph = self._make_graph_hook()
+        ours = fast_prefill and self._kernels is not None and not self._kernels.exact
+        self._extra_buffers = engine.extra_buffers and may_repack(
+            header,
+            ours=ours and not options.get("vocab_only"),
+            n_threads=n_threads,
+            n_threads_batch=n_threads_batch,
+        )
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
         self._free_cores, self._threads_in_use = FreeCores(), n_threads

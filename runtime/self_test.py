@@ -166,7 +166,7 @@ def _write_model(path: Path, weights: Weights, layer_type: gguf.GGMLQuantization
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_dimension_count(HEAD)
     writer.add_rope_freq_base(BASE)
-    _write_vocabulary(writer)
+    write_vocabulary(writer)
     read: Weights = {}
     for name, weight in weights.items():
         kind = layer_type if name.startswith("blk.") and weight.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -180,7 +180,8 @@ def _write_model(path: Path, weights: Weights, layer_type: gguf.GGMLQuantization
     return read
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """Add the `N_VOCAB` tokens of a vocabulary that llama.cpp loads."""
     special, plain = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     named: list[tuple[str, Any]] = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", special), ("</s>", special)]
     named += [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]

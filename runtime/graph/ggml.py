@@ -99,6 +99,7 @@ class _TypeTraits(ctypes.Structure):
 CustomFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 """The function that a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
 
+_Quantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _Dequantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: one per thread
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
@@ -309,6 +310,21 @@ def dequantise(tensor: TensorStruct, start: int, stop: int, out: int, stream: in
     assert kind is not None
     first = tensor.data + stream * tensor.nb[3] + start * tensor.nb[1]
     kind.dequantise(first, out, (stop - start) * tensor.nb[1] // kind.block_bytes * kind.block)
+
+
+def quantise(code: int, floats: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Return rows of floats, shape ``(rows, n)``, as blocks of ggml's type number `code`: ``(rows, bytes of a row)``.
+
+    Raises:
+        ValueError: ggml has no function for that which needs nothing but the floats.
+    """
+    kind, function = block_type(code), _library().ggml_get_type_traits(code).contents.from_float_ref
+    if kind is None or not function or floats.shape[1] % kind.block:
+        raise ValueError(f"type {code} cannot be quantised to from rows of {floats.shape[1]}")
+    floats = np.ascontiguousarray(floats, np.float32)
+    blocks = np.empty((len(floats), floats.shape[1] // kind.block * kind.block_bytes), np.uint8)
+    _Quantise(function)(floats.ctypes.data, blocks.ctypes.data, floats.size)
+    return blocks
 
 
 def attention_params(address: int) -> AttentionParams:
