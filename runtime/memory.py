@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 from ..container import TENSOR_TYPES, TYPE_NUMBERS, GGUFError, Header, model_parts
 from ..errors import UserError, mib
 from .free_memory import available_memory
