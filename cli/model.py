@@ -99,11 +99,14 @@ def _suits_quantised(path: Path, options: LoadOptions) -> bool:
     """Whether the context is long, and our own code reads over a quantised cache; llama.cpp's is three times slower."""
     from ..container import read_header
     from ..runtime.graph.fast import switched_off
+    from ..runtime.graph.kernels import why_missing
 
+    if switched_off() or full_context(path, options) <= LONG_CONTEXT:
+        return False
     header = read_header(path)
     capped = header.get(f"{header.arch}.attn_logit_softcapping")
     sinks = any(tensor.name.endswith("attn_sinks.weight") for tensor in header.tensors)
-    return full_context(path, options) > LONG_CONTEXT and not (switched_off() or capped or sinks)
+    return not (why_missing() and (capped or sinks))  # torch does not compute these
 
 
 def full_context(path: Path, options: LoadOptions) -> int:

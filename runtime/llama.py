@@ -20,6 +20,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp.llama import LlamaState as StockState
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
@@ -54,7 +55,7 @@ from .losses import Logits, Scored
 from .prompts.chat_formatter import chat_handlers
 from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
-from .threads import default_threads
+from .threads import FreeCores, default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
 
@@ -92,7 +93,8 @@ class Llama(llama_cpp.Llama):
         kv: cache type: "f16", "q8_0", "q4_0", …, "K:V" for one each, or "auto" for the most exact that fits.
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
-        flash_attn: None = on if the cache is quantised (without fast_prefill, if its V is).
+        flash_attn: None = on, as attention is computed by our own kernels; without these (not compiled, or fast_prefill
+            off), on if the cache is quantised.
         fast_prefill: with flash attention, compute attention and matrix products here (see `graph.fast`); the
             environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
         exact: there, compute in floats where bfloat16 or whole numbers would be faster; the default is what the
@@ -185,6 +187,7 @@ class Llama(llama_cpp.Llama):
         self._graph = self._make_graph_hook()
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
+        self._free_cores, self._threads_in_use = FreeCores(), n_threads
         self._verified = not hooked
         fast = self._fast  # not self: a model that holds itself would not be freed with its last reference
         self._calls = Interruptible(lambda: fast is not None and fast.failed, self._kernels)
@@ -472,6 +475,12 @@ class Llama(llama_cpp.Llama):
                 keep = 0
             self._move_to(band, old_index, index, keep)
 
+    def _use_free_cores(self) -> None:
+        n_threads = self._free_cores.threads(self.n_threads)
+        if n_threads != self._threads_in_use:
+            self._threads_in_use = n_threads
+            llama_cpp.llama_set_n_threads(self._ctx.ctx, n_threads, self.n_threads_batch)
+
     def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
         """Run one llama_decode; after a failure the cache is as it was before, or empty if it computed NaN."""
         n_past, n_new = self.n_tokens, len(tokens)
@@ -483,6 +492,7 @@ class Llama(llama_cpp.Llama):
         n_rows = n_new if self._logits_all else 1 if scored is None else len(scored.rows(n_new))
         try:
             if n_new < PROMPT_ROWS:
+                self._use_free_cores()
                 self._calls.run(self._decode_batch)
             else:
                 self._calls.run_long(self._decode_batch, self._ctx.ctx)
@@ -715,14 +725,23 @@ class Llama(llama_cpp.Llama):
         lacking = self._alphabet.lacks(text) if self._alphabet is not None else None
         if lacking is not None:
             raise UserError(f"{self.model_path}: its vocabulary has no token for {lacking!a}, nor for its bytes")
-        tokens = [
-            token
-            for i, piece in enumerate(pieces)
-            for token in super(Llama, self).tokenize(piece, add_bos=add_bos and i == 0, special=special)
-        ]
+        tokens = [token for i, piece in enumerate(pieces) for token in self._tokens(piece, add_bos and i == 0, special)]
         if llama_cpp.LLAMA_TOKEN_NULL in tokens:
             raise UserError(f"{self.model_path}: its vocabulary has no token for a part of the text")
         return tokens
+
+    def _tokens(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        if type(self.tokenizer_) is not LlamaTokenizer:
+            return list(super().tokenize(text, add_bos=add_bos, special=special))
+        # llama_cpp's makes room for as many tokens as the model was trained for, gigabytes if the file says so.
+        size = len(text) + 2
+        for _ in range(2):
+            found = (llama_cpp.llama_token * size)()
+            n = llama_cpp.llama_tokenize(self.vocab, text, len(text), found, size, add_bos, special)
+            if n >= 0:
+                return list(found[:n])
+            size = -n  # as many as it takes
+        raise RuntimeError(f"llama.cpp did not tokenise {len(text):,} bytes")
 
     @holds_context
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:

@@ -84,6 +84,7 @@ def test_a_schedule_cannot_be_changed():
         (lambda d: d["bands"][1]["found"].update({"\ud800\x1b[31m": 1}), "bands.1.found"),
         (lambda d: d["bands"][1]["found"].update({"\x1b[31m": 1}), r"bands.1.found.\x1b[31m"),
         (lambda d: d["bands"][1]["found"].update(objective="x" * 5000), "bands.1.found.objective: "),
+        (lambda d: d["bands"][1]["found"].update({"x" * 5000: 1}), "bands.1.found.x"),
         (lambda d: d["bands"][1].update(start_tokens=10**400, force_start_tokens=True), "bands.1.start_tokens: "),
         (lambda d: d.update(format_version=10**400), "format_version 1000000000000000000000000000000000000..."),
         (lambda d: d.update(bands=[]), "bands"),

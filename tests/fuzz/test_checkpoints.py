@@ -55,7 +55,7 @@ def write_odd(folder: Path, sound: Path, rng: random.Random) -> None:
 def _change_json(path: Path, rng: random.Random) -> None:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:  # changed before
+    except (ValueError, RecursionError):  # changed before
         return
     if path.name == "config.json" and isinstance(value, dict) and rng.random() < 0.4:
         key, other = rng.choice(SETTINGS)

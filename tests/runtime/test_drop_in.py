@@ -140,7 +140,7 @@ def test_overrides_of_metadata(tiny: Path, load: Load, overrides: dict[str, Any]
     n_ctx = int(overrides.get("llama.context_length", 250))
     plain = {key: float(value) if "rope" in key else value for key, value in overrides.items()}
     plain = {key: int(value) if "context" in key else value for key, value in plain.items()}
-    theirs, ours = stock(tiny, kv_overrides=plain), load(kv_overrides=overrides, n_ctx=n_ctx)
+    theirs, ours = stock(tiny, kv_overrides=plain), load(kv_overrides=overrides, n_ctx=n_ctx, fast_prefill=False)
     assert ours.n_ctx() == n_ctx and dict(overrides) == overrides
     np.testing.assert_allclose(logits(ours, TOKENS[:200]), logits(theirs, TOKENS[:200]), atol=1e-4)
     theirs.close()

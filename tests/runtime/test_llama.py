@@ -114,7 +114,7 @@ def test_new_factors_over_old_keys_would_be_another_model(tiny_llama, tmp_path, 
 def test_the_short_band_is_the_original_model(smollm2, load):
     tokens = list(range(300, 500))
     long = extend(native_schedule(read_header(smollm2)), 32768)
-    ours = load(smollm2, schedule=long, n_ctx=32768, kv="f16")
+    ours = load(smollm2, schedule=long, n_ctx=32768, kv="f16", fast_prefill=False)
     stock = llama_cpp.Llama(str(smollm2), n_ctx=256, **QUIET)
     ours.eval(tokens)
     stock.eval(tokens)
@@ -192,7 +192,7 @@ def test_a_schedule_for_another_model_is_refused(tiny, smollm2, tmp_path):
 
 def test_llama_cpps_own_rope_options_still_work(tiny, load):
     stock = llama_cpp.Llama(str(tiny), n_ctx=512, rope_freq_base=5e4, **QUIET)
-    ours = load(tiny, n_ctx=512, rope_freq_base=5e4)
+    ours = load(tiny, n_ctx=512, rope_freq_base=5e4, fast_prefill=False)
     stock.eval(TOKENS)
     expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),))
     np.testing.assert_array_equal(last(ours, TOKENS), expected)
@@ -352,7 +352,7 @@ def test_models_with_factors_of_their_own(tiny_llama, tmp_path, load):
         stock.eval(TOKENS[:200])
         expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),)).copy()
         stock.close()
-        ours = load(path, n_ctx=256, kv="f32", schedule=native)
+        ours = load(path, n_ctx=256, kv="f32", schedule=native, fast_prefill=False)
         np.testing.assert_allclose(last(ours, TOKENS[:200]), expected, atol=3e-3, err_msg=name)
         extended = extend(native, 1024)
         assert load(path, n_ctx=256, kv="f32", schedule=extended).schedule.bands[0] == native.bands[0]
@@ -381,7 +381,7 @@ def test_sliding_window_layers_with_another_base_keep_theirs(tiny_llama, tmp_pat
     stock = llama_cpp.Llama(str(path), n_ctx=256, rope_scaling_type=1, rope_freq_scale=0.5, **QUIET)
     stock.eval(TOKENS[:200])
     expected = np.ctypeslib.as_array(stock._ctx.get_logits(), shape=(stock.n_vocab(),))
-    ours = load(path, n_ctx=256, schedule=Schedule(facts=facts, bands=(pi,)))
+    ours = load(path, n_ctx=256, schedule=Schedule(facts=facts, bands=(pi,)), fast_prefill=False)
     np.testing.assert_array_equal(last(ours, TOKENS[:200]), expected)
     stock.close()
 

@@ -171,6 +171,14 @@ def test_a_layer_without_attention(make: Make, tmp_path: Path, kept: tuple[str, 
     check_loadable(read_header(make({}, "phi3")))
 
 
+def test_a_text_takes_no_more_memory_than_it_has_tokens(make: Make) -> None:
+    llm = Llama(make({"ARCH.context_length": (2**31 - 1, U32)}), n_ctx=100, verbose=False)
+    started = time.perf_counter()
+    assert llm.detokenize(llm.tokenize(b"the rope" * 99)).strip() == b"the rope" * 99
+    assert time.perf_counter() - started < 1
+    assert llm.tokenize(b"", add_bos=True) == [1] and llm.tokenize(b"", add_bos=False) == []
+
+
 def test_texts_that_a_vocabulary_without_all_bytes_cannot_spell(make: Make) -> None:
     tokens = ["zqxjkv" if token == "<0xC3>" else token for token in TOKENS]
     llm = Llama(make({"tokenizer.ggml.tokens": (tokens, LIST)}), n_ctx=100, verbose=False)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from ropewalk.processes import usable_cores
-from ropewalk.runtime.threads import default_threads
+from ropewalk.runtime.threads import FreeCores, default_threads
 
 PRINT_SPINCOUNT = "import os, ropewalk; ropewalk.Llama; print(os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -112,3 +112,19 @@ def test_a_waiting_thread_sleeps_unless_the_user_wants_otherwise(settings, expec
         [sys.executable, "-c", PRINT_SPINCOUNT], env=environment | settings, capture_output=True, text=True
     )
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(("others", "threads"), [(0.0, 4), (0.2, 4), (0.5, 3), (1.0, 3), (2.6, 1), (4.0, 1)])
+def test_a_core_that_others_use_gets_no_thread(monkeypatch, others, threads):
+    monkeypatch.setattr("ropewalk.runtime.threads.usable_cores", lambda: 4)
+    seconds = [(100.0, 7.0), (100.0 + others + 1.5, 8.5)]  # in one second: theirs, and 1.5 of our own
+    cores = FreeCores(lambda: seconds.pop(0), now=50.0)
+    assert cores.threads(16, now=50.1) == 4  # nothing is known yet
+    assert cores.threads(16, now=51.0) == threads and cores.threads(2, now=51.1) == min(threads, 2)
+
+
+def test_threads_that_are_free_again_are_used_again(monkeypatch):
+    monkeypatch.setattr("ropewalk.runtime.threads.usable_cores", lambda: 2)
+    seconds = [(0.0, 0.0), (2.0, 0.5), (4.0, 2.5)]
+    cores = FreeCores(lambda: seconds.pop(0), now=0.0)
+    assert [cores.threads(2, now) for now in (1.0, 2.0)] == [1, 2]

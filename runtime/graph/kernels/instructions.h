@@ -1,5 +1,6 @@
 /* Everything that is compiled once for each instruction set. The including file has named it; see avx2.c for one. */
 #include "attend_few.h"
+#include "multiply_few.h"
 #include "multiply_weights.h"
 #include "rotate.h"
 
@@ -33,6 +34,13 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
 #define HAS_BFLOAT false
 #endif
 
+#ifdef ISA_VNNI
+#define FEW_PRODUCTS \
+    .is_few_product = is_few_product, .few_words = few_words, .convert_few = convert_few_rows, .multiply_few = multiply_few,
+#else
+#define FEW_PRODUCTS
+#endif
+
 #define INSTRUCTION_SET(set, label) \
     const struct instruction_set set = { \
         .name = label, \
@@ -45,5 +53,7 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
         .convert_rows = convert_rows, \
         .product_scratch = product_scratch, \
         .multiply_weights = multiply_weights, \
+        .min_rows = min_rows, \
         .rotate_row = rotate_row, \
+        FEW_PRODUCTS \
     }

@@ -77,6 +77,8 @@ EXPORT int64_t ropewalk_taken(struct context *context) { return atomic_load(&con
 EXPORT const char *ropewalk_failure(struct context *context) { return atomic_load(&context->failed) ? context->failure : ""; }
 
 EXPORT void ropewalk_forgive(struct context *context) {
+    for (int i = 0; i < MAX_THREADS; i++)
+        atomic_store(&context->shares[i].next, 0);
     atomic_store(&context->claims.next, 0);
     atomic_store(&context->claims.done, 0);
     atomic_store(&context->claims.ready, 0);
@@ -108,6 +110,8 @@ float *reserve(struct context *context, struct scratch *scratch, int64_t n_float
 void leave(struct context *context, int n_threads) {
     if (atomic_fetch_add(&context->claims.left, 1) + 1 < n_threads)
         return;
+    for (int i = 0; i < n_threads; i++)
+        atomic_store_explicit(&context->shares[i].next, 0, memory_order_relaxed);
     atomic_store(&context->claims.next, 0);
     atomic_store(&context->claims.done, 0);
     atomic_store(&context->claims.ready, 0);

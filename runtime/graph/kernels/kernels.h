@@ -27,6 +27,11 @@ struct claims {
     atomic_int left;    /* threads that have left the node */
 };
 
+/* A thread's own part of a node's rows, in order: a core reads memory fastest where it goes straight on. */
+struct share {
+    _Alignas(64) atomic_llong next; /* pieces of it that have been claimed */
+};
+
 struct scratch {
     float *data;
     int64_t n_floats;
@@ -55,6 +60,7 @@ struct context {
     bool exact; /* compute in floats, not in bfloat16 */
     struct watch watch;
     _Alignas(64) struct claims claims;
+    struct share shares[MAX_THREADS];
     _Alignas(64) atomic_llong taken; /* nodes computed so far */
     atomic_int failed, stopped;
     char failure[160]; /* which node failed, and why */
@@ -153,6 +159,14 @@ struct instruction_set {
     void (*convert_rows)(const struct product *p, int64_t first, int64_t stop);
     int64_t (*product_scratch)(const struct product *p, const struct product_piece *piece);
     void (*multiply_weights)(const struct product *p, const struct product_piece *piece, float *scratch);
+    int64_t (*min_rows)(int type, bool exact); /* of x, from which this is faster than llama.cpp with such a weight */
+    /* Whether a few rows can be multiplied straight from the weight's blocks; each thread converts them for itself, to
+     * `few_words` words, and multiplies them by rows [first, stop) of the weight. NULL where this is not faster than
+     * llama.cpp. */
+    bool (*is_few_product)(const struct product *p);
+    int64_t (*few_words)(const struct product *p);
+    void (*convert_few)(const struct product *p, uint32_t *words);
+    void (*multiply_few)(const struct product *p, int64_t first, int64_t stop);
     /* Rotate a cell's keys by a table of cosines and sines; `x` has room for a row. */
     void (*rotate_row)(const struct rotation *r, const struct key_cache *cache, const float *table, char *row, float *x);
 };

@@ -177,24 +177,19 @@ INLINE void pack_scales(const uint32_t *rows, int64_t n, uint32_t *panel, int co
     }
 }
 
-/* Read `n` values, whole blocks, of a weight's row. */
-INLINE void read_bytes_of(int type, const uint8_t *block, int64_t n, uint8_t *bytes, float *scales, float *mins) {
-    for (int64_t at = 0; at < n; at += block_values(type), block += block_size(type))
-        bytes_of_block(type, block, bytes + at, scales + at / sub_block(type), mins + at / sub_block(type));
-}
-
-static void read_bytes(int type, const uint8_t *block, int64_t n, uint8_t *bytes, float *scales, float *mins) {
-#define OF(type) read_bytes_of(type, block, n, bytes, scales, mins)
-    FOR_BYTES(type, OF) /* so that each becomes a loop of its own */
+static void read_bytes(int type, const uint8_t *group, int64_t n, uint8_t *bytes, float *scales, float *mins) {
+#define OF(type) read_group(type, group, n, bytes, scales, mins)
+    FOR_BYTES(type, OF) /* so that each becomes code of its own */
 #undef OF
 }
 
 /* Unpack values [first, first + n) of some of the weight's rows into panels; missing rows of the last one are 0. */
-static void pack_bytes(const struct product *p, const struct byte_layout *l, uint32_t *memory, int64_t from, int64_t to,
+static void pack_weight_bytes(const struct product *p, const struct byte_layout *l, uint32_t *memory, int64_t from, int64_t to,
                        int64_t first, int64_t n) {
     const struct tensor *w = p->weight;
     const struct block_type *type = &p->types[w->type];
     struct byte_kind kind = byte_kind(w->type);
+    int64_t group_bytes = 256 / type->block * type->block_bytes;
     uint32_t *row = memory + l->row, *scales = memory + l->row_scales, *mins = memory + l->row_mins;
     for (int64_t column = from; column < round_up(to - from, PANEL) + from; column += VL)
         for (int64_t k = first; k < first + n; k += 256) {
@@ -204,8 +199,11 @@ static void pack_bytes(const struct product *p, const struct byte_layout *l, uin
                 uint8_t *bytes = (uint8_t *)row + i * BYTE_ROW;
                 float *scale = (float *)scales + i * 16, *min = (float *)mins + i * 16;
                 if (column + i < to) {
-                    const uint8_t *start = (const uint8_t *)w->data + (column + i) * (int64_t)w->nb[1];
-                    read_bytes(w->type, start + k / type->block * type->block_bytes, values, bytes, scale, min);
+                    const uint8_t *row_start = (const uint8_t *)w->data + (column + i) * (int64_t)w->nb[1];
+                    const uint8_t *group = row_start + k / type->block * type->block_bytes;
+                    for (int64_t line = 0; line < group_bytes; line += 64) /* the row's next group */
+                        __builtin_prefetch(group + group_bytes + line);
+                    read_bytes(w->type, group, values, bytes, scale, min);
                 } else {
                     memset(bytes, 0, 256);
                     memset(scale, 0, 64);
@@ -309,12 +307,12 @@ static void multiply_tile_bytes(const struct product *p, const struct product_pi
     }
 }
 
-static void multiply_bytes(const struct product *p, const struct product_piece *piece, float *scratch) {
+static void multiply_weight_bytes(const struct product *p, const struct product_piece *piece, float *scratch) {
     struct byte_layout l = byte_layout(p, piece);
     uint32_t *memory = (uint32_t *)scratch;
     for (int64_t k = 0; k < p->n_in; k += l.stretch) {
         int64_t n = p->n_in - k < l.stretch ? p->n_in - k : l.stretch;
-        pack_bytes(p, &l, memory, piece->first_column, piece->stop_column, k, n);
+        pack_weight_bytes(p, &l, memory, piece->first_column, piece->stop_column, k, n);
         multiply_tile_bytes(p, piece, &l, memory, k, n);
     }
     write_edge(p, piece, scratch + l.edge, PANEL);

@@ -104,7 +104,7 @@ INLINE void multiply_weights_as(const struct product *p, const struct product_pi
 static void multiply_weights(const struct product *p, const struct product_piece *piece, float *scratch) {
 #if HAS_BYTES
     if (AS_BYTES(p)) {
-        multiply_bytes(p, piece, scratch);
+        multiply_weight_bytes(p, piece, scratch);
         return;
     }
 #endif
@@ -141,4 +141,14 @@ static void convert_rows(const struct product *p, int64_t first, int64_t stop) {
 #endif
     for (int64_t row = first; row < stop; row++)
         to_words((const float *)(p->x + row * p->x_step), p->n_in, p->words + row * row_words(p->n_in, AS_BFLOAT(p)), AS_BFLOAT(p));
+}
+
+/* Measured against llama.cpp's kernels for the same processor. */
+static int64_t min_rows(int type, bool exact) {
+#if defined(ISA_VNNI)
+    if (is_bytes(type) && !exact)
+        return 1;
+#endif
+    (void)exact;
+    return type == TYPE_F16 ? 64 : 32;
 }

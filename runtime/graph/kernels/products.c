@@ -7,10 +7,10 @@
 
 #include <sched.h>
 
-enum { MIN_ROWS = 32 };         /* tokens from which unpacking a weight pays off */
 enum { CONVERTED = 1 << 15 };   /* values that are converted at a time */
 enum { PIECE_COLUMNS = 128 };   /* at most; a multiple of COLUMN_STEP */
 enum { MIN_PIECE_ROWS = 96 };   /* tokens that a weight is unpacked for at least; a multiple of each strip */
+enum { FEW_BYTES = 1 << 13 };   /* of a weight, in a piece of a product with a few rows */
 enum { PIECES_PER_THREAD = 4 }; /* so that nobody waits for long at the end */
 
 struct plan {
@@ -40,8 +40,8 @@ static struct product read_node(const struct context *context, const struct tens
     };
 }
 
-static struct plan make_plan(const struct context *context, const struct tensor *node, int n_threads) {
-    struct plan plan = {.product = read_node(context, node), .columns = PIECE_COLUMNS};
+static struct plan make_plan(const struct context *context, struct product product, int n_threads) {
+    struct plan plan = {.product = product, .columns = PIECE_COLUMNS};
     struct product *p = &plan.product;
     int64_t wanted = n_threads == 1 ? 1 : (int64_t)n_threads * PIECES_PER_THREAD;
     p->strip_rows = context->instructions->rows_of_strip(p);
@@ -103,9 +103,45 @@ static bool convert(struct context *context, struct plan *plan, const struct ten
     return true;
 }
 
+/* Claim the next piece: `step` of `n` rows of the weight, from the thread's own share as long as there are some, and then
+ * from those of others. `share` is where it looked last, at first its own. */
+static bool claim(struct context *context, int n_threads, int64_t n, int64_t step, int *share, int *looked, int64_t *first,
+                  int64_t *stop) {
+    int64_t pieces = ceil_div(n, step);
+    for (; *looked < n_threads; ++*looked, *share = (*share + 1) % n_threads) {
+        int64_t begin = pieces * *share / n_threads, end = pieces * (*share + 1) / n_threads;
+        int64_t piece = begin + atomic_fetch_add(&context->shares[*share].next, 1);
+        if (piece < end) {
+            *first = piece * step;
+            *stop = *first + step < n ? *first + step : n;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A few rows: a piece is some of the weight's rows. */
+static void multiply_few(struct context *context, struct product *p, const struct tensor *node, int thread, int n_threads) {
+    const struct instruction_set *set = context->instructions;
+    int64_t step = ceil_div(ceil_div(FEW_BYTES, (int64_t)p->weight->nb[1]), 16) * 16, first, stop;
+    int share = thread, looked = 0;
+    p->words = (uint32_t *)reserve(context, &context->scratch[thread], set->few_words(p), node);
+    if (p->words != NULL) {
+        set->convert_few(p, p->words);
+        while (!atomic_load(&context->failed) && claim(context, n_threads, p->n_out, step, &share, &looked, &first, &stop))
+            set->multiply_few(p, first, stop);
+    }
+    leave(context, n_threads);
+}
+
 EXPORT void ropewalk_product(struct tensor *node, int thread, int n_threads, void *userdata) {
     struct context *context = userdata;
-    struct plan plan = make_plan(context, node, n_threads);
+    struct product product = read_node(context, node);
+    if (context->instructions->is_few_product && context->instructions->is_few_product(&product)) {
+        multiply_few(context, &product, node, thread, n_threads);
+        return;
+    }
+    struct plan plan = make_plan(context, product, n_threads);
     int64_t first_phase = 1 + plan.n_conversions;
     while (!atomic_load(&context->failed)) {
         int64_t index = atomic_fetch_add(&context->claims.next, 1);
@@ -129,7 +165,7 @@ EXPORT void ropewalk_product(struct tensor *node, int thread, int n_threads, voi
 
 bool product_covers(const struct context *context, const struct tensor *node) {
     const struct tensor *weight = node->src[0], *x = node->src[1];
-    if (node->ne[1] < MIN_ROWS || node->ne[2] != 1 || node->ne[3] != 1 || node->nb[0] != 4)
+    if (node->ne[2] != 1 || node->ne[3] != 1 || node->nb[0] != 4)
         return false;
     /* A repacked weight has `extra` set; a weight that was computed is not a stored one. */
     if (weight->op != 0 || weight->view_src || weight->extra || weight->ne[2] != 1 || weight->ne[3] != 1)
@@ -137,7 +173,7 @@ bool product_covers(const struct context *context, const struct tensor *node) {
     const struct block_type *type = type_of(context, weight->type);
     if (type == NULL || weight->nb[1] != (size_t)(weight->ne[0] / type->block * type->block_bytes))
         return false;
-    return x->type == TYPE_F32 && x->nb[0] == 4;
+    return x->type == TYPE_F32 && x->nb[0] == 4 && node->ne[1] >= context->instructions->min_rows(weight->type, context->exact);
 }
 
 /* For the Python side: whether a MUL_MAT node is a product that is computed here. */

@@ -381,6 +381,8 @@ static void check_all(int index, bool exact) {
     for (size_t i = 0; i < sizeof stored / sizeof *stored; i++) {
         check_product(context, stored[i], 512, 70, 33);
         check_product(context, stored[i], 768, 33, 130);
+        check_product(context, stored[i], 512, 70, 1);
+        check_product(context, stored[i], 768, 300, 5);
     }
     for (int j = 0; j < N_CACHED; j++)
         for (int halves = 0; halves < 2; halves++) {

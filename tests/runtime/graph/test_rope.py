@@ -37,8 +37,8 @@ def one_band(path, factors, start_tokens=0, attention_factor=1.0, context=4096):
 def test_pi_is_bit_for_bit_llama_cpps_own(smollm2):
     tokens = list(range(300, 500))
     native = llama_cpp.Llama(str(smollm2), n_ctx=256, rope_scaling_type=1, rope_freq_scale=0.5, **QUIET)
-    ours = ropewalk.Llama(smollm2, n_ctx=256, schedule=one_band(smollm2, [2.0] * 32), **QUIET)
-    plain = ropewalk.Llama(smollm2, n_ctx=256, **QUIET)
+    ours = ropewalk.Llama(smollm2, fast_prefill=False, n_ctx=256, schedule=one_band(smollm2, [2.0] * 32), **QUIET)
+    plain = ropewalk.Llama(smollm2, fast_prefill=False, n_ctx=256, **QUIET)
     expected = logits(native, tokens)
     np.testing.assert_array_equal(logits(ours, tokens), expected)
     assert np.abs(logits(plain, tokens) - expected).max() > 1  # the test can tell
@@ -53,8 +53,8 @@ def test_yarn_is_llama_cpps_own(tiny_llama, tmp_path, scale):
     facts = native_schedule(read_header(path)).facts
     factors = yarn(facts.n_rot, scale, facts.freq_base, 256)
     schedule = one_band(path, factors, attention_factor=yarn_attention_factor(scale))
-    ours = ropewalk.Llama(path, schedule=schedule, **exact)
-    plain = logits(ropewalk.Llama(path, **exact), tokens)
+    ours = ropewalk.Llama(path, fast_prefill=False, schedule=schedule, **exact)
+    plain = logits(ropewalk.Llama(path, fast_prefill=False, **exact), tokens)
     expected = logits(native, tokens)
     np.testing.assert_allclose(logits(ours, tokens), expected, atol=3e-3)  # angles differ in f32 rounding
     assert np.abs(plain - expected).max() > 1e-2
@@ -107,7 +107,7 @@ def test_start_tokens_are_the_papers_formula(tiny_llama, tmp_path, start_tokens)
     tokens = [(37 * i) % 250 + 5 for i in range(150)]
     factors = [1 + i / 3 for i in range(16)]
     schedule = one_band(path, factors, start_tokens, attention_factor=1.2)
-    ours = logits(ropewalk.Llama(path, n_ctx=256, schedule=schedule, kv="f32", **QUIET), tokens)
+    ours = logits(ropewalk.Llama(path, fast_prefill=False, n_ctx=256, schedule=schedule, kv="f32", **QUIET), tokens)
     expected = torch_logits(path, tokens, factors, start_tokens, 1.2)
     assert np.abs(ours - expected).max() < 1e-3
     if start_tokens > 1:  # position 0 does not rotate
@@ -118,7 +118,7 @@ def test_start_tokens_one_at_a_time_are_the_same(tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "m.gguf")
     tokens = [(37 * i) % 250 + 5 for i in range(40)]
     schedule = one_band(path, [3.0] * 16, 16)
-    llm = ropewalk.Llama(path, n_ctx=256, schedule=schedule, kv="f32", **QUIET)
+    llm = ropewalk.Llama(path, fast_prefill=False, n_ctx=256, schedule=schedule, kv="f32", **QUIET)
     for token in tokens:
         llm.eval([token])
     expected = torch_logits(path, tokens, [3.0] * 16, 16, 1.0)

@@ -16,6 +16,7 @@ from ropewalk.runtime.measure.evaluators import faster, make_evaluator
 from ropewalk.runtime.measure.evaluators import llama as llama_evaluator
 from ropewalk.runtime.measure.evaluators.spec import EvaluatorSpec
 from ropewalk.runtime.measure.passages import Text, make_passages
+from ropewalk.runtime.measure.readings import reader
 from ropewalk.runtime.measure.torch_reader import weights
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
@@ -53,6 +54,13 @@ def other(band, start_tokens=0):
     return band.model_copy(update=changes)
 
 
+def test_llama_cpp_evaluates_exactly(evaluators, smollm2):
+    readers = evaluators["llama"]._llm, reader(smollm2, 256)
+    for llm in readers:
+        assert llm.computed_by == "torch" or llm.computed_by.endswith(" exact")
+    readers[1].close()
+
+
 def test_they_agree_and_give_the_weighted_loss_of_the_targets(evaluators, spec, band, smollm2):
     for candidate in (band, other(band), other(band, 16)):
         losses = {kind: e.evaluate(Task(candidate, 1)).loss for kind, e in evaluators.items()}
@@ -60,7 +68,7 @@ def test_they_agree_and_give_the_weighted_loss_of_the_targets(evaluators, spec, 
     passage = spec.passages[1]
     schedule = native_schedule(read_header(smollm2))
     alone = schedule.model_copy(update={"bands": (other(band, 16).model_copy(update={"context": 8192}),)})
-    llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, verbose=False)
+    llm = ropewalk.Llama(smollm2, schedule=alone, n_ctx=CONTEXT, kv="f16", flash_attn=True, exact=True, verbose=False)
     direct = llm.token_losses(passage.tokens, targets=passage.targets) @ np.array(passage.weights)
     llm.close()
     assert losses["llama"] == pytest.approx(direct, abs=1e-6)
