@@ -29,10 +29,9 @@ from . import log, memory
 from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
-from .graph.key_caches import KeyCaches, KeySurvey
 from .graph.kernels import Context as Kernels
-from .graph.kernels import KeyRotation
-from .graph.kernels import why_missing
+from .graph.kernels import KeyRotation, why_missing
+from .graph.key_caches import KeyCaches, KeySurvey
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
@@ -224,6 +223,7 @@ class Llama(llama_cpp.Llama):
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
         self._key_caches: KeyCaches | None = None
+        self._use_kernels = True
         if hooked and self._has_memory and not options.get("vocab_only"):
             # llama.cpp gives the callback to its scheduler with the first token, not before.
             if self._kernels is None:
@@ -599,12 +599,12 @@ class Llama(llama_cpp.Llama):
             if rest:
                 self._cut(keep)
             rotations = plan_rotations(self._schedule.facts, old, band, keep)
-            if self._key_caches is not None:
+            if self.rotates_natively:
                 self._rotate_natively(rotations, keep)
             elif not all(map(self._rotate_by_shift, rotations)):
                 rest = self.input_ids[:n_tokens].tolist()
                 self._forget()
-            times = len(rotations) if self._key_caches is None else min(1, len(rotations))
+            times = min(1, len(rotations)) if self.rotates_natively else len(rotations)
             self._spans = rotated(self._spans, times)
             self.band = band
             if rest:
@@ -629,7 +629,7 @@ class Llama(llama_cpp.Llama):
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
         one_axis = llama_cpp.llama_memory_can_shift(cache)  # and sliding windows have as many cells as other layers
-        return self.can_rewind and bool(in_order and one_axis and (self._key_caches or self._keys_can_shift))
+        return self.can_rewind and bool(in_order and one_axis and (self.rotates_natively or self._keys_can_shift))
 
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
@@ -643,6 +643,15 @@ class Llama(llama_cpp.Llama):
         tokens = self.input_ids[: self.n_tokens].tolist()
         self._forget()
         self._read(tokens, settled=True)
+
+    @property
+    def rotates_natively(self) -> bool:
+        """Whether the kernels rotate cached keys; False leaves it to llama.cpp's K-shift, where that can do it."""
+        return self._key_caches is not None and self._use_kernels
+
+    @rotates_natively.setter
+    def rotates_natively(self, native: bool) -> None:
+        self._use_kernels = native
 
     def _find_keys(self, kernels: Kernels) -> KeyCaches | None:
         """Return where the cached keys lie that the kernels can rotate; None where these are not made as expected."""

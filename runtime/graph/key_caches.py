@@ -2,8 +2,8 @@
 
 A SET_ROWS node writes a token's keys to a layer's cache. Followed back, through changes of shape and at most one
 Hadamard transform (which llama.cpp puts behind the rotation of keys that it will quantise), it leads to the ROPE node
-that has rotated them, if keys are made as they are in most architectures. Where anything else is found, nothing is said:
-these keys are then rotated by llama.cpp itself, or read again.
+that has rotated them, if keys are made as they are in most architectures. If anything else is found, no cache is named,
+and these keys are rotated by llama.cpp itself, or read again.
 """
 
 from __future__ import annotations

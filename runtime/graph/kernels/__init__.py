@@ -1,4 +1,4 @@
-"""The innermost loops in C: attention, products, the rotation of cached keys and the graph callback, compiled when Ropewalk is installed.
+"""The innermost loops in C: attention, products, cached keys and the graph callback, compiled with the installation.
 
 `library` loads them. Of ggml they know what `ggml_tensor.h` says, and of λ what a node is set to; nothing of models or
 caches.

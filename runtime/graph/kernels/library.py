@@ -308,9 +308,7 @@ def _address(function: Any) -> int:
 
 
 def _struct(cache: KeyCache) -> _KeyCacheStruct:
-    return _KeyCacheStruct(
-        cache.data, cache.cell_bytes, cache.n_heads, cache.head_size, cache.type, cache.hadamard
-    )
+    return _KeyCacheStruct(cache.data, cache.cell_bytes, cache.n_heads, cache.head_size, cache.type, cache.hadamard)
 
 
 def _on_threads(n_threads: int, work: Callable[[], bool]) -> None:

@@ -80,6 +80,13 @@ INLINE void pack_halves(const float *x, char *out, int64_t n) {
         values[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
 }
 
+/* Write a half-precision scale; returns the place behind it. */
+INLINE char *put_half(char *out, float x) {
+    uint16_t bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(out, &bits, 2);
+    return out + 2;
+}
+
 /* As ggml does: the greatest of a block's magnitudes is 127. */
 INLINE void pack_q8_0(const float *x, char *out, int64_t n) {
     for (int64_t i = 0; i < n; i += 32, out += 34) {
@@ -87,10 +94,57 @@ INLINE void pack_q8_0(const float *x, char *out, int64_t n) {
         for (int j = 0; j < 32; j += VL)
             most = v_max(most, v_abs(v_load(x + i + j)));
         float d = v_max_lane(most) / 127.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
-        uint16_t scale = _cvtss_sh(d, _MM_FROUND_TO_NEAREST_INT);
-        memcpy(out, &scale, 2);
+        put_half(out, d);
         for (int j = 0; j < 32; j += VL)
             v_store_bytes((int8_t *)out + 2 + j, v_round(v_mul(v_load(x + i + j), v_set(inverse))));
+    }
+}
+
+/* The one of 32 values, of which `low` is the least and `high` the greatest, that is farthest from 0; the first of two. */
+INLINE float farthest(const float *x, float low, float high) {
+    if (high != -low)
+        return high > -low ? high : low;
+    while (*x != low && *x != high && high == high)
+        x++;
+    return *x;
+}
+
+/* As ggml does: whole numbers from 0 to `top`, over the range of a block's values if the type has a minimum, otherwise so
+ * that the value farthest from 0 is the least of them. The low four bits of all 32 come last, the fifth before them. */
+INLINE void pack_nibbles(int type, const float *x, char *out, int64_t n) {
+    const float top = type == TYPE_Q5_0 || type == TYPE_Q5_1 ? 31.0f : 15.0f, middle = (top + 1.0f) / 2.0f;
+    for (int64_t i = 0; i < n; i += 32, x += 32) {
+        vf low = v_load(x), high = low;
+        for (int j = VL; j < 32; j += VL) {
+            low = v_min(low, v_load(x + j));
+            high = v_max(high, v_load(x + j));
+        }
+        float least = -v_max_lane(v_sub(v_set(0.0f), low)), most = v_max_lane(high), d, zero = 0.0f, half = middle + 0.5f;
+        if (has_minimum(type)) {
+            d = (most - least) / top;
+            zero = least;
+            half = 0.5f;
+        } else {
+            d = farthest(x, least, most) / -middle;
+        }
+        float inverse = d != 0.0f ? 1.0f / d : 0.0f;
+        int8_t bytes[32];
+        for (int j = 0; j < 32; j += VL) {
+            vf scaled = v_mul(v_sub(v_load(x + j), v_set(zero)), v_set(inverse));
+            v_store_bytes(bytes + j, v_min(v_floor(v_add(scaled, v_set(half))), v_set(top)));
+        }
+        b16 first = b_load(bytes), last = b_load(bytes + 16), low_bits = (first & 15) | (b16)(last << 4);
+        out = put_half(out, d);
+        if (has_minimum(type))
+            out = put_half(out, zero);
+        if (top == 31.0f) {
+            uint32_t fifths = (uint32_t)_mm_movemask_epi8((__m128i)(first << 3)) |
+                              (uint32_t)_mm_movemask_epi8((__m128i)(last << 3)) << 16;
+            memcpy(out, &fifths, 4);
+            out += 4;
+        }
+        memcpy(out, &low_bits, 16);
+        out += 16;
     }
 }
 #endif
@@ -102,6 +156,10 @@ static void pack(const struct block_type *types, int type, const float *x, char 
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
     case TYPE_F16: pack_halves(x, row, n); break;
     case TYPE_Q8_0: pack_q8_0(x, row, n); break;
+    case TYPE_Q4_0: pack_nibbles(TYPE_Q4_0, x, row, n); break;
+    case TYPE_Q4_1: pack_nibbles(TYPE_Q4_1, x, row, n); break;
+    case TYPE_Q5_0: pack_nibbles(TYPE_Q5_0, x, row, n); break;
+    case TYPE_Q5_1: pack_nibbles(TYPE_Q5_1, x, row, n); break;
 #endif
     default: types[type].quantise(x, row, n);
     }

@@ -73,6 +73,7 @@ INLINE void v_store_halves(uint16_t *p, vf x) {
 /* Whole numbers from -128 to 127. */
 INLINE void v_store_bytes(int8_t *p, vf x) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf v_floor(vf a) { return _mm512_floor_ps(a); }
 /* Each lane gets that of the lane 2^k away, the two trading places. */
 INLINE vf v_flip(vf a, int k) {
     return k == 0   ? _mm512_permute_ps(a, 0xb1)
@@ -134,6 +135,7 @@ INLINE void v_store_bytes(int8_t *p, vf x) {
     _mm_storel_epi64((void *)p, _mm_packs_epi16(words, words));
 }
 INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vf v_floor(vf a) { return _mm256_floor_ps(a); }
 INLINE vf v_flip(vf a, int k) {
     return k == 0   ? _mm256_permute_ps(a, 0xb1)
            : k == 1 ? _mm256_permute_ps(a, 0x4e)
