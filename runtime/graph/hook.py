@@ -21,6 +21,10 @@ Handler = Callable[[int], None]
 """Called with the address of a node about to be computed; sets what the node reads, or what it does."""
 
 
+class NodeError(RuntimeError):
+    """A node could not be computed; names the node. No result of its graph is used."""
+
+
 class GraphHook:
     """Handlers for operations of one context's graphs; keep it alive as long as the context.
 

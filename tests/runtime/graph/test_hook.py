@@ -15,8 +15,7 @@ from attention_nodes import Graph, causal, draw, reference, stored
 from ropewalk.container import native_schedule, read_header
 from ropewalk.factors import Band, Schedule
 from ropewalk.runtime.graph import ggml
-from ropewalk.runtime.graph.fast import NodeError
-from ropewalk.runtime.graph.hook import GraphHook
+from ropewalk.runtime.graph.hook import GraphHook, NodeError
 from ropewalk.runtime.graph.kernels import Context, why_missing
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
@@ -198,7 +197,8 @@ import ctypes, resource
 import numpy as np
 from attention_nodes import Graph, causal, draw
 from ropewalk.runtime.graph import ggml
-from ropewalk.runtime.graph.fast import NativeNodes, NodeError
+from ropewalk.runtime.graph.fast import NativeNodes
+from ropewalk.runtime.graph.hook import NodeError
 from ropewalk.runtime.graph.hook import GraphHook
 from ropewalk.runtime.graph.kernels import Context
 
