@@ -185,12 +185,11 @@ class Llama(llama_cpp.Llama):
         self._kernels = Kernels(exact=exact) if native else None
         self._fast = self._make_fast_nodes() if fast_prefill else None
         self._graph = self._make_graph_hook()
-        ours = fast_prefill and self._kernels is not None and not self._kernels.exact
-        self._extra_buffers = engine.extra_buffers and may_repack(
-            header,
-            ours=ours and not options.get("vocab_only"),
-            n_threads=n_threads,
-            n_threads_batch=n_threads_batch,
+        ours = fast_prefill and self._kernels is not None and not options.get("vocab_only")
+        self._extra_buffers = (
+            engine.extra_buffers
+            and not (ours and self._kernels is not None and self._kernels.exact)  # llama.cpp's round the activations
+            and may_repack(header, ours=ours, n_threads=n_threads, n_threads_batch=n_threads_batch)
         )
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()

@@ -297,8 +297,7 @@ def test_the_native_callback_gives_what_pythons_does(tiny, monkeypatch):
         found.append(conversation(llm))
         assert llm._rope.touched > 0
         llm.close()
-    np.testing.assert_array_equal(*(logits[:3] for logits in found))
-    np.testing.assert_allclose(*found, atol=5e-5)  # the keys have been rotated, by the kernels or by llama.cpp
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("exact", [True, False])
