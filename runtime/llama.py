@@ -95,7 +95,7 @@ class Llama(llama_cpp.Llama):
             Default: llama_cpp's `type_k` and `type_v`.
         n_ctx: as in llama_cpp; 0 = as long as the last band.
         flash_attn: None = on, as attention is computed by our own kernels; without these (not compiled, or fast_prefill
-            off), on if the cache is quantised.
+            off) and over f32, which llama.cpp casts to f16 then, on if the cache is quantised.
         fast_prefill: with flash attention, compute attention and matrix products here (see `graph.fast`); the
             environment variable ROPEWALK_FAST_PREFILL=0 also turns it off.
         exact: there, compute in floats where bfloat16 or whole numbers would be faster; the default is what the

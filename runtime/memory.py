@@ -196,9 +196,9 @@ def plan_memory(
     """Return the plan for `n_ctx` tokens with cache type `kv` (not "auto").
 
     `flash_attn` None means: on where V is quantised, which llama.cpp requires, and with `fast_prefill`, which computes
-    flash-attention nodes alone: with the kernels always, in torch where K is quantised. More than one of `bands` adds
-    the buffer in which quantised keys are rotated. `n_threads` None means the default. `available` replaces the
-    machine's own figure.
+    flash-attention nodes alone: with the kernels for all types but f32, in torch where K is quantised. More than one of
+    `bands` adds the buffer in which quantised keys are rotated. `n_threads` None means the default. `available`
+    replaces the machine's own figure.
     """
     kv = check_kv_type(kv)
     type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
@@ -210,7 +210,8 @@ def plan_memory(
         for heads in shape.k_heads
     )
     if flash_attn is None:
-        flash_attn = is_quantised(type_v) or (fast_prefill and (is_quantised(type_k) or not why_missing()))
+        kernels = not why_missing() and "f32" not in (type_k, type_v)  # these are cast to f16 for flash attention
+        flash_attn = is_quantised(type_v) or (fast_prefill and (is_quantised(type_k) or kernels))
     rows = 4 * n_ubatch  # bytes of one float per row of a micro-batch
     scores = rows * cells * (1.5 if flash_attn else shape.n_head + 1)
     states = rows * (3 * shape.n_ff + 4 * shape.n_embd + 3 * shape.n_head * max(shape.key_length, shape.value_length))

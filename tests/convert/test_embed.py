@@ -117,7 +117,7 @@ def test_stock_llama_cpp_runs_it(name, tiny_llama, tmp_path):
     far = logits(tmp_path / "out.gguf", 2048, 400)
     assert np.isfinite(far).all()
     last = schedule.only(-1)
-    assert np.abs(far - logits(source, 2048, 400, ropewalk.Llama, schedule=last)).max() < 1e-3
+    assert np.abs(far - logits(source, 2048, 400, ropewalk.Llama, schedule=last, fast_prefill=False)).max() < 1e-3
     assert np.abs(far[:100] - short).max() > 1e-2, "a test that does not see the factors proves nothing"
 
 
