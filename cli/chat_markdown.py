@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.segment import Segment, Segments
 
+from .markdown_fence import FENCE
+
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters, with which an answer could take over the terminal."""
 
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 REDRAW_S = 0.08
 
 

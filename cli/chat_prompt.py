@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -24,11 +23,9 @@ from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.styles import Style
 
 from .chat_autosave import autosaved
+from .chat_command import Command
 from .chat_places import saved_names
 from .chat_settings import SETTINGS
-
-if TYPE_CHECKING:
-    from .chat_terminal import Command
 
 try:
     import termios

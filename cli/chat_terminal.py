@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from rich.text import Text
 from ..errors import UserError
 from ..runtime.chat import Answer, ContextFull, Conversation, Sampling, Transcript, read_saved
 from .chat_autosave import RECORD, Autosave, autosaved, autosaved_folder
+from .chat_command import Command
 from .chat_markdown import CONTROL, ShownAnswer
 from .chat_places import place_to_load, saved_names, saved_place, typed_files
 from .chat_settings import set_setting, shown_settings
@@ -41,16 +42,6 @@ LEAVING = ("exit", "quit", "bye", "goodbye", "q", ":q", ":q!", ":wq", "logout", 
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves"
 MAX_LISTED = 10
 LONG_WORD = 40
-
-
-@dataclass(frozen=True)
-class Command:
-    """A slash command: its argument, its help text, what it runs, and what completes its argument."""
-
-    argument: str
-    help: str
-    run: Callable[[Any, str], None]
-    completes: str = ""  # "paths", "saved" or "settings"
 
 
 class Leave(Exception):

@@ -14,6 +14,7 @@ from .terminal import out, plain, size
 if TYPE_CHECKING:
     from ..container import Header
     from ..factors import Schedule
+    from ..runtime.repacking import Comparison
 
 SHOWN_KV_TYPES = ("f16", "q8_0:f16", "q8_0", "q4_0")
 
@@ -60,7 +61,8 @@ def _machine() -> dict[str, Any]:
 
     from ..runtime.machine import this_machine
 
-    return asdict(this_machine())
+    machine = this_machine()
+    return asdict(machine) | {"repacking": [_as_facts(known) for known in machine.repacking]}
 
 
 def _show_machine(facts: dict[str, Any]) -> None:
@@ -72,9 +74,37 @@ def _show_machine(facts: dict[str, Any]) -> None:
         ("llama-cpp-python", facts["llama_cpp"] + buffers),
         ("native kernels", kernels),
         ("long prompts", f"computed by {facts['computes']}"),
+        *(("repacked weights", text) for text in _repacking(facts)),
         ("threads", f"{facts['threads']} by default; {facts['cpus']} logical CPUs for this process{quota}"),
     ):
         out.print(f"{name:<18}{plain(value)}", soft_wrap=True)
+
+
+def _repacking(facts: dict[str, Any]) -> list[str]:
+    """What is known about llama.cpp's repacked weights, a line for each type and number of threads."""
+    if facts["may_repack"] is not None:
+        return ["as llama.cpp does it" if facts["may_repack"] else "none: llama.cpp may not repack any"]
+    return [
+        f"{known['kind'].lower()}, {_threads(known['n_threads'], known['n_threads_batch'])}: {_products(known)}"
+        for known in facts["repacking"]
+    ]
+
+
+def _threads(writing: int, reading: int) -> str:
+    both = str(writing) if writing == reading else f"{writing} and {reading}"
+    return f"{both} thread{'s' if both != '1' else ''}"
+
+
+def _products(known: dict[str, Any]) -> str:
+    """Whose kernels multiply weights of a type, and why."""
+    if known["failed"]:
+        return f"llama.cpp's kernels for repacked weights; measuring failed ({known['failed']})"
+    if not known["repacked"]:
+        return "our kernels; llama.cpp does not repack these here"
+    speed = f"{known['reading']:.1f} × (reading) and {known['writing']:.1f} × (writing)"
+    if known["ours"]:
+        return f"our kernels, at {speed} the speed of llama.cpp's for repacked weights"
+    return f"llama.cpp's kernels for repacked weights; ours have {speed} their speed"
 
 
 def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
@@ -105,8 +135,22 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
         "schedule": "embedded" if embedded_schedule(header) else "native",
         "bands": [band.model_dump() for band in schedule.bands],
         "memory": [_memory_row(header, n_ctx, kv, len(schedule.bands)) for n_ctx in contexts for kv in SHOWN_KV_TYPES],
+        "products": _known_products(header),
         "stock_llama_cpp": what_stock_does(header),
     }
+
+
+def _known_products(header: Header) -> dict[str, Any] | None:
+    from ..runtime.repacking import known_comparison
+
+    known = known_comparison(header)
+    return None if known is None else _as_facts(known)
+
+
+def _as_facts(known: Comparison) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(known) | {"ours": known.ours}
 
 
 def _memory_row(header: Header, n_ctx: int, kv: str, bands: int) -> dict[str, Any]:
@@ -136,6 +180,8 @@ def _show(facts: dict[str, Any], schedule: Schedule) -> None:
         f" {model['original_context']:,} tokens, serves {model['context']:,}",
         soft_wrap=True,
     )
+    if facts["products"] is not None:
+        out.print(f"Products: {plain(_products(facts['products']))}", soft_wrap=True)
     _show_bands(schedule, facts["schedule"])
     _show_memory(facts["memory"])
     out.print("\n[bold]Stock llama.cpp:[/] " + plain(" ".join(facts["stock_llama_cpp"])), soft_wrap=not out.is_terminal)

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, Markdown
 from rich.syntax import Syntax
 
-from .chat_markdown import FENCE
+from .markdown_fence import FENCE
 
 PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
 """Without HTML, which rich would leave out of what it shows."""

@@ -30,7 +30,8 @@ from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.kernels import Context as Kernels
-from .graph.kernels import why_missing
+from .graph.kernels import KeyRotation, why_missing
+from .graph.key_caches import KeyCaches, KeySurvey
 from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
@@ -54,6 +55,7 @@ from .losses import Logits, Scored
 from .prompts.chat_formatter import chat_handlers
 from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
+from .repacking import may_repack
 from .threads import FreeCores, default_threads
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
@@ -178,12 +180,17 @@ class Llama(llama_cpp.Llama):
         )
         check_templates(header)
         engine = Verdict() if options.get("vocab_only") else check_engine()  # before ggml is touched
-        self._extra_buffers = engine.extra_buffers
         fast_prefill = fast_prefill and self.plan.flash_attn
         native = (hooked or fast_prefill) and engine.kernels and not why_missing()
         self._kernels = Kernels(exact=exact) if native else None
         self._fast = self._make_fast_nodes() if fast_prefill else None
         self._graph = self._make_graph_hook()
+        ours = fast_prefill and self._kernels is not None and not options.get("vocab_only")
+        self._extra_buffers = (
+            engine.extra_buffers
+            and not (ours and self._kernels is not None and self._kernels.exact)  # llama.cpp's round the activations
+            and may_repack(header, ours=ours, n_threads=n_threads, n_threads_batch=n_threads_batch)
+        )
         self.band = self._schedule.bands[0]
         self._spans: tuple[Span, ...] = ()
         self._free_cores, self._threads_in_use = FreeCores(), n_threads
@@ -214,8 +221,14 @@ class Llama(llama_cpp.Llama):
         self._chat_handlers |= chat_handlers(self.metadata, eos, self._text_of(self.token_bos()))
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
+        self._key_caches: KeyCaches | None = None
+        self._use_kernels = True
         if hooked and self._has_memory and not options.get("vocab_only"):
-            self._run_stopped(None)  # llama.cpp gives the callback to its scheduler with the first token, not before
+            # llama.cpp gives the callback to its scheduler with the first token, not before.
+            if self._kernels is None:
+                self._run_stopped(None)
+            else:
+                self._key_caches = self._find_keys(self._kernels)
 
     # llama_cpp.Llama assigns `model_params` once, before it loads the model.
 
@@ -585,10 +598,13 @@ class Llama(llama_cpp.Llama):
             if rest:
                 self._cut(keep)
             rotations = plan_rotations(self._schedule.facts, old, band, keep)
-            if not all(map(self._rotate_keys, rotations)):
+            if self.rotates_natively:
+                self._rotate_natively(rotations, keep)
+            elif not all(map(self._rotate_by_shift, rotations)):
                 rest = self.input_ids[:n_tokens].tolist()
                 self._forget()
-            self._spans = rotated(self._spans, len(rotations))
+            times = min(1, len(rotations)) if self.rotates_natively else len(rotations)
+            self._spans = rotated(self._spans, times)
             self.band = band
             if rest:
                 self._read(rest, settled=True)
@@ -608,11 +624,11 @@ class Llama(llama_cpp.Llama):
             self._forget()
 
     def _can_rotate(self) -> bool:
-        """Whether llama.cpp can shift this cache, and its cell i holds position i."""
+        """Whether the kernels or llama.cpp's K-shift can rotate this cache, and its cell i holds position i."""
         cache = llama_cpp.llama_get_memory(self._ctx.ctx)
         in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        can_shift = self._keys_can_shift and llama_cpp.llama_memory_can_shift(cache)
-        return self.can_rewind and bool(in_order and can_shift)
+        one_axis = llama_cpp.llama_memory_can_shift(cache)  # and sliding windows have as many cells as other layers
+        return self.can_rewind and bool(in_order and one_axis and (self.rotates_natively or self._keys_can_shift))
 
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
@@ -627,7 +643,50 @@ class Llama(llama_cpp.Llama):
         self._forget()
         self._read(tokens, settled=True)
 
-    def _rotate_keys(self, rotation: Rotation) -> bool:
+    @property
+    def rotates_natively(self) -> bool:
+        """Whether the kernels rotate cached keys; False leaves it to llama.cpp's K-shift, where that can do it."""
+        return self._key_caches is not None and self._use_kernels
+
+    @rotates_natively.setter
+    def rotates_natively(self, native: bool) -> None:
+        self._use_kernels = native
+
+    def _find_keys(self, kernels: Kernels) -> KeyCaches | None:
+        """Return where the cached keys lie that the kernels can rotate; None where these are not made as expected."""
+        assert self._graph is not None and self._rope is not None
+        survey = KeySurvey(self._rope.applies, partial(kernels.can_rotate, n_rot=self._schedule.facts.n_rot))
+
+        def decode_nothing() -> int:
+            kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
+            return int(llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
+
+        self._batch.set_batch(batch=[0], n_past=0, logits_all=False)
+        with self._graph.surveying(survey.handlers):
+            self._calls.run_long(decode_nothing, self._ctx.ctx)
+        self._graph.raise_kept()
+        self.drop_rolled_back()
+        return survey.caches()
+
+    def _rotate_natively(self, rotations: Sequence[Rotation], n_cells: int) -> None:
+        """Carry out all rotations of the first `n_cells` keys in one pass."""
+        assert self._kernels is not None and self._key_caches is not None
+        facts, caches = self._schedule.facts, self._key_caches
+        rotate = partial(
+            self._kernels.rotate,
+            caches.layers,
+            [KeyRotation(one.start, one.stop, one.before, one.after) for one in rotations],
+            n_cells=n_cells,
+            n_rot=facts.n_rot,
+            freq_base=facts.freq_base,
+            scale=math.prod(one.scale for one in rotations),
+            halves=caches.halves,
+            n_threads=self.n_threads_batch,
+        )
+        self._calls.run(rotate)
+        self._requires_eval = True
+
+    def _rotate_by_shift(self, rotation: Rotation) -> bool:
         """Run llama.cpp's K-shift graph for one rotation; False if it did not reach the keys.
 
         Halving position 0 leaves it unchanged and still marks the cache as shifted, so that the graph runs at the start

@@ -11,6 +11,7 @@ from ..processes import allowed_cpus, cpu_quota
 from .graph.admission import check_engine
 from .graph.fast import switched_off
 from .graph.kernels import exact_by_default, instructions_in_use, why_missing
+from .repacking import Comparison, known_comparisons, told_by_environment
 from .threads import default_threads
 
 
@@ -27,6 +28,8 @@ class Machine:
         exact: whether the kernels compute in floats alone.
         cpus: logical CPUs that this process may run on.
         quota: cores' time that its control group allows; None = all.
+        may_repack: whether llama.cpp may repack weights, if the environment says so; None = the faster one is used.
+        repacking: which one that is, by type of weights, as far as it has been measured.
         threads: how many compute, unless told otherwise.
     """
 
@@ -36,6 +39,8 @@ class Machine:
     missing: str
     computes: str
     exact: bool
+    may_repack: bool | None
+    repacking: tuple[Comparison, ...]
     cpus: int
     quota: float | None
     threads: int
@@ -57,6 +62,8 @@ def this_machine() -> Machine:
         missing=missing,
         computes="llama.cpp" if switched_off() else "torch" if missing else "kernels",
         exact=exact_by_default(),
+        may_repack=told_by_environment(),
+        repacking=() if missing else known_comparisons(),
         cpus=len(allowed_cpus()),
         quota=None if quota == math.inf else quota,
         threads=default_threads(),

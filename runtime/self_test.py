@@ -2,8 +2,8 @@
 
 A random model of one layer is small enough to be computed in numpy as well. Its cached keys depend on the tokens and
 on the rotation alone, so that keys rotated to another band must give what that band gives from the first token on.
-Tried are the rope nodes, the rotation of cached keys by llama.cpp's K-shift, and attention and products taken over: by
-the native kernels, their graph callback included, or in torch.
+Tried are the rope nodes, the rotation of cached keys by the native kernels and by llama.cpp's K-shift, and attention
+and products taken over: by the native kernels, their graph callback included, or in torch.
 `graph.admission` runs this and remembers the verdict.
 """
 
@@ -73,21 +73,31 @@ def main(extra_buffers: bool, use_kernels: bool) -> None:
 
 
 def _check_rotation(path: Path) -> int:
-    """Rope nodes read our factors, and cached keys are rotated to another band's; returns `Verdict.state_prefix`."""
+    """Rope nodes read our factors, and cached keys are rotated to another band's; returns `Verdict.state_prefix`.
+
+    Keys are rotated by each of the ways that there are: the kernels, where there are any, and a K-shift.
+    """
     weights, tokens = _random_weights(), _random_tokens()
     _write_model(path, weights, gguf.GGMLQuantizationType.F32)
+    short = _losses(weights, tokens[:SHORT], SCHEDULE.bands[0])
+    long = _losses(weights, tokens, SCHEDULE.bands[1])[SHORT - 1 :]
     changes: list[bool] = []
     llm = Llama(path, schedule=SCHEDULE, n_ctx=256, kv="f16", fast_prefill=False, n_threads=2, verbose=False)
     llm.on_band_change = lambda change: changes.append(change.reread)
-    found = llm.token_losses(tokens[:SHORT])
-    _compare(found, _losses(weights, tokens[:SHORT], SCHEDULE.bands[0]), "rope nodes do not rotate by our factors")
+    _compare(llm.token_losses(tokens[:SHORT]), short, "rope nodes do not rotate by our factors")
+    if llm.rotates_natively:
+        found = llm.token_losses(tokens, start=SHORT)
+        _compare(found, long, "the kernels do not rotate cached keys by our factors")
+        llm.reset()
+        llm.rotates_natively = False
+        llm.token_losses(tokens[:SHORT])
+        changes.clear()
     found = llm.token_losses(tokens, start=SHORT)
-    expected = _losses(weights, tokens, SCHEDULE.bands[1])[SHORT - 1 :]
     prefix = _state_prefix(llm)
     llm.close()
     if changes != [False]:
         raise Failure("cached keys cannot be rotated by a K-shift")
-    _compare(found, expected, "a K-shift does not rotate cached keys by our factors")
+    _compare(found, long, "a K-shift does not rotate cached keys by our factors")
     return prefix
 
 
@@ -166,7 +176,7 @@ def _write_model(path: Path, weights: Weights, layer_type: gguf.GGMLQuantization
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_dimension_count(HEAD)
     writer.add_rope_freq_base(BASE)
-    _write_vocabulary(writer)
+    write_vocabulary(writer)
     read: Weights = {}
     for name, weight in weights.items():
         kind = layer_type if name.startswith("blk.") and weight.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -180,7 +190,8 @@ def _write_model(path: Path, weights: Weights, layer_type: gguf.GGMLQuantization
     return read
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """Add the `N_VOCAB` tokens of a vocabulary that llama.cpp loads."""
     special, plain = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     named: list[tuple[str, Any]] = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", special), ("</s>", special)]
     named += [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]

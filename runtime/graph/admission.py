@@ -81,7 +81,7 @@ def trust(verdict: Verdict) -> None:
 def _verdict() -> Verdict:
     if not sys.executable:  # Python inside another program, which cannot be started again
         return Verdict()
-    kept = Path(platformdirs.user_cache_dir("ropewalk")) / f"engine-{_identity()}.json"
+    kept = Path(platformdirs.user_cache_dir("ropewalk")) / f"engine-{identity()}.json"
     with suppress(OSError, ValueError, TypeError):
         return Verdict(**json.loads(kept.read_text(encoding="utf-8")))
     verdict = _try()
@@ -91,8 +91,8 @@ def _verdict() -> Verdict:
     return verdict
 
 
-def _identity() -> str:
-    """A digest of what the verdict depends on."""
+def identity() -> str:
+    """Return a digest of what the verdict depends on: llama.cpp, our kernels and the processor."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in ggml.library_files()]
     own = kernels.what_is_used()
     parts = (VERSION, llama_cpp.__version__, str(ggml.library_files()[0].parent), files, own, _processor())

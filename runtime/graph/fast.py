@@ -11,16 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from . import ggml
-from .hook import Handler
+from .hook import Handler, NodeError
 from .kernels import Context
 
 if TYPE_CHECKING:
     from .attention import FastAttention
     from .products import FastProducts
-
-
-class NodeError(RuntimeError):
-    """A node could not be computed; names the node. No result of its graph is used."""
 
 
 def switched_off() -> bool:

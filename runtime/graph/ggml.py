@@ -8,6 +8,7 @@ is refused before a byte is written to a wrong place.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -98,11 +99,13 @@ class _TypeTraits(ctypes.Structure):
 CustomFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 """The function that a CUSTOM node calls on each of ggml's threads: ``(node, thread, n_threads, userdata)``."""
 
+_Quantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _Dequantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: one per thread
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
 
-PLAIN_FLOATS = (0, 1, 30)  # F32, F16, BF16
+F32, F16, BF16 = 0, 1, 30
+PLAIN_FLOATS = (F32, F16, BF16)
 
 PARAMS_OFFSET: int = TensorStruct.op_params.offset
 OP_INDEX: int = TensorStruct.op.offset // 4
@@ -176,6 +179,12 @@ def op_code(name: str) -> int:
     raise LayoutError(refusal(f"it has no operation {name}"))
 
 
+@cache
+def op_name(code: int) -> str:
+    """Return ggml's own name for an operation ("ROPE", "GET_ROWS")."""
+    return str(_library().ggml_op_name(code).decode())
+
+
 class Arena:
     """Host memory for small tensors of our own, created by ggml; it lives as long as this object."""
 
@@ -200,6 +209,11 @@ class Arena:
 def floats_size(n: int) -> int:
     """Bytes of an `Arena` that one tensor of `n` floats takes."""
     return int(_library().ggml_tensor_overhead()) + 4 * n + 64
+
+
+def n_values(tensor: TensorStruct) -> int:
+    """Return how many values a tensor has."""
+    return math.prod(tensor.ne)
 
 
 def tensor_at(address: int) -> TensorStruct:
@@ -259,6 +273,16 @@ def block_type(code: int) -> BlockType | None:
     return BlockType(int(traits.block), int(traits.block_bytes), _Dequantise(traits.dequantise))
 
 
+def quantiser(code: int) -> int | None:
+    """Return the address of ggml's function ``(floats, blocks, number of values)`` that writes its type number `code`.
+
+    It rounds as ggml's tools do; None where ggml writes this type only with more information.
+    """
+    block_type(code)  # proves where the traits are
+    function: int | None = _library().ggml_get_type_traits(code).contents.from_float_ref
+    return function
+
+
 def block_types() -> dict[int, BlockType]:
     """Return all types of this ggml that are stored in blocks, by their numbers."""
     kinds = ((code, block_type(code)) for code in range(llama_cpp.GGML_TYPE_COUNT))
@@ -286,6 +310,21 @@ def dequantise(tensor: TensorStruct, start: int, stop: int, out: int, stream: in
     assert kind is not None
     first = tensor.data + stream * tensor.nb[3] + start * tensor.nb[1]
     kind.dequantise(first, out, (stop - start) * tensor.nb[1] // kind.block_bytes * kind.block)
+
+
+def quantise(code: int, floats: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Return rows of floats, shape ``(rows, n)``, as blocks of ggml's type number `code`: ``(rows, bytes of a row)``.
+
+    Raises:
+        ValueError: ggml has no function for that which needs nothing but the floats.
+    """
+    kind, function = block_type(code), _library().ggml_get_type_traits(code).contents.from_float_ref
+    if kind is None or not function or floats.shape[1] % kind.block:
+        raise ValueError(f"type {code} cannot be quantised to from rows of {floats.shape[1]}")
+    floats = np.ascontiguousarray(floats, np.float32)
+    blocks = np.empty((len(floats), floats.shape[1] // kind.block * kind.block_bytes), np.uint8)
+    _Quantise(function)(floats.ctypes.data, blocks.ctypes.data, floats.size)
+    return blocks
 
 
 def attention_params(address: int) -> AttentionParams:

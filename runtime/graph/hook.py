@@ -21,6 +21,10 @@ Handler = Callable[[int], None]
 """Called with the address of a node about to be computed; sets what the node reads, or what it does."""
 
 
+class NodeError(RuntimeError):
+    """A node could not be computed; names the node. No result of its graph is used."""
+
+
 class GraphHook:
     """Handlers for operations of one context's graphs; keep it alive as long as the context.
 
@@ -33,6 +37,7 @@ class GraphHook:
         self._kernels = kernels
         self._handlers = {ggml.op_code(name): handler for name, handler in handlers.items()}
         self._shift_handlers: dict[int, Handler] = {}
+        self._survey_handlers: dict[int, Handler] = {}
         self._get_rows = ggml.op_code("GET_ROWS")
         self._stopping = False
         self._kept: BaseException | None = None
@@ -44,6 +49,17 @@ class GraphHook:
         else:
             self.callback = llama_cpp.ggml_backend_sched_eval_callback(kernels.see)
             self.userdata = kernels.address
+
+    @contextmanager
+    def surveying(self, handlers: Mapping[str, Handler]) -> Iterator[None]:
+        """While the block runs, pass the nodes of a token's graph to `handlers` instead, all before one is computed."""
+        self._survey_handlers = {ggml.op_code(name): handler for name, handler in handlers.items()}
+        self._set_reading(False)
+        try:
+            yield
+        finally:
+            self._survey_handlers = {}
+            self._set_reading(self._kept is None)
 
     @contextmanager
     def stopping_tokens(self, handlers: Mapping[str, Handler]) -> Iterator[None]:
@@ -88,6 +104,9 @@ class GraphHook:
             if self._reading:
                 self._handlers[op](node)
                 return False
+            if self._survey_handlers and self._kept is None:
+                self._survey_handlers.get(op, _leave)(node)
+                return False
             # A token's graph starts with a GET_ROWS; a K-shift graph has none. To stop a graph, answer True when asked
             # whether a node is needed, and False once it has been computed.
             self._stopping = self._stopping or op == self._get_rows
@@ -100,3 +119,7 @@ class GraphHook:
             self._kept = error
             self._set_reading(False)
             return ask
+
+
+def _leave(_: int) -> None:
+    """Do nothing with a node."""

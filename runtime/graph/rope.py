@@ -26,12 +26,21 @@ STILL = 1e30
 
 @dataclass(frozen=True)
 class Rotation:
-    """One pass over the cached keys: cells at positions in [start, stop) rotate by `factors`, all are scaled."""
+    """One pass over the cached keys: cells at positions in [start, stop) go from the λ `before` to `after`.
+
+    Those of all cells are scaled.
+    """
 
     start: int
     stop: int
-    factors: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
     scale: float
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What to rescale the positions of these cells by, to rotate them from `before` to `after`."""
+        return rotation_factors(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,10 @@ def plan_rotations(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> lis
     for start, stop, before, after in runs:
         stop = min(stop, n_tokens)
         if start < stop and tuple(before) != tuple(after):
-            rotations.append(Rotation(start, stop, rotation_factors(before, after), scale))
+            rotations.append(Rotation(start, stop, tuple(before), tuple(after), scale))
             scale = 1.0
     if scale != 1.0 and n_tokens:
-        rotations.append(Rotation(0, 0, (STILL,) * (facts.n_rot // 2), scale))
+        rotations.append(Rotation(0, 0, facts.start_factors, facts.start_factors, scale))
     return rotations
 
 
@@ -108,8 +117,9 @@ class RopeHook:
             self._tensors[key] = (arena, arena.floats([min(factor, STILL) for factor in factors], OURS))
         return self._tensors[key][1]
 
-    def _applies(self, node: int, params: ggml.RopeParams) -> bool:
+    def applies(self, node: int) -> bool:
         """Whether a node is a global layer's: sliding-window layers with another base or scaling keep theirs."""
+        params = ggml.rope_params(node)
         if params.freq_base != self.setting.freq_base or params.n_dims != self.setting.n_dims:
             return False
         factors = ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX]
@@ -121,7 +131,7 @@ class RopeHook:
         if ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] == setting.factors:
             return  # a reused graph still has what was set
         params = ggml.rope_params(node)
-        if self._applies(node, params):
+        if self.applies(node):
             ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = setting.factors
             params.freq_scale, params.ext_factor, params.attn_factor = 1.0, 0.0, setting.attention_factor
             self.touched += 1
@@ -129,7 +139,7 @@ class RopeHook:
     def set_rotation(self, node: int, rotation: Rotation) -> None:
         """Make a ROPE node of a K-shift graph carry out `rotation`."""
         params = ggml.rope_params(node)
-        applies = self._applies(node, params)
+        applies = self.applies(node)
         scale = rotation.scale if applies else 1.0
         factors = self._tensor(rotation.factors if applies else (STILL,) * (params.n_dims // 2), scale)
         ggml.POINTERS[(node >> 3) + ggml.SRC2_INDEX] = factors

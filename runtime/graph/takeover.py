@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from . import ggml
-from .fast import NodeError
+from .hook import NodeError
 
 TIMEOUT_S = 600.0
 """Seconds that a thread waits for the others before it gives up."""

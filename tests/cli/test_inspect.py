@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import llama_cpp
@@ -11,6 +12,7 @@ import pytest
 from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import embed_schedule
 from ropewalk.factors import extend
+from ropewalk.runtime import repacking
 from ropewalk.runtime.graph.kernels import why_missing
 from ropewalk.runtime.threads import default_threads
 
@@ -130,6 +132,47 @@ def test_the_machine_with_other_kernels(run, monkeypatch):
     monkeypatch.setenv("ROPEWALK_INSTRUCTIONS", "plain C")
     monkeypatch.setenv("ROPEWALK_EXACT", "1")
     assert re.search("native kernels +plain C, exact", run("--machine").stdout)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """What would be known about the bundled model's weights if llama.cpp repacked them here."""
+
+    def put(**found):
+        known = repacking.Comparison("Q4_1", 2, 2, **found)
+        monkeypatch.delenv(repacking.SWITCH)
+        monkeypatch.setattr(repacking, "_types_repacked_here", lambda: frozenset({"Q4_1"}))
+        monkeypatch.setattr(repacking, "_folder", lambda: tmp_path)
+        monkeypatch.setattr(repacking, "default_threads", lambda: 2)
+        repacking._place(repacking.identity(), "Q4_1", 2, 2).write_text(json.dumps(asdict(known)))
+
+    return put
+
+
+@pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ({"reading": 2.2, "writing": 1.1}, "our kernels, at 2.2 × (reading) and 1.1 × (writing) the speed of"),
+        ({"reading": 0.5, "writing": 0.8}, "llama.cpp's kernels for repacked weights; ours have 0.5 × (reading)"),
+        ({"repacked": False}, "our kernels; llama.cpp does not repack these here"),
+        ({"failed": "exit code -11: nothing"}, "llama.cpp's kernels for repacked weights; measuring failed (exit code"),
+    ],
+)
+def test_whose_products_are_faster(run, smollm2, measured, found, shown):
+    assert "Products:" not in run(smollm2).stdout
+    measured(**found)
+    assert f"Products: {shown}" in run(smollm2).stdout
+    assert f"q4_1, 2 threads: {shown}" in run("--machine").stdout
+    facts = json.loads(run(smollm2, "--machine", "--json").stdout)
+    assert facts["products"] == facts["machine"]["repacking"][0] and facts["products"]["kind"] == "Q4_1"
+
+
+def test_repacking_as_the_environment_says(run, smollm2, measured, monkeypatch):
+    measured(reading=2.0)
+    monkeypatch.setenv(repacking.SWITCH, "0")
+    assert "Products:" not in run(smollm2).stdout
+    assert "may not repack any" in run("--machine").stdout
 
 
 def test_neither_a_file_nor_the_machine(mistake):

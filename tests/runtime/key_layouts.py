@@ -23,12 +23,13 @@ from ropewalk.container import native_schedule, read_header
 from ropewalk.errors import UserError
 from ropewalk.factors import Band, Schedule, yarn
 from ropewalk.runtime.graph.admission import check_engine
+from ropewalk.runtime.graph.kernels import why_missing
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_models import tiny_llama
 
 BLOCK = 32  # values in a block of all the quantised types
-TYPES = {"f32": 1e-4, "f16": 2e-2, "bf16": 0.0, "q8_0": 0.5, "q5_1": 3.0, "q5_0": 3.0, "q4_1": 5.0, "q4_0": 5.0}
+TYPES = {"f32": 1e-4, "f16": 2e-2, "bf16": 0.2, "q8_0": 0.5, "q5_1": 3.0, "q5_0": 3.0, "q4_1": 5.0, "q4_0": 5.0}
 """Cache types, and how far rounding rotated keys moves a tiny model's logits."""
 
 READ_AGAIN = 1e-4
@@ -54,8 +55,8 @@ class Layout:
 
     @property
     def rotates(self) -> bool:
-        """Whether llama.cpp's K-shift can rotate these keys, as read in its source."""
-        if self.kv in ("f32", "f16"):
+        """Whether these keys are rotated: the kernels can do so with all, llama.cpp's K-shift as read in its source."""
+        if not why_missing() or self.kv in ("f32", "f16"):
             return True
         return self.kv != "bf16" and self.head % 64 == 0 and self.n_rot == self.head and self.hadamard
 

@@ -40,6 +40,13 @@ def test_a_rotation_that_does_not_happen(tmp_path, monkeypatch, owner, name, rep
         self_test._check_rotation(tmp_path / "plain.gguf")
 
 
+@needs_kernels
+def test_keys_that_the_kernels_do_not_rotate(tmp_path, monkeypatch):
+    monkeypatch.setattr(Context, "rotate", lambda self, *_, **__: None)
+    with pytest.raises(Failure, match="kernels do not rotate cached keys"):
+        self_test._check_rotation(tmp_path / "plain.gguf")
+
+
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_kernels)])
 def test_an_attention_factor_that_is_not_set(tmp_path, monkeypatch, native):
     monkeypatch.setenv("ROPEWALK_KERNELS", str(int(native)))

@@ -1,4 +1,4 @@
-"""The innermost loops in C: attention, products and the graph callback, compiled when Ropewalk is installed.
+"""The innermost loops in C: attention, products, cached keys and the graph callback, compiled with the installation.
 
 `library` loads them. Of ggml they know what `ggml_tensor.h` says, and of λ what a node is set to; nothing of models or
 caches.
@@ -7,6 +7,8 @@ caches.
 from .library import (
     Context,
     InstructionSet,
+    KeyCache,
+    KeyRotation,
     RopeSetting,
     exact_by_default,
     instruction_sets,
@@ -18,6 +20,8 @@ from .library import (
 __all__ = [
     "Context",
     "InstructionSet",
+    "KeyCache",
+    "KeyRotation",
     "RopeSetting",
     "exact_by_default",
     "instruction_sets",

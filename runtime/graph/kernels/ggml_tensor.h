@@ -53,8 +53,12 @@ static inline struct custom_params *custom_params(struct tensor *node) { return 
 
 typedef void (*dequantise_function)(const void *blocks, float *out, int64_t n);
 
-/* How a type is stored: `block` values in `block_bytes`. Without `dequantise`, the type cannot be read. */
+typedef void (*quantise_function)(const float *values, void *blocks, int64_t n);
+
+/* How a type is stored: `block` values in `block_bytes`. Without `dequantise`, the type cannot be read, unless it is one
+ * of single values; without `quantise`, it cannot be written. */
 struct block_type {
     int64_t block, block_bytes;
     dequantise_function dequantise;
+    quantise_function quantise;
 };

@@ -2,6 +2,7 @@
 #include "attend_few.h"
 #include "multiply_few.h"
 #include "multiply_weights.h"
+#include "rotate.h"
 
 static void attend(const struct attention *a, const struct attention_piece *piece, float *scratch) {
     if (is_few(a, piece)) {
@@ -53,5 +54,6 @@ static int64_t attention_scratch(const struct attention *a, const struct attenti
         .product_scratch = product_scratch, \
         .multiply_weights = multiply_weights, \
         .min_rows = min_rows, \
+        .rotate_row = rotate_row, \
         FEW_PRODUCTS \
     }

@@ -37,8 +37,8 @@ EXPORT struct context *ropewalk_new(int index, bool exact) {
     memset(context, 0, sizeof *context);
     context->instructions = sets[index];
     context->exact = exact;
-    context->types[TYPE_F32] = (struct block_type){1, 4, NULL};
-    context->types[TYPE_F16] = context->types[TYPE_BF16] = (struct block_type){1, 2, NULL};
+    context->types[TYPE_F32] = (struct block_type){1, 4, NULL, NULL};
+    context->types[TYPE_F16] = context->types[TYPE_BF16] = (struct block_type){1, 2, NULL, NULL};
     context->partials = aligned_alloc(64, PARTIAL_FLOATS * sizeof(float)); /* touched only as far as it is used */
     if (context->partials == NULL) {
         free(context);
@@ -58,8 +58,9 @@ EXPORT void ropewalk_free(struct context *context) {
 }
 
 /* Tell how a type is stored. */
-EXPORT void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function function) {
-    context->types[type] = (struct block_type){block, bytes, function};
+EXPORT void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function dequantise,
+                              quantise_function quantise) {
+    context->types[type] = (struct block_type){block, bytes, dequantise, quantise};
 }
 
 /* Bytes that are allocated for the context's nodes. */
@@ -133,6 +134,14 @@ EXPORT int ropewalk_layout(int64_t *offsets) {
         offsetof(struct rope_setting, touched), offsetof(struct rope_setting, freq_base),
         offsetof(struct rope_setting, native_scale), offsetof(struct rope_setting, attention_factor),
         offsetof(struct rope_setting, n_dims), sizeof(struct rope_setting),
+        offsetof(struct key_cache, data), offsetof(struct key_cache, cell_bytes), offsetof(struct key_cache, n_heads),
+        offsetof(struct key_cache, head_size), offsetof(struct key_cache, type), offsetof(struct key_cache, hadamard),
+        sizeof(struct key_cache), offsetof(struct rotation_run, start), offsetof(struct rotation_run, stop),
+        offsetof(struct rotation_run, before), offsetof(struct rotation_run, after), sizeof(struct rotation_run),
+        offsetof(struct rotation, types), offsetof(struct rotation, caches), offsetof(struct rotation, runs),
+        offsetof(struct rotation, n_caches), offsetof(struct rotation, n_runs), offsetof(struct rotation, stop),
+        offsetof(struct rotation, next), offsetof(struct rotation, n_dims), offsetof(struct rotation, freq_base),
+        offsetof(struct rotation, scale), offsetof(struct rotation, halves), sizeof(struct rotation),
     };
     memcpy(offsets, found, sizeof found);
     return sizeof found / sizeof *found;

@@ -113,6 +113,38 @@ static inline void write_edge(const struct product *p, const struct product_piec
         memcpy((float *)(p->out + row * (int64_t)p->out_step) + piece->stop_column - over, edge, (size_t)over * 4);
 }
 
+/* The cached keys of one layer: `KeyCache` in library.py. */
+struct key_cache {
+    char *data; /* of the first cell */
+    int64_t cell_bytes, n_heads, head_size;
+    int32_t type, hadamard; /* of how many values a Hadamard transform is cached instead; 0: the values are */
+};
+
+/* Cells [start, stop), each at the position of its number, go from some factors to others (one per pair). */
+struct rotation_run {
+    int64_t start, stop;
+    const float *before, *after;
+};
+
+/* Cells [next, stop) of some caches are rotated, and all of them scaled: `Rotating` in library.py. */
+struct rotation {
+    const struct block_type *types;
+    const struct key_cache *caches;
+    const struct rotation_run *runs;
+    int64_t n_caches, n_runs, stop;
+    atomic_llong next; /* the first cell that no thread has claimed */
+    int32_t n_dims;
+    float freq_base, scale;
+    bool halves; /* a pair is a value of each half of the rotary ones, not two neighbours */
+};
+
+/* How many values of a head are unpacked: those that share a block, or a transform, with rotary ones. */
+static inline int64_t rotated_values(const struct rotation *r, const struct key_cache *cache) {
+    int64_t unit = r->types[cache->type].block;
+    unit = cache->hadamard > unit ? cache->hadamard : unit;
+    return (r->n_dims + unit - 1) / unit * unit;
+}
+
 /* The functions of one instruction set. */
 struct instruction_set {
     const char *name;
@@ -135,6 +167,8 @@ struct instruction_set {
     int64_t (*few_words)(const struct product *p);
     void (*convert_few)(const struct product *p, uint32_t *words);
     void (*multiply_few)(const struct product *p, int64_t first, int64_t stop);
+    /* Rotate a cell's keys by a table of cosines and sines; `x` has room for a row. */
+    void (*rotate_row)(const struct rotation *r, const struct key_cache *cache, const float *table, char *row, float *x);
 };
 
 extern const struct instruction_set avx512_bf16_set, avx512_vnni_set, avx512_set, avx2_vnni_set, avx2_set, plain_set;

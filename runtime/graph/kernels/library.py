@@ -8,10 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import ggml
 
@@ -32,6 +36,48 @@ class RopeSetting(ctypes.Structure):
     )
 
 
+class _KeyCacheStruct(ctypes.Structure):
+    """`struct key_cache` in kernels.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("cell_bytes", ctypes.c_int64),
+        ("n_heads", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("hadamard", ctypes.c_int32),
+    )
+
+
+class _RunStruct(ctypes.Structure):
+    """`struct rotation_run` in kernels.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("before", ctypes.POINTER(ctypes.c_float)),
+        ("after", ctypes.POINTER(ctypes.c_float)),
+    )
+
+
+class _RotationStruct(ctypes.Structure):
+    """`struct rotation` in kernels.h."""
+
+    _fields_ = (
+        ("types", ctypes.c_void_p),
+        ("caches", ctypes.POINTER(_KeyCacheStruct)),
+        ("runs", ctypes.POINTER(_RunStruct)),
+        ("n_caches", ctypes.c_int64),
+        ("n_runs", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        ("n_dims", ctypes.c_int32),
+        ("freq_base", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("halves", ctypes.c_bool),
+    )
+
+
 def _offsets(struct: type[ctypes.Structure], *fields: str) -> tuple[int, ...]:
     return tuple(getattr(struct, field).offset for field in fields)
 
@@ -43,6 +89,12 @@ LAYOUT = (
     *_offsets(ggml.RopeParams, "n_dims", "freq_base", "freq_scale", "ext_factor", "attn_factor"),
     *_offsets(RopeSetting, *(name for name, *_ in RopeSetting._fields_)),
     ctypes.sizeof(RopeSetting),
+    *_offsets(_KeyCacheStruct, *(name for name, *_ in _KeyCacheStruct._fields_)),
+    ctypes.sizeof(_KeyCacheStruct),
+    *_offsets(_RunStruct, *(name for name, *_ in _RunStruct._fields_)),
+    ctypes.sizeof(_RunStruct),
+    *_offsets(_RotationStruct, *(name for name, *_ in _RotationStruct._fields_)),
+    ctypes.sizeof(_RotationStruct),
 )
 """What `ropewalk_layout` in kernels.c must return."""
 
@@ -62,6 +114,32 @@ class InstructionSet:
 
     index: int
     name: str
+
+
+@dataclass(frozen=True)
+class KeyCache:
+    """Where the keys of one layer lie: cells of `cell_bytes`, each of heads that follow each other."""
+
+    data: int
+    """Address of the first cell."""
+    cell_bytes: int
+    n_heads: int
+    head_size: int
+    type: int
+    """ggml's number."""
+    hadamard: int = 0
+    """Of how many values a Hadamard transform is cached in place of them; 0: the values themselves."""
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """Cells [start, stop), each at the position of its number, go from the rescale factors `before` to `after`."""
+
+    start: int
+    stop: int
+    before: Sequence[float]
+    """Shape ``(n_rot/2,)``, as `after`'s."""
+    after: Sequence[float]
 
 
 def instruction_sets() -> tuple[InstructionSet, ...]:
@@ -115,7 +193,9 @@ class Context:
         self._library = library
         for code, kind in ggml.block_types().items():
             function = ctypes.cast(kind.dequantise, ctypes.c_void_p)  # type: ignore[arg-type]
-            library.ropewalk_set_type(self.address, code, kind.block, kind.block_bytes, function)
+            library.ropewalk_set_type(self.address, code, kind.block, kind.block_bytes, function, ggml.quantiser(code))
+        for code in (ggml.F16, ggml.BF16):
+            library.ropewalk_set_type(self.address, code, 1, 2, None, ggml.quantiser(code))
 
     @property
     def attention(self) -> int:
@@ -157,6 +237,45 @@ class Context:
         """Whether the MUL_MAT node at an address is one that `product` computes."""
         return bool(self._library.ropewalk_covers_product(self.address, node))
 
+    def can_rotate(self, cache: KeyCache, n_rot: int) -> bool:
+        """Whether `rotate` knows the cache's type, and its heads have that many rotary values."""
+        return bool(self._library.ropewalk_can_rotate(self.address, ctypes.byref(_struct(cache)), n_rot))
+
+    def rotate(
+        self,
+        caches: Sequence[KeyCache],
+        rotations: Sequence[KeyRotation],
+        *,
+        n_cells: int,
+        n_rot: int,
+        freq_base: float,
+        scale: float = 1.0,
+        halves: bool = False,
+        n_threads: int = 1,
+    ) -> None:
+        """Rotate cached keys in place, each by the difference of its position's angles, and scale those of all cells.
+
+        Pairs are neighbours, or values of the two `halves` of the rotary ones. A cell is scaled with its rotation, or
+        if it has none, by itself. No graph may be under way.
+        """
+        rows = [np.asarray([one.before, one.after], dtype=np.float32) for one in rotations]
+        pointers = [[row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for row in pair] for pair in rows]
+        runs = [_RunStruct(one.start, one.stop, *pair) for one, pair in zip(rotations, pointers, strict=True)]
+        every = scale != 1.0
+        rotation = _RotationStruct(
+            caches=(_KeyCacheStruct * len(caches))(*map(_struct, caches)),
+            runs=(_RunStruct * len(runs))(*runs),
+            n_caches=len(caches),
+            n_runs=len(runs),
+            next=0 if every else min((one.start for one in rotations), default=0),
+            stop=n_cells if every else max((one.stop for one in rotations), default=0),
+            n_dims=n_rot,
+            freq_base=freq_base,
+            scale=scale,
+            halves=halves,
+        )
+        _on_threads(n_threads, lambda: self._library.ropewalk_rotate(self.address, ctypes.byref(rotation)))
+
     @property
     def n_bytes(self) -> int:
         """Bytes allocated for nodes so far; see `memory.KERNELS_BYTES`."""
@@ -188,6 +307,27 @@ def _address(function: Any) -> int:
     return address
 
 
+def _struct(cache: KeyCache) -> _KeyCacheStruct:
+    return _KeyCacheStruct(cache.data, cache.cell_bytes, cache.n_heads, cache.head_size, cache.type, cache.hadamard)
+
+
+def _on_threads(n_threads: int, work: Callable[[], bool]) -> None:
+    """Call `work` on each of `n_threads` threads, this one among them.
+
+    Raises:
+        MemoryError: one of the calls returned False.
+    """
+    done: list[bool] = []
+    threads = [threading.Thread(target=lambda: done.append(work()), daemon=True) for _ in range(n_threads - 1)]
+    for thread in threads:
+        thread.start()
+    done.append(work())
+    for thread in threads:
+        thread.join()
+    if len(done) < n_threads or not all(done):
+        raise MemoryError("no memory to rotate cached keys in")
+
+
 def _default_set() -> InstructionSet:
     sets, wanted = instruction_sets(), os.environ.get(INSTRUCTIONS, "")
     return next((one for one in sets if one.name == wanted), sets[0])
@@ -208,13 +348,15 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "instruction_set": (ctypes.c_char_p, _INT),
     "new": (_POINTER, _INT, ctypes.c_bool),
     "free": (None, _POINTER),
-    "set_type": (None, _POINTER, _INT, _INT64, _INT64, _POINTER),
+    "set_type": (None, _POINTER, _INT, _INT64, _INT64, _POINTER, _POINTER),
     "watch": (None, _POINTER, *[_INT] * 4, _POINTER),
     "watch_closely": (None, _POINTER, _POINTER),
     "see": (ctypes.c_bool, _POINTER, ctypes.c_bool, _POINTER),
     "attention": (None, _POINTER, _INT, _INT, _POINTER),
     "product": (None, _POINTER, _INT, _INT, _POINTER),
     "covers_product": (ctypes.c_bool, _POINTER, _POINTER),
+    "can_rotate": (ctypes.c_bool, _POINTER, _POINTER, _INT64),
+    "rotate": (ctypes.c_bool, _POINTER, _POINTER),
     "must_stop": (ctypes.c_bool, _POINTER),
     "stop": (None, _POINTER, ctypes.c_bool),
     "bytes": (_INT64, _POINTER),

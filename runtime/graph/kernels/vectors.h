@@ -67,6 +67,20 @@ INLINE vf v_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si25
 INLINE vf v_bfloats(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
+INLINE void v_store_halves(uint16_t *p, vf x) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* Whole numbers from -128 to 127. */
+INLINE void v_store_bytes(int8_t *p, vf x) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf v_floor(vf a) { return _mm512_floor_ps(a); }
+/* Each lane gets that of the lane 2^k away, the two trading places. */
+INLINE vf v_flip(vf a, int k) {
+    return k == 0   ? _mm512_permute_ps(a, 0xb1)
+           : k == 1 ? _mm512_permute_ps(a, 0x4e)
+           : k == 2 ? _mm512_shuffle_f32x4(a, a, 0xb1)
+                    : _mm512_shuffle_f32x4(a, a, 0x4e);
+}
 INLINE vf v_lanes(b16 b, int from) { (void)from; return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b)); }
 INLINE float v_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
@@ -111,6 +125,21 @@ INLINE vf v_scale2(vf a, vf n) {
 INLINE vf v_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE vf v_bfloats(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+}
+INLINE void v_store_halves(uint16_t *p, vf x) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE void v_store_bytes(int8_t *p, vf x) {
+    __m256i wide = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64((void *)p, _mm_packs_epi16(words, words));
+}
+INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vf v_floor(vf a) { return _mm256_floor_ps(a); }
+INLINE vf v_flip(vf a, int k) {
+    return k == 0   ? _mm256_permute_ps(a, 0xb1)
+           : k == 1 ? _mm256_permute_ps(a, 0x4e)
+                    : _mm256_permute2f128_ps(a, a, 1);
 }
 INLINE vf v_lanes(b16 b, int from) {
     __m128i lanes = from ? _mm_unpackhi_epi64((__m128i)b, (__m128i)b) : (__m128i)b;
@@ -166,6 +195,7 @@ INLINE vf v_round(vf a) { /* adding 1.5 * 2^23 leaves no bits for a fraction; fo
 INLINE vf v_scale2(vf a, vf n) { LANES(a[i] * bits_float((uint32_t)((int32_t)(n[i] > -126.0f ? n[i] : -126.0f) + 127) << 23)); }
 INLINE vf v_halves(const uint16_t *p) { LANES(half_to_float(p[i])); }
 INLINE vf v_bfloats(const uint16_t *p) { LANES(bfloat_to_float(p[i])); }
+INLINE vf v_flip(vf a, int k) { LANES(a[(i ^ 1 << k) % VL]); }
 INLINE vf v_lanes(b16 b, int from) { LANES((float)(int8_t)b[from + i]); }
 INLINE float v_max_lane(vf a) {
     float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];

@@ -382,6 +382,7 @@ def test_what_may_be_sampled_can_be_narrowed(llm: Llama, option: dict[str, float
     prompt = llm.tokenize(b"one, two, three, four, five, six,", add_bos=False)
     texts = set()
     for seed in (1, 2):
+        llm.reset()  # or only the last token of the second prompt is read, alone: the last bits differ
         answer = Answer(llm, prompt, Sampling(max_tokens=8, temperature=5.0, seed=seed, **option))  # type: ignore[arg-type]
         answer.write()
         texts.add(answer.text)

@@ -16,6 +16,7 @@ struct traits {
     size_t bytes;
     bool quantised;
     dequantise_function dequantise;
+    quantise_function quantise;
 };
 const struct traits *ggml_get_type_traits(int type);
 size_t ggml_quantize_chunk(int type, const float *from, void *to, int64_t start, int64_t rows, int64_t columns,
@@ -25,7 +26,10 @@ void ggml_fp32_to_fp16_row(const float *from, uint16_t *to, int64_t n);
 const char *ropewalk_instruction_set(int index);
 struct context *ropewalk_new(int index, bool exact);
 void ropewalk_free(struct context *context);
-void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function function);
+void ropewalk_set_type(struct context *context, int type, int64_t block, int64_t bytes, dequantise_function dequantise,
+                       quantise_function quantise);
+bool ropewalk_can_rotate(const struct context *context, const struct key_cache *cache, int64_t n_dims);
+bool ropewalk_rotate(const struct context *context, struct rotation *rotation);
 int64_t ropewalk_taken(struct context *context);
 const char *ropewalk_failure(struct context *context);
 void ropewalk_watch(struct context *context, int rope, int attention, int product, int custom, struct rope_setting *setting);
@@ -294,6 +298,60 @@ static void check_rope(struct context *context, struct rope_setting *setting) {
     release(x);
 }
 
+struct rotating {
+    struct context *context;
+    struct rotation *rotation;
+};
+
+static void *rotate_on_thread(void *argument) {
+    struct rotating *work = argument;
+    return ropewalk_rotate(work->context, work->rotation) ? work : NULL;
+}
+
+/* Rotate a cache there and back: what it held comes out, but for two roundings. */
+static void check_rotation(struct context *context, int type, int64_t heads, int64_t size, int n_dims, int hadamard, bool halves) {
+    enum { CELLS = 75, THREADS = 3 };
+    struct drawn *keys = drawn(type, size, heads, CELLS, 1);
+    struct key_cache cache = {keys->tensor.data, (int64_t)keys->tensor.nb[2], heads, size, type, hadamard};
+    float *factors = allocate((size_t)n_dims * 4), *ones = factors + n_dims / 2;
+    for (int i = 0; i < n_dims / 2; i++)
+        factors[i] = 1.0f + (float)i * 0.1f, ones[i] = 1.0f;
+    bool right = ropewalk_can_rotate(context, &cache, n_dims);
+    for (int back = 0; back < 2; back++) {
+        struct rotation_run run = {3, CELLS, back ? factors : ones, back ? ones : factors};
+        struct rotation rotation = {.caches = &cache, .runs = &run, .n_caches = 1, .n_runs = 1, .stop = CELLS,
+                                    .n_dims = n_dims, .freq_base = 1e4f, .scale = back ? 0.5f : 2.0f, .halves = halves};
+        struct rotating work = {context, &rotation};
+        pthread_t threads[THREADS];
+        for (int i = 0; i < THREADS; i++)
+            pthread_create(&threads[i], NULL, rotate_on_thread, &work);
+        for (int i = 0; i < THREADS; i++) {
+            void *result;
+            pthread_join(threads[i], &result);
+            right = right && result != NULL;
+        }
+    }
+    int64_t n = size * heads * CELLS;
+    float *found = allocate((size_t)n * 4);
+    if (type == F32)
+        memcpy(found, keys->tensor.data, (size_t)n * 4);
+    else
+        ggml_get_type_traits(type)->dequantise(keys->tensor.data, found, n);
+    double squares = 0.0, errors = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        squares += (double)keys->values[i] * keys->values[i];
+        errors += ((double)found[i] - keys->values[i]) * ((double)found[i] - keys->values[i]);
+    }
+    n_checked++;
+    if (!right || !(errors < 0.04 * squares)) {
+        n_failed++;
+        printf("rotation of type %d, %d of %d dimensions: error %g\n", type, n_dims, (int)size, sqrt(errors / squares));
+    }
+    free(found);
+    free(factors);
+    release(keys);
+}
+
 static void check_all(int index, bool exact) {
     static const struct shape shapes[] = {
         {1, 300, 9, 3, 64, 64, 1, 0.0f, 0.0f, true, false},   {1, 1100, 6, 2, 64, 64, 2, 0.0f, 0.0f, true, true},
@@ -311,7 +369,9 @@ static void check_all(int index, bool exact) {
     for (int type = 0; type < 40; type++) {
         const struct traits *traits = ggml_get_type_traits(type);
         if (traits->block > 1 && traits->dequantise)
-            ropewalk_set_type(context, type, traits->block, (int64_t)traits->bytes, traits->dequantise);
+            ropewalk_set_type(context, type, traits->block, (int64_t)traits->bytes, traits->dequantise, traits->quantise);
+        else if (type == F16 || type == BF16)
+            ropewalk_set_type(context, type, 1, 2, NULL, traits->quantise);
     }
     ropewalk_watch(context, ROPE, ATTENTION, PRODUCT, CUSTOM, &setting);
     check_rope(context, &setting);
@@ -327,6 +387,12 @@ static void check_all(int index, bool exact) {
         check_product(context, stored[i], 512, 70, 1);
         check_product(context, stored[i], 768, 300, 5);
     }
+    for (int j = 0; j < N_CACHED; j++)
+        for (int halves = 0; halves < 2; halves++) {
+            check_rotation(context, cached[j], 3, 64, 64, 64, halves);
+            check_rotation(context, cached[j], 2, 96, 36, 0, halves);
+            check_rotation(context, cached[j], 1, 256, 256, 128, halves);
+        }
     release(factors);
     ropewalk_free(context);
 }

@@ -10,7 +10,7 @@ from attention_nodes import Graph, causal, draw, reference, stored
 from ropewalk.runtime.graph import attention, attention_jobs
 from ropewalk.runtime.graph.attention import FastAttention
 from ropewalk.runtime.graph.attention_jobs import visible_spans
-from ropewalk.runtime.graph.fast import NodeError
+from ropewalk.runtime.graph.hook import NodeError
 from ropewalk.runtime.graph.takeover import torch_on_one_thread
 
 

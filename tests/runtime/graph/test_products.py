@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ropewalk
 from ropewalk.runtime.graph import ggml, products
-from ropewalk.runtime.graph.fast import NodeError
+from ropewalk.runtime.graph.hook import NodeError
 from ropewalk.runtime.graph.products import FastProducts
 from ropewalk.runtime.graph.takeover import torch_on_one_thread
 

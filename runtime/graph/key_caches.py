@@ -1,0 +1,121 @@
+"""Which layers' keys lie where in the cache, and how: read from the graph of one token.
+
+A SET_ROWS node writes a token's keys to a layer's cache. Followed back, through changes of shape and at most one
+Hadamard transform (which llama.cpp puts behind the rotation of keys that it will quantise), it leads to the ROPE node
+that has rotated them, if keys are made as they are in most architectures. If anything else is found, no cache is named,
+and these keys are rotated by llama.cpp itself, or read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import ggml
+from .hook import Handler
+from .kernels import KeyCache
+
+NEIGHBOURS, HALVES = 0, 2
+"""Modes of ROPE (GGML_ROPE_TYPE_NORMAL and _NEOX): a pair is two neighbours, or a value of each half."""
+
+
+@dataclass(frozen=True)
+class KeyCaches:
+    """The caches whose keys are rotated when a sequence moves to another band."""
+
+    layers: tuple[KeyCache, ...]
+    n_cells: int
+    halves: bool
+    """Whether a pair is a value of each half of the rotary ones, not two neighbours."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    keys: KeyCache
+    n_cells: int
+    mode: int
+    """Of its ROPE nodes."""
+
+
+@dataclass
+class KeySurvey:
+    """Looks at the nodes of one token's graph, of which `applies` tells the ROPE nodes that rotate by λ."""
+
+    applies: Callable[[int], bool]
+    can_rotate: Callable[[KeyCache], bool]
+    _n_ropes: int = 0
+    _found: list[_Layer] = field(default_factory=list)
+    _transforms: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        """What is to be called with nodes that are not yet computed."""
+        return {"ROPE": self._see_rope, "SET_ROWS": self._see_write}
+
+    def caches(self) -> KeyCaches | None:
+        """Return what was found in a whole graph; None if keys are not made as expected.
+
+        Each layer has two ROPE nodes, for its queries and for its keys: a count that does not fit tells that some keys
+        were not found.
+        """
+        layers = tuple(layer.keys for layer in self._found)
+        modes, lengths = {layer.mode for layer in self._found}, {layer.n_cells for layer in self._found}
+        if self._n_ropes != 2 * len(layers) or len({keys.data for keys in layers}) != len(layers):
+            return None
+        if len(lengths) != 1 or modes not in ({NEIGHBOURS}, {HALVES}) or not all(map(self.can_rotate, layers)):
+            return None
+        return KeyCaches(layers, lengths.pop(), modes == {HALVES})
+
+    def _see_rope(self, node: int) -> None:
+        self._n_ropes += self.applies(node)
+
+    def _see_write(self, node: int) -> None:
+        rope, hadamard = self._rope_before(ggml.tensor_at(node).src[0])
+        cache = ggml.tensor_at(node).view_src
+        if rope is None or cache is None or not self.applies(rope):
+            return  # values, or keys of a layer that keeps its own rotation
+        keys, stored = ggml.tensor_at(rope), ggml.tensor_at(cache)
+        size, n_heads = keys.ne[0], keys.ne[1]
+        if stored.ne[0] == size * n_heads and stored.ne[2] * stored.ne[3] == 1:
+            where = KeyCache(stored.data, stored.nb[1], n_heads, size, stored.type, hadamard)
+            self._found.append(_Layer(where, stored.ne[1], ggml.rope_params(rope).mode))
+
+    def _rope_before(self, node: int | None) -> tuple[int | None, int]:
+        """Return the ROPE node that a node's values come from, if any, and the size of the transform in between."""
+        hadamard = 0
+        while node:
+            tensor = ggml.tensor_at(node)
+            name = ggml.op_name(tensor.op)
+            source = tensor.src[0]
+            if name == "ROPE":
+                return node, hadamard
+            if name == "MUL_MAT" and not hadamard:
+                hadamard = self._transform(source)
+                if not hadamard:
+                    break
+                source = tensor.src[1]
+            elif name not in ("RESHAPE", "VIEW", "CONT"):
+                break
+            if source is None or ggml.n_values(ggml.tensor_at(source)) != ggml.n_values(tensor):
+                break
+            node = source
+        return None, 0
+
+    def _transform(self, node: int) -> int:
+        """Return the size of the Walsh-Hadamard matrix that a tensor holds; 0 for any other tensor."""
+        if node not in self._transforms:
+            self._transforms[node] = _hadamard_size(ggml.tensor_at(node))
+        return self._transforms[node]
+
+
+def _hadamard_size(tensor: ggml.TensorStruct) -> int:
+    size: int = tensor.ne[0]
+    if tensor.type != 0 or list(tensor.ne) != [size, size, 1, 1] or size < 2 or size & (size - 1) or not tensor.data:
+        return 0
+    found = ggml.values(tensor)
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return size if found is not None and np.allclose(found[0, 0], matrix / np.sqrt(size), rtol=1e-5) else 0
