@@ -381,6 +381,9 @@ static void check_all(int index, bool exact) {
     for (size_t i = 0; i < sizeof stored / sizeof *stored; i++) {
         check_product(context, stored[i], 512, 70, 33);
         check_product(context, stored[i], 768, 33, 130);
+        for (int64_t rows = 1; rows <= 5; rows += 2) /* and rows that do not end with a group of 256 */
+            for (int64_t n_in = 512; n_in >= (ggml_get_type_traits(stored[i])->block > 32 ? 512 : 32); n_in -= 96)
+                check_product(context, stored[i], n_in, 19, rows);
         check_product(context, stored[i], 512, 70, 1);
         check_product(context, stored[i], 768, 300, 5);
     }
