@@ -138,7 +138,7 @@ EXPORT int ropewalk_layout(int64_t *offsets) {
         offsetof(struct key_cache, head_size), offsetof(struct key_cache, type), offsetof(struct key_cache, hadamard),
         sizeof(struct key_cache), offsetof(struct rotation_run, start), offsetof(struct rotation_run, stop),
         offsetof(struct rotation_run, before), offsetof(struct rotation_run, after), sizeof(struct rotation_run),
-        offsetof(struct rotation, types), offsetof(struct rotation, caches), offsetof(struct rotation, runs),
+        offsetof(struct rotation, caches), offsetof(struct rotation, runs),
         offsetof(struct rotation, n_caches), offsetof(struct rotation, n_runs), offsetof(struct rotation, stop),
         offsetof(struct rotation, next), offsetof(struct rotation, n_dims), offsetof(struct rotation, freq_base),
         offsetof(struct rotation, scale), offsetof(struct rotation, halves), sizeof(struct rotation),

@@ -128,7 +128,6 @@ struct rotation_run {
 
 /* Cells [next, stop) of some caches are rotated, and all of them scaled: `Rotating` in library.py. */
 struct rotation {
-    const struct block_type *types;
     const struct key_cache *caches;
     const struct rotation_run *runs;
     int64_t n_caches, n_runs, stop;
@@ -139,8 +138,8 @@ struct rotation {
 };
 
 /* How many values of a head are unpacked: those that share a block, or a transform, with rotary ones. */
-static inline int64_t rotated_values(const struct rotation *r, const struct key_cache *cache) {
-    int64_t unit = r->types[cache->type].block;
+static inline int64_t rotated_values(const struct block_type *types, const struct rotation *r, const struct key_cache *cache) {
+    int64_t unit = types[cache->type].block;
     unit = cache->hadamard > unit ? cache->hadamard : unit;
     return (r->n_dims + unit - 1) / unit * unit;
 }
@@ -168,7 +167,8 @@ struct instruction_set {
     void (*convert_few)(const struct product *p, uint32_t *words);
     void (*multiply_few)(const struct product *p, int64_t first, int64_t stop);
     /* Rotate a cell's keys by a table of cosines and sines; `x` has room for a row. */
-    void (*rotate_row)(const struct rotation *r, const struct key_cache *cache, const float *table, char *row, float *x);
+    void (*rotate_row)(const struct block_type *types, const struct rotation *r, const struct key_cache *cache,
+                       const float *table, char *row, float *x);
 };
 
 extern const struct instruction_set avx512_bf16_set, avx512_vnni_set, avx512_set, avx2_vnni_set, avx2_set, plain_set;

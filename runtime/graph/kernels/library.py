@@ -64,7 +64,6 @@ class _RotationStruct(ctypes.Structure):
     """`struct rotation` in kernels.h."""
 
     _fields_ = (
-        ("types", ctypes.c_void_p),
         ("caches", ctypes.POINTER(_KeyCacheStruct)),
         ("runs", ctypes.POINTER(_RunStruct)),
         ("n_caches", ctypes.c_int64),

@@ -165,13 +165,14 @@ static void pack(const struct block_type *types, int type, const float *x, char 
     }
 }
 
-static void rotate_row(const struct rotation *r, const struct key_cache *cache, const float *table, char *row, float *x) {
-    int64_t n = rotated_values(r, cache), head_bytes = row_bytes(r->types, cache->type, cache->head_size);
+static void rotate_row(const struct block_type *types, const struct rotation *r, const struct key_cache *cache,
+                       const float *table, char *row, float *x) {
+    int64_t n = rotated_values(types, r, cache), head_bytes = row_bytes(types, cache->type, cache->head_size);
     bool whole = n == cache->head_size; /* the heads are then unpacked together */
     int64_t together = whole ? cache->n_heads : 1;
     for (int64_t head = 0; head < cache->n_heads; head += together) {
         char *values = row + head * head_bytes;
-        unpack(r->types, cache->type, values, x, n * together);
+        unpack(types, cache->type, values, x, n * together);
         if (cache->hadamard)
             transform(x, n * together, cache->hadamard);
         for (int64_t i = 0; i < together; i++) {
@@ -182,6 +183,6 @@ static void rotate_row(const struct rotation *r, const struct key_cache *cache, 
         }
         if (cache->hadamard)
             transform(x, n * together, cache->hadamard);
-        pack(r->types, cache->type, x, values, n * together);
+        pack(types, cache->type, x, values, n * together);
     }
 }

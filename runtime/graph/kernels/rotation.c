@@ -44,7 +44,8 @@ static void rotate_piece(const struct context *context, const struct rotation *r
         const struct key_cache *cache = &r->caches[layer];
         for (int64_t i = 0; i < n; i++)
             if (moves[i])
-                context->instructions->rotate_row(r, cache, tables + i * size, cache->data + (first + i) * cache->cell_bytes, x);
+                context->instructions->rotate_row(context->types, r, cache, tables + i * size,
+                                                  cache->data + (first + i) * cache->cell_bytes, x);
     }
 }
 
@@ -72,20 +73,8 @@ EXPORT bool ropewalk_rotate(const struct context *context, struct rotation *r) {
     float *scratch = aligned_alloc(64, (size_t)((floats + longest) * 4 + 63) / 64 * 64);
     if (scratch == NULL)
         return false;
-    const struct rotation here = { /* the other threads read theirs */
-        .types = context->types,
-        .caches = r->caches,
-        .runs = r->runs,
-        .n_caches = r->n_caches,
-        .n_runs = r->n_runs,
-        .stop = r->stop,
-        .n_dims = r->n_dims,
-        .freq_base = r->freq_base,
-        .scale = r->scale,
-        .halves = r->halves,
-    };
     while ((first = atomic_fetch_add(&r->next, PIECE_CELLS)) < r->stop)
-        rotate_piece(context, &here, first, scratch, scratch + floats);
+        rotate_piece(context, r, first, scratch, scratch + floats);
     free(scratch);
     return true;
 }
