@@ -192,7 +192,7 @@ def test_a_model_is_loaded_accordingly(fresh, python, tiny_llama, tmp_path, monk
     path = tiny_llama(tmp_path / "m.gguf", n_embd=64)
     monkeypatch.setattr(repacking, "_types_repacked_here", lambda: frozenset({"F32"}))
     python(answer(reading, 1))
-    for options, expected in (({}, repacked), ({"exact": True}, True), ({"fast_prefill": False}, True)):
+    for options, expected in (({}, repacked), ({"exact": True}, False), ({"fast_prefill": False}, True)):
         llm = Llama(path, n_ctx=64, verbose=False, **THREADS, **options)
         assert llm.model_params.use_extra_bufts is expected
         llm.close()
