@@ -131,12 +131,10 @@ INLINE vf capped(vf x, float cap) {
 INLINE float weigh(float *scores, int64_t n, const uint16_t *mask, float slope, float softcap, float *greatest,
                    float *sum, uint32_t *weights, int bf) {
     int64_t padded = round_up(n, PANEL);
-    for (int64_t i = n; i < padded; i++)
-        scores[i] = -INFINITY;
     if (softcap != 0.0f)
         for (int64_t i = 0; i < n; i += VL)
             v_store(scores + i, capped(v_load(scores + i), softcap));
-    for (int64_t i = n; softcap != 0.0f && i < padded; i++)
+    for (int64_t i = n; i < padded; i++)
         scores[i] = -INFINITY;
     if (mask) {
         vf times = v_set(slope * LOG2E);
