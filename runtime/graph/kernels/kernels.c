@@ -76,24 +76,25 @@ EXPORT int64_t ropewalk_taken(struct context *context) { return atomic_load(&con
 /* Why a node failed since this was last asked, "" if none did. */
 EXPORT const char *ropewalk_failure(struct context *context) { return atomic_load(&context->failed) ? context->failure : ""; }
 
-EXPORT void ropewalk_forgive(struct context *context) {
-    for (int i = 0; i < MAX_THREADS; i++)
-        atomic_store(&context->shares[i].next, 0);
+static void reset_claims(struct context *context, int n_threads) {
+    for (int i = 0; i < n_threads; i++)
+        atomic_store_explicit(&context->shares[i].next, 0, memory_order_relaxed);
     atomic_store(&context->claims.next, 0);
     atomic_store(&context->claims.done, 0);
     atomic_store(&context->claims.ready, 0);
     atomic_store(&context->claims.left, 0);
+}
+
+EXPORT void ropewalk_forgive(struct context *context) {
+    reset_claims(context, MAX_THREADS);
     atomic_store(&context->failed, 0);
 }
 
 void fail(struct context *context, const struct tensor *node, const char *why) {
-    static atomic_flag busy = ATOMIC_FLAG_INIT;
-    if (atomic_flag_test_and_set(&busy))
-        return; /* another thread reports at this moment */
-    if (!atomic_load(&context->failed))
-        snprintf(context->failure, sizeof context->failure, "%.63s: %s", node->name, why);
-    atomic_store(&context->failed, 1);
-    atomic_flag_clear(&busy);
+    int none = 0;
+    if (!atomic_compare_exchange_strong(&context->failed, &none, 1))
+        return; /* another thread's failure is the one to tell; it is read once all have left the graph */
+    snprintf(context->failure, sizeof context->failure, "%.63s: %s", node->name, why);
 }
 
 float *reserve(struct context *context, struct scratch *scratch, int64_t n_floats, const struct tensor *node) {
@@ -110,12 +111,7 @@ float *reserve(struct context *context, struct scratch *scratch, int64_t n_float
 void leave(struct context *context, int n_threads) {
     if (atomic_fetch_add(&context->claims.left, 1) + 1 < n_threads)
         return;
-    for (int i = 0; i < n_threads; i++)
-        atomic_store_explicit(&context->shares[i].next, 0, memory_order_relaxed);
-    atomic_store(&context->claims.next, 0);
-    atomic_store(&context->claims.done, 0);
-    atomic_store(&context->claims.ready, 0);
-    atomic_store(&context->claims.left, 0);
+    reset_claims(context, n_threads);
     if (!atomic_load(&context->failed))
         atomic_fetch_add(&context->taken, 1);
 }
