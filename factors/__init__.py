@@ -9,6 +9,7 @@ from .methods import (
     longrope_attention_factor,
     ntk,
     pi,
+    plain_band,
     yarn,
     yarn_attention_factor,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "native_band",
     "ntk",
     "pi",
+    "plain_band",
     "read_schedule",
     "schedule_from_dict",
     "shipped_file",

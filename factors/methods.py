@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .schedule import Band, Provenance, Schedule, ScheduleError
+from .schedule import Band, Provenance, RopeFacts, Schedule, ScheduleError, native_band
 
 Array = npt.NDArray[np.float64]
 
@@ -140,3 +140,17 @@ def extend(base: Schedule, context: int, method: str = "yarn", contexts: Sequenc
             )
         )
     return Schedule(facts=facts, bands=(*base.bands, *bands))
+
+
+def plain_band(facts: RopeFacts, band: Band) -> Band:
+    """Return `band` as it is without its near window: what stock llama.cpp, which has none, can run.
+
+    A band with a window that brings no plain one stands for YaRN's at its context.
+    """
+    if not band.near_tokens:
+        return band
+    if band.plain is not None:
+        return band.plain
+    if band.context <= facts.original_context:
+        return native_band(facts).model_copy(update={"context": band.context})
+    return extend(Schedule(facts=facts, bands=(native_band(facts),)), band.context, contexts=(band.context,)).bands[-1]

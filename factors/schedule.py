@@ -2,6 +2,14 @@
 
 Pair *i* of the rotary dimensions is rotated by ``pos * freq_base**(-2i/n_rot) / rescale_factors[i]`` (LongRoPE,
 arXiv 2402.13753, equation 2); positions below ``start_tokens`` keep the factors the model was trained with.
+In a band with a near window of W = ``near_tokens``, a token sees those nearer than W as the model was trained to, and
+the factors act on distances beyond it alone: where θ_i is the model's own angle of pair *i* per token, the angle over
+a distance of d tokens is
+
+    θ_i d                                      for d < W
+    θ_i W + θ_i (d − W) / rescale_factors[i]   for d ≥ W
+
+(leaky ReRoPE, by Jianlin Su, with one factor for all pairs).
 Every instance of these types is valid: all checks happen when it is created.
 """
 
@@ -18,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import UserError
 from ..files import write_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """The numbers of start tokens that LongRoPE searches over (its table 1, extended to 32)."""
@@ -94,14 +102,33 @@ class Provenance(_Frozen):
 
 
 class Band(_Frozen):
-    """One set of λ, n̂ and attention factor, and the longest context (in tokens) it serves."""
+    """One set of λ, n̂ and attention factor, and the longest context (in tokens) it serves.
+
+    With a near window (``near_tokens`` above 0), ``rescale_factors`` are those of the distances beyond it, and
+    ``plain`` is the band for the same context without one, for whatever computes attention in its own way.
+    """
 
     context: Context
+    near_tokens: Annotated[int, Field(ge=0, le=MAX_CONTEXT)] = 0
     rescale_factors: Factors
     start_tokens: Annotated[int, Field(ge=0, le=MAX_CONTEXT)] = 0
     attention_factor: Attention = 1.0
     force_start_tokens: bool = False
     found: Provenance = Provenance()
+    plain: Band | None = None
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Band:
+        if self.near_tokens >= self.context:
+            raise ValueError(f"near_tokens: {self.near_tokens}, expected less than the context, {self.context}")
+        if self.near_tokens and self.start_tokens > self.near_tokens:
+            raise ValueError(f"start_tokens: {self.start_tokens}, expected at most near_tokens, {self.near_tokens}")
+        if self.plain is not None:
+            if not self.near_tokens:
+                raise ValueError("plain: there already, expected it in a band with near_tokens alone")
+            if self.plain.near_tokens or self.plain.context != self.context:
+                raise ValueError(f"plain: expected a band without near_tokens for the same context, {self.context}")
+        return self
 
     @model_validator(mode="after")
     def _check_values(self) -> Band:
@@ -126,7 +153,7 @@ class Band(_Frozen):
 class Schedule(_Frozen):
     """The rescale schedule of one model: its facts, and one or more bands in increasing context."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = FORMAT_VERSION
     facts: RopeFacts
     bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
 
@@ -143,6 +170,7 @@ class Schedule(_Frozen):
                     f"bands.{i}.context: {band.context}, expected more than {self.bands[i - 1].context},"
                     " that of the band before it"
                 )
+            _check_far_factors(band, self.facts, f"bands.{i}")
         return self
 
     @property
@@ -164,6 +192,26 @@ class Schedule(_Frozen):
     def only(self, index: int) -> Schedule:
         """This schedule with only band `index`, which then applies from the first token."""
         return self.model_copy(update={"bands": (self.bands[index],)})
+
+
+def _check_far_factors(band: Band, facts: RopeFacts, where: str) -> None:
+    """Refuse a near window that the model was not trained for, and distances beyond it that are not compressed."""
+    if not band.near_tokens:
+        return
+    if band.near_tokens > facts.original_context:
+        raise ValueError(
+            f"{where}.near_tokens: {band.near_tokens}, expected at most the original context, {facts.original_context}"
+        )
+    for pair, (factor, own) in enumerate(zip(band.rescale_factors, facts.start_factors, strict=True)):
+        if factor < own * (1 - 1e-6):
+            raise ValueError(
+                f"{where}.rescale_factors.{pair}: {factor:g}, expected at least {own:g} beyond the near window"
+            )
+    if band.plain is not None and len(band.plain.rescale_factors) != facts.n_rot // 2:
+        raise ValueError(
+            f"{where}.plain.rescale_factors: {len(band.plain.rescale_factors)} numbers, expected n_rot/2 ="
+            f" {facts.n_rot // 2}"
+        )
 
 
 def native_band(facts: RopeFacts) -> Band:
