@@ -10,6 +10,7 @@ from .methods import (
     ntk,
     pi,
     plain_band,
+    without_windows,
     yarn,
     yarn_attention_factor,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "schedule_from_dict",
     "shipped_file",
     "shipped_schedule",
+    "without_windows",
     "write_schedule",
     "yarn",
     "yarn_attention_factor",

@@ -154,3 +154,9 @@ def plain_band(facts: RopeFacts, band: Band) -> Band:
     if band.context <= facts.original_context:
         return native_band(facts).model_copy(update={"context": band.context})
     return extend(Schedule(facts=facts, bands=(native_band(facts),)), band.context, contexts=(band.context,)).bands[-1]
+
+
+def without_windows(schedule: Schedule) -> Schedule:
+    """Return `schedule` with the plain form of each band, for attention that knows no near window."""
+    bands = tuple(plain_band(schedule.facts, band) for band in schedule.bands)
+    return schedule.model_copy(update={"bands": bands})

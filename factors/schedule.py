@@ -153,7 +153,7 @@ class Band(_Frozen):
 class Schedule(_Frozen):
     """The rescale schedule of one model: its facts, and one or more bands in increasing context."""
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[1, 2] = 2
     facts: RopeFacts
     bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
 

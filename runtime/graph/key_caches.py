@@ -1,4 +1,4 @@
-"""Which layers' keys lie where in the cache, and how: read from the graph of one token.
+"""Which layers' keys lie where in the cache, and how they are attended to: read from the graph of one token.
 
 A SET_ROWS node writes a token's keys to a layer's cache. Followed back, through changes of shape and at most one
 Hadamard transform (which llama.cpp puts behind the rotation of keys that it will quantise), it leads to the ROPE node
@@ -45,14 +45,22 @@ class KeySurvey:
 
     applies: Callable[[int], bool]
     can_rotate: Callable[[KeyCache], bool]
+    windowed: Callable[[int], int | None]
+    """Returns the ROPE node behind an attention node's queries, if a near window can be computed there; else None."""
     _n_ropes: int = 0
+    _n_windowed: int = 0
     _found: list[_Layer] = field(default_factory=list)
     _transforms: dict[int, int] = field(default_factory=dict)
 
     @property
     def handlers(self) -> dict[str, Handler]:
         """What is to be called with nodes that are not yet computed."""
-        return {"ROPE": self._see_rope, "SET_ROWS": self._see_write}
+        return {"ROPE": self._see_rope, "SET_ROWS": self._see_write, "FLASH_ATTN_EXT": self._see_attention}
+
+    @property
+    def serves_windows(self) -> bool:
+        """Whether all attention to keys that are rotated by λ can be computed with a near window."""
+        return self._n_windowed > 0 and self._n_ropes == 2 * self._n_windowed and self.caches() is not None
 
     def caches(self) -> KeyCaches | None:
         """Return what was found in a whole graph; None if keys are not made as expected.
@@ -70,6 +78,10 @@ class KeySurvey:
 
     def _see_rope(self, node: int) -> None:
         self._n_ropes += self.applies(node)
+
+    def _see_attention(self, node: int) -> None:
+        rope = self.windowed(node)
+        self._n_windowed += rope is not None and self.applies(rope)
 
     def _see_write(self, node: int) -> None:
         rope, hadamard = self._rope_before(ggml.tensor_at(node).src[0])
