@@ -232,7 +232,7 @@ class Llama(llama_cpp.Llama):
             if self._kernels is None:
                 self._run_stopped(None)
             else:
-                self._key_caches = self._find_keys(self._kernels)
+                self._key_caches = self._survey()
         if not options.get("vocab_only"):
             self._schedule = self._servable(self._schedule)
             self.band = self._schedule.bands[0]
@@ -265,16 +265,14 @@ class Llama(llama_cpp.Llama):
         if self._kernels is not None:
             return NativeNodes(self._kernels)
         import_torch()
-        return TorchNodes()
+        return TorchNodes(self._rope.applies if self._rope is not None else None)
 
     def _make_graph_hook(self) -> GraphHook | None:
         if self._rope is None and self._fast is None:
             return None
-        handlers: dict[str, Handler] = {}
+        handlers: dict[str, Handler] = dict(self._fast.handlers) if self._fast is not None else {}
         if self._rope is not None:
-            handlers["ROPE"] = self._rope.set_rope
-        if self._fast is not None:
-            handlers |= self._fast.handlers
+            handlers["ROPE"] = _in_turn(self._rope.set_rope, handlers.get("ROPE"))
         if self._kernels is not None:
             self._kernels.watch(None if self._rope is None else self._rope.setting, nodes=self._fast is not None)
         return GraphHook(handlers, self._kernels)
@@ -326,7 +324,11 @@ class Llama(llama_cpp.Llama):
 
     def _servable(self, schedule: Schedule) -> Schedule:
         """Return `schedule`, without its near windows where attention cannot be computed with them, and say so."""
-        if self._serves_windows or not any(band.near_tokens for band in schedule.bands):
+        if not any(band.near_tokens for band in schedule.bands):
+            return schedule
+        if self._rope is not None and self._fast is not None and self._kernels is None and self._has_memory:
+            self._survey()
+        if self._serves_windows:
             return schedule
         _logger.warning("%s: it runs without its schedule's near window, with the plain factors: %s", *self._no_windows)
         return without_windows(schedule)
@@ -678,26 +680,32 @@ class Llama(llama_cpp.Llama):
     def rotates_natively(self, native: bool) -> None:
         self._use_kernels = native
 
-    def _find_keys(self, kernels: Kernels) -> KeyCaches | None:
-        """Return where the cached keys lie that the kernels can rotate; None where these are not made as expected."""
+    def _survey(self) -> KeyCaches | None:
+        """Look at one token's graph: whether its attention can have near windows, and where the cached keys lie.
+
+        Returns what the kernels can rotate; None where keys are not made as expected, or there are no kernels.
+        """
         assert self._graph is not None and self._rope is not None
-        can_rotate = partial(kernels.can_rotate, n_rot=self._schedule.facts.n_rot)
-        survey = KeySurvey(self._rope.applies, can_rotate, kernels.windowed)
+        kernels, fast = self._kernels, self._fast
+        n_rot = self._schedule.facts.n_rot
+        can_rotate = (lambda _: True) if kernels is None else partial(kernels.can_rotate, n_rot=n_rot)
+        survey = KeySurvey(self._rope.applies, can_rotate, (lambda _: None) if fast is None else fast.windowed)
 
         def decode_nothing() -> int:
-            kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
+            if kernels is not None:
+                kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
             return int(llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
 
-        self._batch.set_batch(batch=[0], n_past=0, logits_all=False)
+        self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
         with self._graph.surveying(survey.handlers):
             self._calls.run_long(decode_nothing, self._ctx.ctx)
         self._graph.raise_kept()
         self.drop_rolled_back()
         caches = survey.caches()
-        if survey.serves_windows and caches is not None and self._fast is not None:
-            self._rope.set_window, self._rope.halves = kernels.use_window, caches.halves
+        if survey.serves_windows and caches is not None and fast is not None:
+            self._rope.set_window, self._rope.halves = fast.use_window, caches.halves
             self._serves_windows = True
-        return caches
+        return caches if kernels is not None else None
 
     def _rotate_natively(self, rotations: Sequence[Rotation], n_cells: int) -> None:
         """Carry out all rotations of the first `n_cells` keys in one pass."""
@@ -931,8 +939,8 @@ class Llama(llama_cpp.Llama):
 
     def _restored(self) -> None:
         """Cell i holds position i now, whatever graphs wrote before."""
-        if self._kernels is not None:
-            self._kernels.reset_positions()
+        if self._fast is not None:
+            self._fast.reset_positions()
 
     def close(self) -> None:
         """Free the model. A call that is under way in another thread stops and raises, as does any use afterwards."""
@@ -958,6 +966,18 @@ class Llama(llama_cpp.Llama):
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
+
+
+def _in_turn(first: Handler, second: Handler | None) -> Handler:
+    """Return a handler that calls both."""
+    if second is None:
+        return first
+
+    def both(node: int) -> None:
+        first(node)
+        second(node)
+
+    return both
 
 
 def _draft(model: Any, schedule: Schedule, tokens: Any, /, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention with a near window, with every instruction set that runs here, against its two formulas in float64."""
+"""Attention with a near window, with every instruction set that runs here and in torch, against its two formulas."""
 
 import ctypes
 
@@ -9,15 +9,16 @@ import torch
 from attention_nodes import POINTER, Graph, Params, library
 from ropewalk.factors import Band, RopeFacts
 from ropewalk.runtime.graph import ggml
-from ropewalk.runtime.graph.hook import GraphHook
+from ropewalk.runtime.graph.fast import NativeNodes, TorchNodes
+from ropewalk.runtime.graph.hook import GraphHook, NodeError
 from ropewalk.runtime.graph.kernels import Context, instruction_sets, why_missing
 from ropewalk.runtime.graph.rope import RopeHook
-
-needs_kernels = pytest.mark.skipif(bool(why_missing()), reason="the kernels were not compiled")
-pytestmark = needs_kernels
+from ropewalk.runtime.graph.rope_trace import hadamard
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-every_set = pytest.mark.parametrize("instructions", instruction_sets(), ids=lambda one: one.name)
+TORCH = "torch"
+SETS = [*(() if why_missing() else instruction_sets()), TORCH]
+every_set = pytest.mark.parametrize("instructions", SETS, ids=lambda one: getattr(one, "name", one))
 F32, I32, I64 = 0, 26, 27
 BASE = 500.0  # small, so that slow pairs rotate as well within a few hundred tokens
 
@@ -30,13 +31,12 @@ def rng():
 class Sequences(Graph):
     """A cache of one layer, written to and attended to by graphs as llama.cpp builds them."""
 
-    def __init__(self, kernels, rope, *, size, heads, kv_heads, n_cells, kind, mode=0, transform=False, streams=1):
-        self.kernels, self.rope, self.size, self.heads, self.kv_heads = kernels, rope, size, heads, kv_heads
+    def __init__(self, nodes, rope, *, size, heads, kv_heads, n_cells, kind, mode=0, transform=False, streams=1):
+        self.nodes, self.rope, self.size, self.heads, self.kv_heads = nodes, rope, size, heads, kv_heads
         self.n_cells, self.kind, self.mode, self.streams = n_cells, kind, mode, streams
         self.n_threads = 2
         self.open()
-        self.hook = GraphHook({}, kernels)
-        kernels.watch(rope.setting, nodes=True)
+        self.hook = hook_of(nodes, rope)
         code = int(gguf.GGMLQuantizationType[kind.upper()])
         shape = (1, streams, n_cells, kv_heads * size)
         self.k, self.v = (self.base.ggml_new_tensor_4d(self.context, code, *shape[::-1]) for _ in range(2))
@@ -44,7 +44,7 @@ class Sequences(Graph):
             ctypes.memset(ggml.tensor_at(cache).data, 0, ggml.tensor_at(cache).nb[3])
         self.transform = None
         if transform:
-            self.transform = self.tensor(hadamard(size), F32)
+            self.transform = self.tensor(hadamard(size).astype(np.float32), F32)
 
     def write(self, keys, values, positions, cells):
         """Cache raw keys and values, shape (tokens, kv heads, size), of tokens at `positions` in `cells`."""
@@ -139,14 +139,16 @@ class Sequences(Graph):
             self.hook.callback(self.base.ggml_graph_node(POINTER(graph), i), True, self.hook.userdata)
         self.cpu.ggml_graph_compute_with_ctx.argtypes = (POINTER, POINTER, ctypes.c_int)
         self.cpu.ggml_graph_compute_with_ctx(self.context, graph, self.n_threads)
-        assert self.kernels.failure == ""
+        self.hook.raise_kept()
+        self.nodes.raise_kept()
 
 
-def hadamard(size):
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+def hook_of(nodes, rope):
+    """The callback that shows nodes to `rope` and to those who compute attention."""
+    if isinstance(nodes, NativeNodes):
+        nodes._kernels.watch(rope.setting, nodes=True)
+        return GraphHook({}, nodes._kernels)
+    return GraphHook({**nodes.handlers, "ROPE": lambda node: (rope.set_rope(node), nodes.windows.see_rope(node))})
 
 
 def turned(x, angles, mode):
@@ -195,10 +197,11 @@ def make(instructions, exact, *, window, n_rot=64, own=(), mode=0, start=0, atte
     facts = RopeFacts(n_rot=n_rot, freq_base=BASE, original_context=512, native_factors=own)
     far = tuple((np.linspace(1.5, 6, n_rot // 2) * np.array(facts.start_factors)).tolist())
     band = Band(context=4096, near_tokens=window, rescale_factors=far, start_tokens=start, attention_factor=attention)
-    kernels, rope = Context(instructions, exact), RopeHook(facts)
-    rope.halves, rope.set_window = bool(mode), kernels.use_window
+    rope = RopeHook(facts)
+    nodes = TorchNodes(rope.applies) if instructions == TORCH else NativeNodes(Context(instructions, exact))
+    rope.halves, rope.set_window = bool(mode), nodes.use_window
     rope.use_band(band)
-    return Sequences(kernels, rope, mode=mode, **shape), band, facts
+    return Sequences(nodes, rope, mode=mode, **shape), band, facts
 
 
 def check(rng, instructions, *, rows, n_tokens=330, exact=True, atol=2e-4, in_order=False, **options):
@@ -299,7 +302,7 @@ def test_several_sequences_and_streams(rng, instructions, kind, rows):
     np.testing.assert_allclose(found.reshape(2 * rows, 4, 64), np.array(wanted), atol=5e-4)
 
 
-@every_set
+@pytest.mark.parametrize("instructions", SETS[:-1], ids=lambda one: one.name)
 @pytest.mark.parametrize("rows", [1, 60])
 def test_the_number_of_threads_changes_nothing(rng, instructions, rows):
     keys, values = rng.normal(size=(2, 900, 2, 64))
@@ -315,12 +318,13 @@ def test_the_number_of_threads_changes_nothing(rng, instructions, rows):
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_attention_that_cannot_have_a_window_fails(rng):
+@pytest.mark.parametrize("instructions", (SETS[0], TORCH))
+def test_attention_that_cannot_have_a_window_fails(rng, instructions):
     """Queries that were changed after their rotation: without a word they would see all distances as far."""
-    graph, _, _ = make(None, True, window=10, kind="f16", size=64, heads=2, kv_heads=2, n_cells=64)
+    graph, _, _ = make(instructions, True, window=10, kind="f16", size=64, heads=2, kv_heads=2, n_cells=64)
     graph.rotated = lambda x, positions: graph.call(
         "ggml_rms_norm", Sequences.rotated(graph, x, positions), 1e-5, types=[ctypes.c_float]
     )
-    with pytest.raises(AssertionError, match="near window"):
+    with pytest.raises(NodeError, match="near window"):
         graph.attend(rng.normal(size=(2, 2, 64)), [20, 21], np.zeros((1, 2, 64)))
     graph.close()
