@@ -12,7 +12,7 @@ from ..passages import Passage, digest
 
 WINDOW = 1024
 
-VERSION = 3  # increase it when the same band would give another loss than before
+VERSION = 4  # increase it when the same band would give another loss than before
 
 Kind = Literal["llama", "torch"]
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from .attention import Attended, attend, attend_backward
 from .near import attend_apart, attend_apart_backward
+from .onednn import linear
 from .rope import Tables, rotate
 from .weights import Layer, Weights
 
