@@ -43,7 +43,9 @@ def evaluate(
             metavar="4096,8192,…", help="Contexts to read in.", show_default="half the original, then doubled"
         ),
     ] = None,
-    methods: Annotated[str, typer.Option(metavar=METHODS, help="Methods to compare.")] = METHODS,
+    methods: Annotated[
+        str, typer.Option(metavar="none,pi,ntk,yarn,near,schedule", help="Methods to compare.")
+    ] = METHODS,
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")
     ] = None,

@@ -39,7 +39,8 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for band in schedule.bands:
-        extras = [f"n̂ {band.start_tokens}"] if band.start_tokens else []
+        extras = [f"beyond the nearest {band.near_tokens:,}"] if band.near_tokens else []
+        extras += [f"n̂ {band.start_tokens}"] if band.start_tokens else []
         extras += [f"attention × {band.attention_factor:.3f}"] if band.attention_factor != 1 else []
         label = f"{band.context:,} tokens" + (f" ({', '.join(extras)})" if extras else "")
         axes.plot(band.rescale_factors, marker=".", markersize=4, linewidth=1.5, label=label)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..methods import METHODS, Array, yarn_attention_factor
+from ..methods import METHODS, Array, default_near_tokens, yarn_attention_factor
 from ..schedule import (
     LARGEST_ATTENTION,
     SMALLEST_ATTENTION,
@@ -124,8 +124,9 @@ class Space:
 
     def closed_form(self, method: str) -> Candidate:
         """A closed form unmodified, for every pair, to compare a search with."""
-        factors, attention = METHODS[method](self.facts.n_rot, self.scale, self.facts.freq_base, self.onto.context)
-        return Candidate(tuple(np.log(factors).tolist()), self.onto.start_tokens, attention)
+        facts, window = self.facts, default_near_tokens(self.facts)
+        form = METHODS[method](facts.n_rot, self.scale, facts.freq_base, self.onto.context, window)
+        return Candidate(tuple(np.log(form.factors).tolist()), self.onto.start_tokens, form.attention_factor)
 
     def seed(self, method: str) -> Candidate:
         """A closed form projected onto this space, to start a search from."""
