@@ -86,7 +86,7 @@ def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, flo
     ):
         axes.step(*zip(*curve, strict=True), where="post", linewidth=1.6, marker=".", label="searched")
         worst = max(loss for _, loss in curve)
-        for (method, loss), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        for (method, loss), style in zip(baselines.items(), ("--", ":", "-.", (0, (5, 1))), strict=False):
             if loss - worst < 0.2:  # one that is far worse would squeeze the curve flat
                 axes.axhline(loss, linestyle=style, linewidth=1, color="grey", label=method)
         axes.set_xlabel("evaluations (one = all texts, read in full)")

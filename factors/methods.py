@@ -164,7 +164,7 @@ def extend(
             f"context: {context}, expected more than the {base.context} tokens that the model already holds"
         )
     facts = base.facts
-    onto = _last_without_window(base) if method == "near" else plain_band(facts, base.bands[-1])
+    onto = last_without_window(base) if method == "near" else plain_band(facts, base.bands[-1])
     window = default_near_tokens(facts) if near_tokens is None else near_tokens
     try:
         bands = [
@@ -176,8 +176,8 @@ def extend(
         raise ScheduleError(f"{method}: {first_mistake(error)}") from None
 
 
-def _last_without_window(schedule: Schedule) -> Band:
-    """The longest band without a near window, or else the shortest band's plain form."""
+def last_without_window(schedule: Schedule) -> Band:
+    """The longest band without a near window, on which those with one build; or else the shortest one's plain form."""
     plain = [band for band in schedule.bands if not band.near_tokens]
     return plain[-1] if plain else plain_band(schedule.facts, schedule.bands[0])
 

@@ -44,7 +44,9 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(tiny, texts):
-    return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
+    """A search for plain λ."""
+    size = ["--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
+    return [tiny, "--context", 512, "--text", texts, *size, "--near-tokens", 0]
 
 
 def test_the_result_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
@@ -186,6 +188,7 @@ def test_evolution_with_options_without_screening_or_short_texts(run, tiny, text
     sizes = {"population": 6, "parents": 3, "mutations": 2, "crossovers": 1, "generations": 2, "probability": 0.5}
     more = [part for name, value in sizes.items() for part in (f"--{name}", value)]
     plain = [tiny, "--context", 512, "--text", folder, "--budget", 40, "--evaluator", "torch", "--threads", 1]
+    plain += ["--near-tokens", 0]
     done = run(*plain, "--algorithm", "evolution", "--no-screen", *more, "-o", schedule, "--json")
     assert done.returncode == 0, done.stderr
     (band,) = json.loads(done.stdout)["bands"]
@@ -198,7 +201,7 @@ def test_a_larger_budget_continues_in_every_band(run, tiny, texts, tmp_path):
     options = [tiny, "--bands", "512,768", "--text", texts, "--window", 64, "--threads", 1, "-o", tmp_path / "s.json"]
     lines = []
     for budget in (24, 40):
-        done = run(*options, "--evaluator", "torch", "--budget", budget, "--json")
+        done = run(*options, "--near-tokens", 0, "--evaluator", "torch", "--budget", budget, "--json")
         assert done.returncode == 0, done.stderr
         assert [band["context"] for band in json.loads(done.stdout)["bands"]] == [512, 768]
         lines.append([path.read_text().splitlines() for path in sorted((tmp_path / "s.json.search").glob("*.journal"))])

@@ -420,8 +420,8 @@ def test_another_searchs_journal_is_refused(tmp_path):
     with pytest.raises(UserError, match="the journal of another search"):
         Journal(path, "b")
     assert path.read_bytes() == data
-    path.write_bytes(data.replace(b'"ropewalk_search": 1', b'"ropewalk_search": 2', 1))
-    with pytest.raises(UserError, match="journal version 2, expected 1"):
+    path.write_bytes(data.replace(b'"ropewalk_search": 2', b'"ropewalk_search": 1', 1))
+    with pytest.raises(UserError, match="journal version 1, expected 2"):
         Journal(path, "a")
 
 
