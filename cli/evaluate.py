@@ -43,7 +43,9 @@ def evaluate(
             metavar="4096,8192,…", help="Contexts to read in.", show_default="half the original, then doubled"
         ),
     ] = None,
-    methods: Annotated[str, typer.Option(metavar=METHODS, help="Methods to compare.")] = METHODS,
+    methods: Annotated[
+        str, typer.Option(metavar="none,pi,ntk,yarn,near,schedule", help="Methods to compare.")
+    ] = METHODS,
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")
     ] = None,
@@ -136,8 +138,8 @@ def _contexts(contexts: str | None, native: Schedule, own: Schedule) -> tuple[in
     return numbers_of("--contexts", contexts)
 
 
-def numbers_of(option: str, text: str) -> tuple[int, ...]:
-    """Parse comma-separated numbers of tokens, sorted.
+def numbers_of(option: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """Parse comma-separated numbers of tokens, of at least `least`, sorted.
 
     Raises:
         UserError: something else; names `option`.
@@ -148,7 +150,7 @@ def numbers_of(option: str, text: str) -> tuple[int, ...]:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         numbers = ()
-    if not numbers or numbers[0] < 1 or numbers[-1] > MAX_CONTEXT:
+    if not numbers or numbers[0] < least or numbers[-1] > MAX_CONTEXT:
         raise UserError(f"{option}: {text!r}, expected numbers of tokens like 4096,8192")
     return numbers
 
