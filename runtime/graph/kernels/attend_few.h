@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attend.h"
+#include "near_columns.h"
 
 enum { FEW_CHUNK = 256 };         /* most cells at a time */
 enum { FEW_BYTES = 160 << 10 };   /* of K and V at a time, for all heads: as many again are on their way */
@@ -19,7 +20,7 @@ enum { PARTS = 32 / VL }; /* vectors of 32 values */
 struct few_layout {
     int64_t n_rows, k_blocks, v_blocks, k_words, v_padded, chunk;
     int64_t queries, bytes, k_scales, v_scales, scores, weights, out, sum, greatest, row, seen, reach, total;
-    int64_t near_queries, near_keys, near_scores; /* with a window: floats */
+    int64_t near_queries, near_keys, near_turns, near_rows, near_scores; /* with a window: floats */
 };
 
 INLINE bool has_values(int type) {
@@ -68,6 +69,8 @@ INLINE struct few_layout few_layout(const struct attention *a, const struct atte
     PLACE(reach, p->stop_token - p->first_token);
     PLACE(near_queries, a->window ? (l.n_rows + 1) * a->k_size : 0);
     PLACE(near_keys, a->window ? FEW_CHUNK * a->k_size : 0);
+    PLACE(near_turns, a->window ? FEW_CHUNK * round_up(a->window->n_dims, VL) : 0);
+    PLACE(near_rows, a->window ? VL * round_up(a->k_size, VL) : 0);
     PLACE(near_scores, a->window ? FEW_STRIP * FEW_CHUNK : 0);
 #undef PLACE
     l.total = at;
@@ -242,9 +245,12 @@ INLINE void few_queries(const struct attention *a, const struct attention_piece 
         for (int64_t token = p->first_token; token < p->stop_token; token++)
             for (int64_t g = 0; g < a->group; g++, at++) {
                 const float *q = query_row(a, p->stream, token, head * a->group + g);
+                float *near = floats + l->near_queries + at * a->k_size;
                 float *to = !rounds_queries(a) ? floats + l->queries + at * a->k_size : a->window ? row : floats + l->row;
                 if (a->window)
-                    two_queries(a, p->stream, token, q, scale, floats + l->near_queries + at * a->k_size, to);
+                    two_queries(a, p->stream, token, q, scale, near, to);
+                for (int64_t i = 0; a->window && a->hadamard && i < a->k_size; i++)
+                    near[i] /= sqrtf((float)a->hadamard); /* the factor that `transform_columns` leaves out */
                 for (int64_t i = 0; !a->window && i < a->k_size; i++)
                     to[i] = q[i] * scale;
 #ifdef ISA_VNNI
@@ -274,9 +280,35 @@ INLINE void few_scores(const struct attention *a, const struct few_layout *l, ui
 INLINE void few_near_scores(const struct attention *a, const struct few_layout *l, float *floats, int64_t at, int rows,
                             int64_t n) {
     for (int64_t i = 0; i < n; i += VL)
-        few_dots_f32(rows, (const char *)(floats + l->near_keys + i * a->k_size), a->k_size * 4, 0, 128, l->k_blocks, n - i,
-                     floats + l->k_scales, floats + l->near_queries + at * a->k_size, floats + l->row,
-                     floats + l->near_scores + i);
+        near_dots(rows, floats + l->near_keys + i * a->k_size, floats + l->near_queries + at * a->k_size, a->k_size,
+                  floats + l->near_scores + i, FEW_CHUNK);
+}
+
+/* Make near keys of a chunk's cells of one head, as columns. */
+INLINE void few_near_keys(const struct attention *a, const struct few_layout *l, float *floats, const char *k, int64_t n,
+                          int64_t ahead) {
+    int64_t step = (int64_t)a->k->nb[1], dims = round_up(a->window->n_dims, VL);
+    for (int64_t i = 0; i < n; i += VL) {
+        float *columns = floats + l->near_keys + i * a->k_size;
+#ifdef ISA_VNNI
+        if (rounds_queries(a))
+            byte_columns((const uint32_t *)floats + l->bytes + i * l->k_words, floats + l->k_scales + i, FEW_CHUNK,
+                         a->k_size, columns);
+        else
+#endif
+            key_columns(a, k + i * step, n - i, ahead, floats + l->near_rows, columns);
+        if (a->hadamard)
+            transform_columns(columns, a->k_size, a->hadamard);
+        turn_columns(a->window, columns, floats + l->near_turns + i * dims);
+    }
+}
+
+/* Read the turns of a chunk's cells, for all heads. */
+INLINE void few_turns(const struct attention *a, const struct few_layout *l, float *floats, const int32_t *positions,
+                      int64_t n) {
+    for (int64_t i = 0; i < n; i += VL)
+        turns_of(a->window, positions + i, n - i, floats + l->near_rows,
+                 floats + l->near_turns + i * round_up(a->window->n_dims, VL));
 }
 
 /* Score, weigh and sum rows [at, at + rows) of a head over a chunk's cells. */
@@ -325,21 +357,21 @@ INLINE void few_strip(const struct attention *a, const struct attention_piece *p
 
 /* Read a chunk's scales of one head, and K's bytes where these are multiplied as they are. */
 INLINE void few_prepare(const struct attention *a, const struct few_layout *l, uint32_t *memory, const char *k,
-                        const char *v, const int32_t *positions, int64_t n, bool next, int32_t sides) {
+                        const char *v, int64_t n, bool next, int32_t sides) {
     int64_t k_step = (int64_t)a->k->nb[1], v_step = (int64_t)a->v->nb[1];
     for (int64_t i = 0; i < n; i += 16) {
         int64_t some = n - i < 16 ? n - i : 16;
-        if (has_integers(a->k->type) && sides & FAR)
+        if (has_integers(a->k->type))
             few_scales(k + i * k_step, k_step, bytes32(a->k->type, a->types), l->k_blocks, some, (float *)memory + l->k_scales + i);
         if (has_integers(a->v->type))
             few_scales(v + i * v_step, v_step, bytes32(a->v->type, a->types), l->v_blocks, some, (float *)memory + l->v_scales + i);
 #ifdef ISA_VNNI
-        if (rounds_queries(a) && sides & FAR)
+        if (rounds_queries(a))
             pack_key_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
 #endif
     }
-    for (int64_t i = 0; i < n && sides & NEAR; i++)
-        near_key(a, k + i * k_step, positions[i], (float *)memory + l->near_keys + i * a->k_size);
+    if (sides & NEAR)
+        few_near_keys(a, l, (float *)memory, k, n, next ? l->chunk * k_step : 0);
     (void)next;
 }
 
@@ -358,11 +390,12 @@ INLINE void attend_few(const struct attention *a, const struct attention_piece *
         if (!look(a, p, (int32_t *)memory + l.seen, cell, n))
             continue;
         int32_t sides = measure(a, p, (int32_t *)memory + l.seen, (int32_t *)memory + l.reach, cell, n);
-        const int32_t *positions = sides & NEAR ? positions_of(a, p->stream, cell) : NULL;
+        if (sides & NEAR)
+            few_turns(a, &l, (float *)memory, positions_of(a, p->stream, cell), n);
         for (int64_t head = p->first_head; head < p->stop_head; head++) {
             const char *k = cell_of(a->k, p->stream, head, cell), *v = cell_of(a->v, p->stream, head, cell);
             int64_t first_row = (head - p->first_head) * head_rows;
-            few_prepare(a, &l, memory, k, v, positions, n, next, sides);
+            few_prepare(a, &l, memory, k, v, n, next, sides);
             for (int64_t at = 0; at < head_rows; at += strip) {
                 int rows = (int)(head_rows - at < strip ? head_rows - at : strip);
                 few_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, k, v, n, next, sides);

@@ -72,12 +72,14 @@ static struct attention_piece piece_at(const struct plan *plan, int64_t index, f
     const struct attention *a = &plan->attention;
     struct attention_piece p = {.stop_head = a->n_kv_heads, .stop_token = a->n_tokens, .stop_cell = a->n_cells};
     if (plan->few) {
+        int64_t near = a->window ? a->window->tokens / plan->cells + 1 : 0; /* the last parts cost most: they come first */
+        int64_t part = (index + (near < plan->parts ? plan->parts - near : 0)) % plan->parts;
         p.stream = index / plan->parts;
-        p.first_cell = index % plan->parts * plan->cells;
+        p.first_cell = part * plan->cells;
         if (p.first_cell + plan->cells < a->n_cells)
             p.stop_cell = p.first_cell + plan->cells;
         if (plan->parts > 1)
-            p.partial = partials + index * a->n_heads * a->n_tokens * partial_floats(a);
+            p.partial = partials + (p.stream * plan->parts + part) * a->n_heads * a->n_tokens * partial_floats(a);
     } else { /* the pieces of one head follow each other, so that threads share its cells in the common cache */
         int64_t blocks = (a->n_tokens + plan->tokens - 1) / plan->tokens;
         p.stream = index / (a->n_kv_heads * blocks);

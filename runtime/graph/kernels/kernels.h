@@ -64,6 +64,7 @@ struct window {
     bool halves;          /* a pair is a value of each half of the rotary ones, not two neighbours */
     float *own, *far;     /* the model's factors and the band's, in one piece of memory */
     float *turns;         /* of each position, n_dims cosines and sines: from the far rotation to the model's own */
+    float *still;         /* likewise of no angle */
     float *border;        /* likewise from a query that sees far keys as if there were no window to one that has it */
     double *angles;       /* room for the angles of a position */
     int64_t n_turns, room; /* positions whose turns there are, and for how many there is room */

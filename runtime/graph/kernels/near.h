@@ -51,6 +51,34 @@ INLINE int32_t row_position(const struct attention *a, int64_t stream, int64_t t
     return a->row_positions[stream * a->n_tokens + token];
 }
 
+/* The compiler turns these loops into vectors only if it is told to. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define VECTORISED static __attribute__((noinline, optimize("O3")))
+#else
+#define VECTORISED static
+#endif
+
+VECTORISED int32_t least_of(const int32_t *x, int64_t n) {
+    int32_t least = INT32_MAX;
+    for (int64_t i = 0; i < n; i++)
+        least = x[i] < least ? x[i] : least;
+    return least;
+}
+
+VECTORISED int32_t greatest_of(const int32_t *x, int64_t n) {
+    int32_t greatest = INT32_MIN;
+    for (int64_t i = 0; i < n; i++)
+        greatest = x[i] > greatest ? x[i] : greatest;
+    return greatest;
+}
+
+/* Take the near scores of cells from position `first` on in place of the far ones. */
+VECTORISED void choose_from(int32_t first, const int32_t *cells, const float *restrict near, float *restrict scores,
+                            int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        scores[i] = cells[i] >= first ? near[i] : scores[i];
+}
+
 /* Note how far each token is from a chunk's `n` cells (0 where it sees none of them); what there is of all tokens. */
 INLINE int32_t measure(const struct attention *a, const struct attention_piece *p, const int32_t *seen, int32_t *reach,
                        int64_t cell, int64_t n) {
@@ -58,10 +86,8 @@ INLINE int32_t measure(const struct attention *a, const struct attention_piece *
     if (a->window) {
         const int32_t *cells = positions_of(a, p->stream, cell);
         any = 0;
-        for (int64_t i = 0; i < n; i++) {
-            low = cells[i] < low ? cells[i] : low;
-            high = cells[i] > high ? cells[i] : high;
-        }
+        low = least_of(cells, n);
+        high = greatest_of(cells, n);
     }
     for (int64_t t = 0; t < p->stop_token - p->first_token; t++) {
         int64_t row = a->window ? row_position(a, p->stream, p->first_token + t) : 0;
@@ -77,9 +103,7 @@ INLINE int32_t measure(const struct attention *a, const struct attention_piece *
 
 /* Choose the near score where a cell is near to the row, in place of the far one. */
 INLINE void choose(const struct attention *a, int64_t row, const int32_t *cells, const float *near, float *scores, int64_t n) {
-    int32_t first = (int32_t)(row - a->window->tokens + 1);
-    for (int64_t i = 0; i < n; i++)
-        scores[i] = cells[i] >= first ? near[i] : scores[i];
+    choose_from((int32_t)(row - a->window->tokens + 1), cells, near, scores, n);
 }
 
 /* Read a cell's key as the model was trained to see it. A cell that no row sees may be at any position. */

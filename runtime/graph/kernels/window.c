@@ -57,6 +57,7 @@ static bool extend_turns(struct window *w, int64_t n) {
 static void forget_window(struct window *w) {
     free(w->turns);
     free(w->border);
+    free(w->still);
     free(w->angles);
     free(w->own);
     *w = (struct window){0};
@@ -89,13 +90,14 @@ EXPORT bool ropewalk_set_window(struct context *context, int64_t tokens, int64_t
     if (!tokens)
         return true;
     *w = (struct window){.tokens = tokens, .start_tokens = start_tokens, .n_dims = n_dims, .freq_base = freq_base,
-                         .halves = halves, .own = malloc(2 * bytes), .angles = malloc(2 * bytes),
-                         .border = malloc(2 * bytes)};
-    if (w->own == NULL || w->angles == NULL || w->border == NULL) {
+                         .halves = halves, .own = malloc(2 * bytes), .angles = calloc(2, 2 * bytes),
+                         .border = malloc(2 * bytes), .still = malloc(2 * bytes)};
+    if (w->own == NULL || w->angles == NULL || w->border == NULL || w->still == NULL) {
         forget_window(w);
         return false;
     }
     w->far = w->own + n_dims / 2;
+    write_turns(w, w->still, w->angles);
     memcpy(w->own, own, bytes);
     memcpy(w->far, far, bytes);
     for (int i = 0; i < n_dims / 2; i++)
@@ -153,9 +155,10 @@ static bool copy_positions(struct rows *rows, const struct tensor *positions) {
 }
 
 void see_rope(struct context *context, const struct tensor *node) {
-    const struct tensor *positions = node->src[1], *root = root_of(node->src[0]);
-    if (positions->type != TYPE_I32 || positions->data == NULL)
+    const struct tensor *positions = node->src[1];
+    if (positions == NULL || positions->type != TYPE_I32 || positions->data == NULL)
         return;
+    const struct tensor *root = root_of(node->src[0]);
     for (int i = 0; i < N_PLACES; i++) { /* llama.cpp shifts cached keys, the first layer's before those of all others */
         struct places *places = &context->places[i];
         if (root == places->cache && root != NULL && positions->ne[0] == places->n)
