@@ -1,0 +1,1 @@
+"""Suites of questions about long texts whose answers are known: RULER's tasks, and two more kinds."""
