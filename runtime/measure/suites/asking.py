@@ -137,7 +137,7 @@ def _within(advance: Advance, done: float, share: float, total: float) -> Callab
 def _known_or_asked(
     llm: Llama, pen: Pen, question: Question, method: str, band: Band, journal: Journal, model: str
 ) -> Answered:
-    key = question_key(model, llm.kv_type, band, question)
+    key = question_key(model, f"{llm.kv_type} {llm.computed_by}", band, question)
     found = journal.find(key)
     if found is None:
         read = ask(llm, pen, question, band)
@@ -170,11 +170,11 @@ def _answered(question: Question, method: str, found: dict[str, Any], where: str
         raise UserError(f"{where}: is not an answer of ropewalk eval --suite") from None
 
 
-def question_key(model: str, kv_type: str, band: Band, question: Question) -> str:
-    """A digest of all that an answer depends on."""
+def question_key(model: str, computed: str, band: Band, question: Question) -> str:
+    """A digest of all that an answer depends on; `computed` says how: the cache type, and by what code."""
     facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
     asked = (question.prompt, question.cuts, question.answer, question.references, question.any_of)
-    parts = (VERSION, SPARE_TOKENS, model, kv_type, facts, asked)
+    parts = (VERSION, SPARE_TOKENS, model, computed, facts, asked)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

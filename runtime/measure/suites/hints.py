@@ -75,4 +75,4 @@ def question(country: str) -> str:
 
 
 def opening(country: str) -> str:
-    return f"Being in {country}, it is"
+    return f"Whoever must be in {country} has this name:"

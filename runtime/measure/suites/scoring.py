@@ -38,9 +38,8 @@ def score(said: str, references: Sequence[str], any_of: bool = False) -> float:
     return float(any(hits)) if any_of else sum(hits) / len(hits)
 
 
-def wilson(scores: Sequence[float]) -> Estimate:
-    """The mean of scores from 0 to 1, with Wilson's interval, as if all were right or wrong and shared no haystack."""
-    n, p = len(scores), math.fsum(scores) / len(scores)
+def wilson(p: float, n: int) -> Estimate:
+    """The mean of `n` scores from 0 to 1, with Wilson's interval, as if all were 0 or 1 and none shared a haystack."""
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return Estimate(p, max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p)))
@@ -77,20 +76,21 @@ def _groups(values: Sequence[float], haystacks: Sequence[int]) -> list[list[floa
     return list(groups.values())
 
 
-def effective_length(scores: Mapping[int, float], own: float) -> int | None:
-    """The longest length up to which, from the shortest one on, every score is at least `KEPT` of the model's own.
+def effective_length(scores: Mapping[int, float], own: float, trained: int) -> int | None:
+    """The longest length at which a score is at least `KEPT` of the model's own, as long as none before it is less.
+
+    Lengths below the trained one do not count as before it: their scores differ as their questions do.
 
     Args:
         scores: the scores by length.
-        own: the score of the model as it was trained, at the length that it was trained for.
+        own: the score of the model as it was trained, at the length `trained`.
     """
     best = None
-    if own <= 0:
-        return None
     for length in sorted(scores):
-        if scores[length] < KEPT * own:
+        if own > 0 and scores[length] >= KEPT * own:
+            best = length
+        elif length >= trained:
             break
-        best = length
     return best
 
 

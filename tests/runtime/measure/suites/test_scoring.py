@@ -23,9 +23,9 @@ def test_an_answer_has_all_or_any_of_the_references():
 def test_wilson_as_in_the_books():
     """Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
     for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
-        found = wilson([1.0] * right + [0.0] * (n - right))
+        found = wilson(right / n, n)
         assert (found.mean, found.low, found.high) == pytest.approx((right / n, low, high), abs=1e-4)
-    assert wilson([1.0] * 10).high == 1 and wilson([1.0] * 10).low == pytest.approx(0.7225, abs=1e-4)
+    assert wilson(1, 10).high == 1 and wilson(1, 10).low == pytest.approx(0.7225, abs=1e-4)
 
 
 def test_whole_haystacks_are_drawn():
@@ -50,9 +50,11 @@ def test_cells_count_the_same():
 
 def test_effective_length():
     scores = {4096: 0.9, 8192: 0.8, 16384: 0.69, 32768: 0.5}
-    assert effective_length(scores, 0.8) == 16384  # 0.68 and more
-    assert effective_length(scores, 0.82) == 8192
-    assert effective_length({**scores, 16384: 0.1, 32768: 0.9}, 0.8) == 8192  # a gap ends it
-    assert effective_length(scores, 1.1) is None and effective_length(scores, 0.0) is None
-    assert effective_length({}, 0.5) is None
+    assert effective_length(scores, 0.8, 8192) == 16384  # 0.68 and more
+    assert effective_length(scores, 0.82, 8192) == 8192
+    assert effective_length({**scores, 16384: 0.1, 32768: 0.9}, 0.8, 8192) == 8192  # a gap ends it
+    assert effective_length({**scores, 4096: 0.1}, 0.8, 8192) == 16384  # not below the trained length
+    assert effective_length(scores, 1.0, 8192) == 4096
+    assert effective_length(scores, 1.1, 8192) is None and effective_length({}, 0.5, 8192) is None
+    assert effective_length({4096: 0.0}, 0.0, 4096) is None
     assert likelihood(0) == 1 and likelihood(0.6931471805599453) == pytest.approx(0.5)
