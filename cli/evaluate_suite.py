@@ -106,18 +106,34 @@ def _run(
     path: Path, texts: tuple[Text, ...], options: SuiteOptions, common: CommonOptions, native: Schedule, own: Schedule
 ) -> Run:
     from ..runtime.measure.suites import QUICK, TASKS, Run, SuitePlan, named_tasks
-    from ..runtime.memory import check_kv_type
 
     tasks = names_of(options.tasks) if options.tasks else QUICK if options.quick else tuple(TASKS)
     lengths = numbers_of("--contexts", common.contexts) if common.contexts else _lengths(native, own, options.quick)
     samples = options.samples or (QUICK_SAMPLES if options.quick else SAMPLES)
-    caches = options.caches or (QUICK_CACHES if options.quick else CACHES)
-    kinds = () if caches == "none" else names_of(caches)
-    for kv in kinds:
-        check_kv_type(kv)
     bands = _bands(lengths, _methods(common.methods, options.quick, own), native, own)
     plan = SuitePlan(named_tasks(tasks), bands, samples, options.share or SHARE, common.seed)
-    return Run(path, texts, plan, options.chat, common.kv, kinds, common.threads)
+    return Run(path, texts, plan, options.chat, common.kv, _caches(path, options), common.threads)
+
+
+def _caches(path: Path, options: SuiteOptions) -> tuple[str, ...]:
+    """The cache types to compare; of those that were not asked for by name, the ones that suit the model."""
+    from ..container import read_header
+    from ..runtime.measure.suites import CACHE_TOKENS
+    from ..runtime.memory import choose_kv
+
+    if options.caches == "none":
+        return ()
+    header, kinds = read_header(path), []
+    for kv in names_of(options.caches or (QUICK_CACHES if options.quick else CACHES)):
+        try:
+            choose_kv(header, CACHE_TOKENS, kv, flash_attn=True, fast_prefill=True)
+        except UserError as error:
+            if options.caches:
+                raise
+            note(f"{error}; not compared")
+        else:
+            kinds.append(kv)
+    return tuple(kinds)
 
 
 def _lengths(native: Schedule, own: Schedule, quick: bool) -> tuple[int, ...]:
@@ -135,11 +151,12 @@ def _lengths(native: Schedule, own: Schedule, quick: bool) -> tuple[int, ...]:
 def _methods(given: str | None, quick: bool, own: Schedule) -> tuple[str, ...]:
     methods = names_of(given or (QUICK_METHODS if quick else METHODS))
     if "plain" in methods and not any(band.near_tokens for band in own.bands):
+        rest = tuple(method for method in methods if method != "plain")
+        if not rest:
+            raise UserError("--methods: plain alone, and no band of the schedule has a near window")
         if given:
             note("method plain: no band of the schedule has a near window; left out")
-        methods = tuple(method for method in methods if method != "plain")
-    if not methods:
-        raise UserError("--methods: nothing is left to compare")
+        return rest
     return methods
 
 

@@ -4,11 +4,12 @@ from .asking import Answered, SuitePlan
 from .caches import CacheLoss
 from .journal import Journal
 from .report import AtDepth, Cell, Effective, Report, Row, ShortText
-from .run import Run, Setting, run_suite
+from .run import CACHE_TOKENS, Run, Setting, run_suite
 from .scoring import KEPT, Estimate
 from .tasks import QUICK, SUITE, TASKS, VERSION, Task, named_tasks
 
 __all__ = [
+    "CACHE_TOKENS",
     "KEPT",
     "QUICK",
     "SUITE",

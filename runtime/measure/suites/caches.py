@@ -24,7 +24,7 @@ VERSION = 1
 EXACT = "f16"
 
 SCORED = 512
-"""How many tokens at the text's end are predicted."""
+"""How many tokens at the text's end are predicted, if it is twice as long; otherwise its second half is."""
 
 CHUNK = 64  # rows whose probabilities are computed at a time
 
@@ -60,10 +60,8 @@ def cache_losses(
         model: a digest of the model.
 
     Raises:
-        UserError: the text is too short, or as `load`.
+        UserError: as `load`.
     """
-    if len(tokens) < 2 * SCORED:
-        raise UserError(f"cache types: the text has {len(tokens):,} tokens, expected at least {2 * SCORED:,}")
     facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
     keys = {
         kv: hashlib.sha256(repr((VERSION, SCORED, model, facts, tuple(tokens), kv)).encode()).hexdigest()[:24]
@@ -87,7 +85,7 @@ def cache_losses(
 
 def _logits(load: Callable[[str], Llama], kv: str, tokens: Sequence[int]) -> Logits:
     with closing(load(kv)) as llm:
-        return llm.token_logits(tokens, len(tokens) - SCORED)
+        return llm.token_logits(tokens, len(tokens) - min(SCORED, len(tokens) // 2))
 
 
 def _compared(kv: str, expected: Logits, found: Logits) -> CacheLoss:

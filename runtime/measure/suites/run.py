@@ -81,11 +81,13 @@ def run_suite(run: Run, journal: Journal, progress: Progress) -> tuple[Report, S
     with closing(reader(run.model, max(run.plan.lengths), run.kv, run.threads, exact=None)) as llm:
         pen = Pen(llm, run.chat)
         setting = Setting(pen.chat, llm.kv_type, llm.computed_by, texts_digest(run.texts))
+        # Before hours are spent on questions: are the texts long enough for the rest?
+        passages = _short_passages(llm, run, min(original, SHORT_TOKENS))
+        tokens = _one_text(llm, run.texts, min(original, CACHE_TOKENS)) if run.caches else []
         with progress("Asking") as advance:
             answers = tuple(ask_all(llm, Essays(pen, run.texts), pen, run.plan, journal, digest, advance))
         with progress("Short texts") as advance:
-            short = _short_texts(llm, run, min(original, SHORT_TOKENS), journal, digest, advance)
-        tokens = _one_text(llm, run.texts, min(original, CACHE_TOKENS)) if run.caches else []
+            short = _short_texts(llm, run, passages, journal, digest, advance)
     with progress("Cache types") as advance:
         caches = _caches(run, tokens, journal, digest, advance) if run.caches else ()
     return Report(answers, original, tuple(short), tuple(caches)), setting
@@ -96,19 +98,25 @@ def texts_digest(texts: Sequence[Text]) -> str:
     return hashlib.sha256(repr([text.text for text in texts]).encode()).hexdigest()[:16]
 
 
-def _short_texts(
-    llm: Llama, run: Run, n_tokens: int, journal: Journal, model: str, advance: Advance
-) -> list[ShortText]:
-    """Each method's band for the longest length against the native band, on passages of `n_tokens` tokens."""
-    native, longest = trained_schedule(read_header(run.model)), max(run.plan.lengths)
-    if longest <= native.context:
+def _short_passages(llm: Llama, run: Run, n_tokens: int) -> list[list[int]]:
+    """The short texts, of `n_tokens` tokens each; none where no length is beyond the trained one."""
+    if max(run.plan.lengths) <= trained_schedule(read_header(run.model)).context:
         return []
-    bands = {method: band for method, band in run.plan.bands[longest].items() if method != "none"}
     bos = llm.tokenize(b"", add_bos=True)
-    passages = [[*bos, *tokens] for _, tokens in cut(llm, run.texts, n_tokens - len(bos), SHORT_PASSAGES)]
+    return [[*bos, *tokens] for _, tokens in cut(llm, run.texts, n_tokens - len(bos), SHORT_PASSAGES)]
+
+
+def _short_texts(
+    llm: Llama, run: Run, passages: list[list[int]], journal: Journal, model: str, advance: Advance
+) -> list[ShortText]:
+    """Each method's band for the longest length against the native band, on short texts."""
+    if not passages:
+        return []
+    native, longest = trained_schedule(read_header(run.model)), max(run.plan.lengths)
+    bands = {method: band for method, band in run.plan.bands[longest].items() if method != "none"}
     losses: dict[str, list[list[float]]] = {}
     total, done = (len(bands) + 1) * len(passages), 0
-    for method, band in {"none": native.bands[native.band_index(n_tokens)], **bands}.items():
+    for method, band in {"none": native.bands[native.band_index(len(passages[0]))], **bands}.items():
         for i, tokens in enumerate(passages):
             key = _short_key(llm, model, band, tokens)
             about = {"method": method, "short text": i}
