@@ -33,7 +33,15 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="GGUF file to write.")],
     context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Context to extend the model to.")] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="yarn|ntk|pi", help="How to compute the rescale factors (default: yarn).")
+        str | None, typer.Option(metavar="yarn|ntk|pi|near", help="How to compute the rescale factors (default: yarn).")
+    ] = None,
+    near_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="For --method near: the distance up to which tokens are seen as the model was trained to"
+            " (default: half the original context).",
+        ),
     ] = None,
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to embed, instead of --method.")
@@ -67,7 +75,7 @@ def convert(
     """
     from ..convert import in_parts, is_checkpoint, parse_size
 
-    options = FactorOptions(context, method, schedule, existing)
+    options = FactorOptions(context, method, near_tokens, schedule, existing)
     convert_source = _from_checkpoint if is_checkpoint(source) else _from_file
     if split_max_size is None:
         notes = convert_source(source, target, options, weight_type, force)
@@ -104,6 +112,7 @@ class FactorOptions:
 
     context: int | None
     method: str | None
+    near_tokens: int | None
     schedule: Path | None
     existing: str | None
 
@@ -116,13 +125,15 @@ class FactorOptions:
         from ..convert import plan_extension, plan_given
         from ..factors import read_schedule
 
+        if self.near_tokens is not None and self.method != "near":
+            raise UserError(f"--near-tokens {self.near_tokens}: expected --method near with it")
         if self.schedule is not None:
             if self.method is not None:
                 raise UserError(f"--method {self.method}: not allowed with --schedule, which has its own factors")
             given = read_schedule(self.schedule)
             return plan_given(header, given, str(self.schedule), self.context, self.existing)
         if self.context is not None:
-            return plan_extension(header, self.context, self.method or "yarn", self.existing)
+            return plan_extension(header, self.context, self.method or "yarn", self.existing, self.near_tokens)
         for name, value in (("--method", self.method), ("--existing", self.existing)):
             if value is not None:
                 raise UserError(f"{name} {value}: expected --context with it")
@@ -207,8 +218,9 @@ def _show(facts: dict[str, Any]) -> None:
     for band in facts["bands"]:
         factors = band["rescale_factors"]
         start = f", start tokens {band['start_tokens']}" if band["start_tokens"] else ""
+        near = f" beyond {band['near_tokens']:,} tokens" if band["near_tokens"] else ""
         say(
-            f"  up to {band['context']:>9,}  λ {min(factors):.4g} to {max(factors):.4g},"
+            f"  up to {band['context']:>9,}  λ {min(factors):.4g} to {max(factors):.4g}{near},"
             f" attention × {band['attention_factor']:.4g}{start}  ({band['found']['method']})"
         )
     for note in facts["notes"]:

@@ -46,7 +46,8 @@ def evaluate(
         ),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar=METHODS, help="Methods to compare.", show_default="all of them")
+        str | None,
+        typer.Option(metavar="none,pi,ntk,yarn,near,schedule", help="Methods to compare.", show_default="all but near"),
     ] = None,
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")

@@ -208,15 +208,20 @@ def _show_bands(schedule: Schedule, source: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", title=None)
     for name in ("band up to", "λ by dimension, fast → slow"):
         table.add_column(name, justify="right" if name == "band up to" else "left", no_wrap=True)
-    for name in ("λ", "n̂", "attention", "method"):
+    windows = any(band.near_tokens for band in schedule.bands)
+    for name in ("λ", *(["near"] if windows else []), "n̂", "attention", "method"):
         table.add_column(name, justify="right", no_wrap=True)
     for band, (context, bars) in zip(schedule.bands, spark(schedule), strict=True):
         low, high = min(band.rescale_factors), max(band.rescale_factors)
-        span = f"{low:g}" if low == high else f"{low:.3g}–{high:.3g}"
+        span = f"{low:.4g}" if low == high else f"{low:.3g}–{high:.3g}"
         method = band.found.method + (f" onto {band.found.onto}" if band.found.onto else "")
-        table.add_row(context, bars, span, str(band.start_tokens), f"{band.attention_factor:.4g}", plain(method))
+        near = [f"{band.near_tokens:,}" if band.near_tokens else ""] if windows else []
+        start, attention = str(band.start_tokens), f"{band.attention_factor:.4g}"
+        table.add_row(context, bars, span, *near, start, attention, plain(method))
     out.print(f"\n[bold]Bands[/] ({source} schedule)")
     out.print(table)
+    if windows:
+        out.print("[dim]near: tokens nearer than this are seen as the model was trained to; λ is of those beyond[/]")
 
 
 def _show_evaluation(facts: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..errors import UserError
 
 
-def numbers_of(option: str, text: str) -> tuple[int, ...]:
-    """Parse comma-separated numbers of tokens, sorted.
+def numbers_of(option: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """Parse comma-separated numbers of tokens, of at least `least`, sorted.
 
     Raises:
         UserError: something else; names `option`.
@@ -17,7 +17,7 @@ def numbers_of(option: str, text: str) -> tuple[int, ...]:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         numbers = ()
-    if not numbers or numbers[0] < 1 or numbers[-1] > MAX_CONTEXT:
+    if not numbers or numbers[0] < least or numbers[-1] > MAX_CONTEXT:
         raise UserError(f"{option}: {text!r}, expected numbers of tokens like 4096,8192")
     return numbers
 

@@ -39,7 +39,8 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for band in schedule.bands:
-        extras = [f"n̂ {band.start_tokens}"] if band.start_tokens else []
+        extras = [f"beyond the nearest {band.near_tokens:,}"] if band.near_tokens else []
+        extras += [f"n̂ {band.start_tokens}"] if band.start_tokens else []
         extras += [f"attention × {band.attention_factor:.3f}"] if band.attention_factor != 1 else []
         label = f"{band.context:,} tokens" + (f" ({', '.join(extras)})" if extras else "")
         axes.plot(band.rescale_factors, marker=".", markersize=4, linewidth=1.5, label=label)
@@ -85,7 +86,7 @@ def draw_search(curves: dict[int, tuple[list[tuple[float, float]], dict[str, flo
     ):
         axes.step(*zip(*curve, strict=True), where="post", linewidth=1.6, marker=".", label="searched")
         worst = max(loss for _, loss in curve)
-        for (method, loss), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        for (method, loss), style in zip(baselines.items(), ("--", ":", "-.", (0, (5, 1))), strict=False):
             if loss - worst < 0.2:  # one that is far worse would squeeze the curve flat
                 axes.axhline(loss, linestyle=style, linewidth=1, color="grey", label=method)
         axes.set_xlabel("evaluations (one = all texts, read in full)")

@@ -54,6 +54,23 @@ def search(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="S.json", help="Schedule to write (required).")
     ] = None,
+    near_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,2048",
+            help="Near windows to choose from: how far tokens are seen as the model was trained to; 0 for none.",
+            show_default="0,512,1024,… up to half the original context",
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="S.json",
+            help="Schedule found before, to start from; its plain λ are kept for stock llama.cpp, unless YaRN's or"
+            " others that are found are better.",
+            show_default="none",
+        ),
+    ] = None,
     algorithm: Annotated[str, typer.Option(metavar="cma|gradient|evolution", help="Search algorithm.")] = "cma",
     objective: Annotated[
         str,
@@ -116,6 +133,7 @@ def search(
     The same command resumes a run that was stopped, with the same result.
     To use the result: ropewalk convert MODEL OUT.gguf --schedule S.json
     """
+    from ..factors import read_schedule
     from ..runtime.measure import SearchPlan, default_contexts, search_schedule
     from .evaluate import texts_of
     from .lists import numbers_of
@@ -158,6 +176,8 @@ def search(
         threads=threads,
         ray_address=ray_address,
         readjust=readjust,
+        near_tokens=None if near_tokens is None else numbers_of("--near-tokens", near_tokens, least=0),
+        start=None if start is None else read_schedule(start),
     )
     _run(plan, search_schedule, output, plot, as_json)
 
@@ -256,6 +276,7 @@ def _facts(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, o
                 "beats_yarn": one.outcome.beats_yarn,
                 "searched_loss": one.outcome.loss,
                 "searched_loss_yarn": one.outcome.yarn,
+                "searched_loss_plain": one.outcome.plain,
                 "baselines": one.outcome.baselines,
                 "fidelity": one.outcome.fidelity,
                 "rank_correlation": one.outcome.correlation,
@@ -278,7 +299,8 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
     original = schedule.facts.original_context
     for one in found:
         outcome, band = one.outcome, one.outcome.band
-        n = f", n̂ {band.start_tokens}" if band.start_tokens else ""
+        n = f" beyond {band.near_tokens:,} tokens" if band.near_tokens else ""
+        n += f", n̂ {band.start_tokens}" if band.start_tokens else ""
         factors = f"λ {min(band.rescale_factors):.3g} to {max(band.rescale_factors):.3g}"
         say(
             f"up to {band.context:,} tokens: {factors}{n}, attention × {band.attention_factor:.3f}"
@@ -289,6 +311,9 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
             say(f"  nothing better was found on the search texts: the band is {owner}")
             continue
         say(f"  search texts: {_change(outcome.loss - outcome.yarn)} against YaRN")
+        if band.plain is not None:
+            change = _change(outcome.plain - outcome.yarn)
+            say(f"  stock llama.cpp, without the near window: {change} (plain λ by {band.plain.found.method})")
         for part in one.verdict.parts:
             say(f"  held-out texts, {_compared(part, original)}")
         conclusion = "better" if one.verdict.is_better else "NOT significantly better than YaRN"

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..runtime.measure import SearchEvent
 
 
+METHODS = {"yarn": "YaRN", "ntk": "NTK", "pi": "PI", "near": "near"}
+
+
 class SearchTable:
     """A live table of the bands searched so far.
 
@@ -45,7 +48,7 @@ class SearchTable:
 
         if isinstance(event, Searching):
             self._context = event.context
-            self._rows.append([f"{event.context:,}", "baselines", "", "", "", "", ""])
+            self._rows.append([f"{event.context:,}", "baselines", *[""] * (2 + len(METHODS))])
             self.curves[event.context] = ([], {})
             speeds = ", ".join(f"{kind} {speed:.0f}" for kind, speed in event.speeds.items())
             self._note(f"{event.context:,}: {event.evaluator} reads" + (f" (tokens/s: {speeds})" if speeds else ""))
@@ -76,7 +79,7 @@ class SearchTable:
         baselines.update(event.baselines)
         spent = f"{event.evaluations:.1f}" + (f" of {event.of:g}" if event.of else "")
         self._rows[-1][1:4] = [event.step, spent, _left(event)]
-        for i, method in enumerate(("yarn", "ntk", "pi"), 4):
+        for i, method in enumerate(METHODS, 4):
             if method in event.baselines and math.isfinite(event.best):
                 self._rows[-1][i] = f"{math.expm1(event.best - event.baselines[method]):+.2%}"
 
@@ -86,7 +89,7 @@ class SearchTable:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("context", "step", "evaluations", "time left", "best/YaRN", "best/NTK", "best/PI"):
+        for name in ("context", "step", "evaluations", "time left", *(f"best/{name}" for name in METHODS.values())):
             table.add_column(name, justify="left" if name == "step" else "right")
         for row in self._rows:
             table.add_row(*map(plain, row))

@@ -3,8 +3,9 @@
     ropewalk.format_version                u32
     ropewalk.facts.{n_rot, freq_base, original_context, native_factors, native_attention_factor}
     ropewalk.band_count                    u32
-    ropewalk.band.{i}.{context, rescale_factors, start_tokens, attention_factor, force_start_tokens}
+    ropewalk.band.{i}.{context, near_tokens, rescale_factors, start_tokens, attention_factor, force_start_tokens}
     ropewalk.band.{i}.found.{method, onto, objective, data_digest, seed, losses}
+    ropewalk.band.{i}.plain.…              the same keys, for the band without its near window; only where it has one
 
 λ and all other fractions are float64, so that a schedule is read back exactly as it was written; None and empty arrays
 have no key.

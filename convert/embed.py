@@ -1,8 +1,9 @@
 """A copy of a GGUF file with a schedule embedded in it: everything else is copied byte for byte.
 
 The schedule goes under `ropewalk.` for every architecture. Where stock llama.cpp can read rescale factors, it also gets
-them natively: the first band's as the short factors and the last band's as the long ones. They are absolute, so any
-scaling that the file had before (its keys, Llama 3's `rope_freqs`) is removed; the first band includes its factors.
+them natively: the first band's as the short factors and the last band's as the long ones, in their plain form, as it
+has no near window. They are absolute, so any scaling that the file had before (its keys, Llama 3's `rope_freqs`) is
+removed; the first band includes its factors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..container import (
 from ..container.values import F32, STRING, U32, encode
 from ..container.writer import Advance, Chunks, MetadataSource, TensorSource, copied, gguf_bytes, write_gguf
 from ..errors import UserError
-from ..factors import Band, Schedule, check_matches
+from ..factors import Band, Schedule, check_matches, plain_band
 from .output import check_space, output_file
 
 FOLDED_KEYS = (
@@ -130,11 +131,12 @@ def _metadata(header: Header, schedule: Schedule, file: BinaryIO) -> Iterator[Me
 def _model_values(header: Header, schedule: Schedule) -> Iterator[Value]:
     """The model's own keys that a schedule changes."""
     arch, scaling = header.arch, f"{header.arch}.rope.scaling."
+    last = plain_band(schedule.facts, schedule.bands[-1])
     yield Value(f"{arch}.context_length", U32, schedule.context)
     if takes_native_factors(header):
         yield Value(f"{scaling}type", STRING, "longrope")
         yield Value(f"{scaling}original_context_length", U32, schedule.bands[0].context)
-        yield Value(f"{scaling}attn_factor", F32, schedule.bands[-1].attention_factor)
+        yield Value(f"{scaling}attn_factor", F32, last.attention_factor)
     elif header.get(f"{scaling}type") == "yarn":
         # YaRN's ramp depends on this key; without it, on the context length, which has just been changed.
         yield Value(f"{scaling}original_context_length", U32, plain_context(header))
@@ -150,8 +152,8 @@ def _tensors(
             chunks = copied(header.path, file, start, tensor.n_bytes) if data is None else data[tensor.name]
             yield TensorSource(tensor.name, tensor.shape, tensor.type, tensor.n_bytes, chunks)
     if native:
-        yield _factor_tensor(LONG, schedule.bands[-1])
-        yield _factor_tensor(SHORT, schedule.bands[0])
+        yield _factor_tensor(LONG, plain_band(schedule.facts, schedule.bands[-1]))
+        yield _factor_tensor(SHORT, plain_band(schedule.facts, schedule.bands[0]))
 
 
 def _factor_tensor(name: str, band: Band) -> TensorSource:

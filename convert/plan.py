@@ -25,8 +25,10 @@ class Plan:
     note: str
 
 
-def plan_extension(header: Header, context: int, method: str, existing: str | None = None) -> Plan:
-    """Extend the model of `header` to `context` tokens by a closed form.
+def plan_extension(
+    header: Header, context: int, method: str, existing: str | None = None, near_tokens: int | None = None
+) -> Plan:
+    """Extend the model of `header` to `context` tokens by a closed form; `near_tokens` as for `extend`.
 
     `existing` selects what the new bands are multiplied onto:
         None: what the model was trained with; a schedule embedded before is dropped.
@@ -34,14 +36,15 @@ def plan_extension(header: Header, context: int, method: str, existing: str | No
         "replace": plain RoPE; the model's own factors are dropped, too.
 
     Raises:
-        UserError: the method is unknown, or the context is not longer than the one to start from.
+        UserError: the method is unknown, the context is not longer than the one to start from, or the near window is
+            longer than the original context.
     """
     if existing not in (None, *EXISTING):
         raise UserError(f"existing: {existing!r}, expected {' or '.join(EXISTING)}")
     if context > MAX_CONTEXT:
         raise UserError(f"context: {context}, expected at most {MAX_CONTEXT}")
     base, note = _start(header, existing)
-    return Plan(extend(base, context, method), note)
+    return Plan(extend(base, context, method, near_tokens=near_tokens), note)
 
 
 def plan_given(
@@ -168,5 +171,8 @@ def _cut(schedule: Schedule, context: int, where: str) -> Schedule:
     """The bands that `context` tokens need, the last of them shortened to `context`."""
     data = schedule.model_dump()
     data["bands"] = data["bands"][: schedule.band_index(context) + 1]
-    data["bands"][-1]["context"] = context
+    last = data["bands"][-1]
+    for band in (last, last["plain"]):
+        if band is not None:
+            band["context"] = context
     return schedule_from_dict(data, where)

@@ -1,4 +1,4 @@
-"""Rescale factors by closed forms: PI, NTK-aware, dynamic NTK and YaRN.
+"""Rescale factors by closed forms: PI, NTK-aware, dynamic NTK, YaRN, and one factor beyond a near window.
 
 Each returns λ as float64 of shape ``(n_rot/2,)``, for a scale ``s`` = new context / original context, relative to
 plain RoPE; `extend` makes a whole schedule of one, on top of the factors that the model was trained with.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
-from .schedule import Band, Provenance, RopeFacts, Schedule, ScheduleError, native_band
+from .schedule import Band, Provenance, RopeFacts, Schedule, ScheduleError, first_mistake, native_band
 
 Array = npt.NDArray[np.float64]
 
@@ -91,12 +93,38 @@ def longrope_attention_factor(scale: float, original_context: int) -> float:
     return math.sqrt(1 + math.log(scale) / math.log(original_context)) if scale > 1 else 1.0
 
 
-METHODS: dict[str, Callable[[int, float, float, int], tuple[Array, float]]] = {
-    "yarn": lambda d, s, base, length: (yarn(d, s, base, length), yarn_attention_factor(s)),
-    "ntk": lambda d, s, base, length: (ntk(d, s), 1.0),
-    "pi": lambda d, s, base, length: (pi(d, s), 1.0),
+def near(n_rot: int, scale: float, original_context: int, near_tokens: int) -> Array:
+    """One λ for all distances beyond a near window of W tokens, ``(N - W) / (L0 - W)``; within it, the model's own.
+
+    Leaky ReRoPE (Jianlin Su, https://kexue.fm/archives/9708) with the least λ at which the farthest of N = s L0 tokens
+    seems no farther than L0.
+    """
+    _check(n_rot, scale)
+    if not 0 < near_tokens < original_context:
+        raise ScheduleError(f"near_tokens: {near_tokens}, expected 1 to {original_context - 1}")
+    return np.full(n_rot // 2, (scale * original_context - near_tokens) / (original_context - near_tokens))
+
+
+class ClosedForm(NamedTuple):
+    """What a closed form gives: λ of shape ``(n_rot/2,)``, an attention factor, and a near window in tokens."""
+
+    factors: Array
+    attention_factor: float = 1.0
+    near_tokens: int = 0
+
+
+METHODS: dict[str, Callable[[int, float, float, int, int], ClosedForm]] = {
+    "yarn": lambda d, s, base, length, window: ClosedForm(yarn(d, s, base, length), yarn_attention_factor(s)),
+    "ntk": lambda d, s, base, length, window: ClosedForm(ntk(d, s)),
+    "pi": lambda d, s, base, length, window: ClosedForm(pi(d, s)),
+    "near": lambda d, s, base, length, window: ClosedForm(near(d, s, length, window), near_tokens=window),
 }
-"""Closed forms by name: (n_rot, scale, freq_base, original context) → (λ, attention factor)."""
+"""Closed forms by name: (n_rot, scale, freq_base, original context, near window that `near` is to have)."""
+
+
+def default_near_tokens(facts: RopeFacts) -> int:
+    """The near window that a band has if nothing else is said: half of the original context, in tokens."""
+    return facts.original_context // 2
 
 
 def doubling_contexts(original_context: int, context: int) -> list[int]:
@@ -108,38 +136,66 @@ def doubling_contexts(original_context: int, context: int) -> list[int]:
     return [*steps, context]
 
 
-def extend(base: Schedule, context: int, method: str = "yarn", contexts: Sequence[int] | None = None) -> Schedule:
+def extend(
+    base: Schedule,
+    context: int,
+    method: str = "yarn",
+    contexts: Sequence[int] | None = None,
+    near_tokens: int | None = None,
+) -> Schedule:
     """Add bands by a closed form on top of those that the model has, up to `context` tokens.
 
     The bands of `base` stay. Each new band multiplies the factors of the last of them by the method's, for a scale
     relative to that band's context. `contexts` are the contexts of the new bands; by default they double up to
-    `context`, because a band longer than the text needs costs accuracy.
+    `context`, because a band longer than the text needs costs accuracy. `near_tokens` is the window that the method
+    `near` gives them, half of the original context by default. Such bands bring YaRN's as their plain ones, and
+    multiply the last band that has no near window; the other methods multiply the last one's plain form.
 
     Raises:
-        ScheduleError: an unknown method, or a context that is not longer than what the model already holds.
+        ScheduleError: an unknown method, a near window for another method than `near` or longer than the original
+            context, or a context that is not longer than what the model already holds.
     """
     if method not in METHODS:
         raise ScheduleError(f"method: {method!r}, expected one of {', '.join(METHODS)}")
+    if near_tokens is not None and method != "near":
+        raise ScheduleError(f"near_tokens: {near_tokens}, expected it with the method near alone, found {method}")
     if context <= base.context:
         raise ScheduleError(
             f"context: {context}, expected more than the {base.context} tokens that the model already holds"
         )
-    last, facts = base.bands[-1], base.facts
-    plain = all(factor == 1.0 for factor in last.rescale_factors)
-    bands = []
-    for target in contexts or doubling_contexts(last.context, context):
-        factors, attention = METHODS[method](facts.n_rot, target / last.context, facts.freq_base, last.context)
-        bands.append(
-            Band(
-                context=target,
-                rescale_factors=tuple((factors * np.array(last.rescale_factors)).tolist()),
-                start_tokens=last.start_tokens,
-                force_start_tokens=last.force_start_tokens,
-                attention_factor=attention * last.attention_factor,
-                found=Provenance(method=method, onto=None if plain else last.found.method),
-            )
-        )
-    return Schedule(facts=facts, bands=(*base.bands, *bands))
+    facts = base.facts
+    onto = last_without_window(base) if method == "near" else plain_band(facts, base.bands[-1])
+    window = default_near_tokens(facts) if near_tokens is None else near_tokens
+    try:
+        bands = [
+            _extended(facts, onto, target, method, window)
+            for target in contexts or doubling_contexts(base.context, context)
+        ]
+        return Schedule(facts=facts, bands=(*base.bands, *bands))
+    except ValidationError as error:
+        raise ScheduleError(f"{method}: {first_mistake(error)}") from None
+
+
+def last_without_window(schedule: Schedule) -> Band:
+    """The longest band without a near window, on which those with one build; or else the shortest one's plain form."""
+    plain = [band for band in schedule.bands if not band.near_tokens]
+    return plain[-1] if plain else plain_band(schedule.facts, schedule.bands[0])
+
+
+def _extended(facts: RopeFacts, onto: Band, context: int, method: str, near_tokens: int) -> Band:
+    """The band for `context` that multiplies the factors of `onto` by the method's; a near one with its plain band."""
+    form = METHODS[method](facts.n_rot, context / onto.context, facts.freq_base, onto.context, near_tokens)
+    unscaled = all(factor == 1.0 for factor in onto.rescale_factors)
+    return Band(
+        context=context,
+        near_tokens=form.near_tokens,
+        rescale_factors=tuple((form.factors * np.array(onto.rescale_factors)).tolist()),
+        start_tokens=onto.start_tokens,
+        force_start_tokens=onto.force_start_tokens,
+        attention_factor=form.attention_factor * onto.attention_factor,
+        found=Provenance(method=method, onto=None if unscaled else onto.found.method),
+        plain=_extended(facts, onto, context, "yarn", 0) if form.near_tokens else None,
+    )
 
 
 def plain_band(facts: RopeFacts, band: Band) -> Band:
@@ -151,6 +207,13 @@ def plain_band(facts: RopeFacts, band: Band) -> Band:
         return band
     if band.plain is not None:
         return band.plain
+    own = native_band(facts)
     if band.context <= facts.original_context:
-        return native_band(facts).model_copy(update={"context": band.context})
-    return extend(Schedule(facts=facts, bands=(native_band(facts),)), band.context, contexts=(band.context,)).bands[-1]
+        return own.model_copy(update={"context": band.context})
+    return _extended(facts, own, band.context, "yarn", 0)
+
+
+def without_windows(schedule: Schedule) -> Schedule:
+    """Return `schedule` with the plain form of each band, for attention that knows no near window."""
+    bands = tuple(plain_band(schedule.facts, band) for band in schedule.bands)
+    return schedule.model_copy(update={"bands": bands})

@@ -19,19 +19,24 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError
 from ..files import write_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
+
+NEW_IN_VERSION_2 = ("near_tokens", "plain")
+"""Keys of a band that files of version 1 do not have."""
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """The numbers of start tokens that LongRoPE searches over (its table 1, extended to 32)."""
 
-MONOTONE_METHODS = frozenset({"native", "pi", "ntk", "dynamic-ntk", "yarn", "longrope", "cma", "gradient", "evolution"})
+MONOTONE_METHODS = frozenset(
+    {"native", "pi", "ntk", "dynamic-ntk", "yarn", "near", "longrope", "cma", "gradient", "evolution"}
+)
 """Methods whose factors never decrease with the dimension (for longrope and the searches: section 3.2's constraint)."""
 
 MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
@@ -117,6 +122,13 @@ class Band(_Frozen):
     found: Provenance = Provenance()
     plain: Band | None = None
 
+    @field_validator("plain", mode="before")
+    @classmethod
+    def _check_plain(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("plain") is not None:
+            raise ValueError("expected no plain band in a plain band")
+        return value
+
     @model_validator(mode="after")
     def _check_window(self) -> Band:
         if self.near_tokens >= self.context:
@@ -153,7 +165,7 @@ class Band(_Frozen):
 class Schedule(_Frozen):
     """The rescale schedule of one model: its facts, and one or more bands in increasing context."""
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[2] = 2
     facts: RopeFacts
     bands: Annotated[tuple[Band, ...], Field(min_length=1, max_length=64)]
 
@@ -239,6 +251,8 @@ def check_matches(schedule: Schedule, facts: RopeFacts, where: str) -> None:
 def schedule_from_dict(data: Any, where: str) -> Schedule:
     """Validate decoded JSON (or GGUF metadata) as a schedule; errors name `where` and the key.
 
+    Of format version 1 it becomes one of version 2, which has all that version 1 has with the same meaning.
+
     Raises:
         ScheduleError: for the first error found.
     """
@@ -247,10 +261,21 @@ def schedule_from_dict(data: Any, where: str) -> Schedule:
         raise ScheduleError(
             f"{where}: format_version {_short(version)} is newer than this version of ropewalk reads ({FORMAT_VERSION})"
         )
+    if version == 1:
+        data = _as_version_2(data, where)
     try:
         return Schedule.model_validate(data)
     except ValidationError as error:
         raise ScheduleError(f"{where}: {first_mistake(error)}") from None
+
+
+def _as_version_2(data: dict[str, Any], where: str) -> dict[str, Any]:
+    bands = data.get("bands")
+    for i, band in enumerate(bands if isinstance(bands, list) else ()):
+        for name in NEW_IN_VERSION_2:
+            if isinstance(band, dict) and name in band:
+                raise ScheduleError(f"{where}: bands.{i}.{name}: not in format_version 1, expected format_version 2")
+    return {**data, "format_version": FORMAT_VERSION}
 
 
 LONGEST_KEY = 60  # characters of a key in a message
@@ -266,7 +291,10 @@ def first_mistake(error: ValidationError) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "groups in groups"
     return text if len(text) <= 40 else text[:37] + "..."
 
 

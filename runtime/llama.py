@@ -8,6 +8,7 @@ allocated; reading a long prompt reports its progress and can be interrupted at 
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
-from ..factors import Band, Schedule, check_matches
+from ..factors import Band, Schedule, check_matches, without_windows
 from . import log, memory
 from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
@@ -59,6 +60,7 @@ from .repacking import may_repack
 from .threads import FreeCores, default_threads
 
 Rows = TypeVar("Rows", Scored, Predicted)
+_logger = logging.getLogger("ropewalk")
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
 
@@ -225,12 +227,16 @@ class Llama(llama_cpp.Llama):
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
         self._key_caches: KeyCaches | None = None
         self._use_kernels = True
+        self._serves_windows = False
         if hooked and self._has_memory and not options.get("vocab_only"):
             # llama.cpp gives the callback to its scheduler with the first token, not before.
             if self._kernels is None:
                 self._run_stopped(None)
             else:
-                self._key_caches = self._find_keys(self._kernels)
+                self._key_caches = self._survey()
+        if not options.get("vocab_only"):
+            self._schedule = self._servable(self._schedule)
+            self.band = self._schedule.bands[0]
 
     # llama_cpp.Llama assigns `model_params` once, before it loads the model.
 
@@ -260,16 +266,14 @@ class Llama(llama_cpp.Llama):
         if self._kernels is not None:
             return NativeNodes(self._kernels)
         import_torch()
-        return TorchNodes()
+        return TorchNodes(self._rope.applies if self._rope is not None else None)
 
     def _make_graph_hook(self) -> GraphHook | None:
         if self._rope is None and self._fast is None:
             return None
-        handlers: dict[str, Handler] = {}
+        handlers: dict[str, Handler] = dict(self._fast.handlers) if self._fast is not None else {}
         if self._rope is not None:
-            handlers["ROPE"] = self._rope.set_rope
-        if self._fast is not None:
-            handlers |= self._fast.handlers
+            handlers["ROPE"] = _in_turn(self._rope.set_rope, handlers.get("ROPE"))
         if self._kernels is not None:
             self._kernels.watch(None if self._rope is None else self._rope.setting, nodes=self._fast is not None)
         return GraphHook(handlers, self._kernels)
@@ -289,7 +293,7 @@ class Llama(llama_cpp.Llama):
     def band(self, band: Band) -> None:
         self._band = band
         if self._rope is not None:
-            self._rope.use(band.rescale_factors, band.attention_factor)
+            self._rope.use_band(band)
 
     @property
     def band_index(self) -> int:
@@ -306,6 +310,7 @@ class Llama(llama_cpp.Llama):
         if self._rope is None:
             raise UserError("schedule: this model runs with llama.cpp's own rope options")
         check_matches(schedule, self._schedule.facts, "schedule")
+        schedule = self._servable(schedule)
         index = schedule.band_index(self.n_tokens)
         if self.n_tokens:  # an encoder has no cache
             self.drop_rolled_back()
@@ -317,6 +322,29 @@ class Llama(llama_cpp.Llama):
         except BaseException:
             self._forget()
             raise
+
+    def _servable(self, schedule: Schedule) -> Schedule:
+        """Return `schedule`, without its near windows where attention cannot be computed with them, and say so."""
+        if not any(band.near_tokens for band in schedule.bands):
+            return schedule
+        if self._rope is not None and self._fast is not None and self._kernels is None and self._has_memory:
+            self._survey()
+        if self._serves_windows:
+            return schedule
+        _logger.warning("%s: it runs without its schedule's near window, with the plain factors: %s", *self._no_windows)
+        return without_windows(schedule)
+
+    @property
+    def _no_windows(self) -> tuple[str, str]:
+        why = (
+            "attention is left to llama.cpp" if self._fast is None else "this model's attention does not allow for one"
+        )
+        return str(self.model_path), why
+
+    @property
+    def serves_near_windows(self) -> bool:
+        """Whether a band's near window is computed; if not, the plain band for its context is used in its place."""
+        return self._serves_windows
 
     def n_ctx(self) -> int:
         """Return the most tokens that a sequence may have: those requested, and no more than the last band holds."""
@@ -392,8 +420,7 @@ class Llama(llama_cpp.Llama):
         """Forget the sequence; the next one starts with the first band's factors, also where others decode it."""
         super().reset()
         if self._rope is not None:
-            first = self._schedule.bands[0]
-            self._rope.use(first.rescale_factors, first.attention_factor)
+            self._rope.use_band(self._schedule.bands[0])
 
     @property
     def draft_model(self) -> Any:
@@ -666,21 +693,32 @@ class Llama(llama_cpp.Llama):
     def rotates_natively(self, native: bool) -> None:
         self._use_kernels = native
 
-    def _find_keys(self, kernels: Kernels) -> KeyCaches | None:
-        """Return where the cached keys lie that the kernels can rotate; None where these are not made as expected."""
+    def _survey(self) -> KeyCaches | None:
+        """Look at one token's graph: whether its attention can have near windows, and where the cached keys lie.
+
+        Returns what the kernels can rotate; None where keys are not made as expected, or there are no kernels.
+        """
         assert self._graph is not None and self._rope is not None
-        survey = KeySurvey(self._rope.applies, partial(kernels.can_rotate, n_rot=self._schedule.facts.n_rot))
+        kernels, fast = self._kernels, self._fast
+        n_rot = self._schedule.facts.n_rot
+        can_rotate = (lambda _: True) if kernels is None else partial(kernels.can_rotate, n_rot=n_rot)
+        survey = KeySurvey(self._rope.applies, can_rotate, (lambda _: None) if fast is None else fast.windowed)
 
         def decode_nothing() -> int:
-            kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
+            if kernels is not None:
+                kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
             return int(llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
 
-        self._batch.set_batch(batch=[0], n_past=0, logits_all=False)
+        self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
         with self._graph.surveying(survey.handlers):
             self._calls.run_long(decode_nothing, self._ctx.ctx)
         self._graph.raise_kept()
         self.drop_rolled_back()
-        return survey.caches()
+        caches = survey.caches()
+        if survey.serves_windows and caches is not None and fast is not None:
+            self._rope.set_window, self._rope.halves = fast.use_window, caches.halves
+            self._serves_windows = True
+        return caches if kernels is not None else None
 
     def _rotate_natively(self, rotations: Sequence[Rotation], n_cells: int) -> None:
         """Carry out all rotations of the first `n_cells` keys in one pass."""
@@ -813,7 +851,6 @@ class Llama(llama_cpp.Llama):
             if band.start_tokens and band.rescale_factors != self._schedule.facts.start_factors:
                 raise UserError(f"embed: the band has start_tokens {band.start_tokens}, expected 0 for embeddings")
             self.band = band
-            self._rope.use(band.rescale_factors, band.attention_factor)
         stock = partial(super().embed, input, normalize=normalize, truncate=truncate, **options)
 
         def call() -> Any:
@@ -864,6 +901,7 @@ class Llama(llama_cpp.Llama):
         if self._logits_all and len(state.scores) == state.n_tokens:
             self.scores[: state.n_tokens] = state.scores
         self.n_tokens, self._seed, self.band = state.n_tokens, state.seed, state.band
+        self._restored()
         self._spans = getattr(state, "spans", ())
         self._make_room(0)
         self._requires_eval = True
@@ -908,8 +946,14 @@ class Llama(llama_cpp.Llama):
             raise
         self.input_ids[: len(tokens)] = tokens
         self.n_tokens, self.band = len(tokens), band
+        self._restored()
         self._make_room(0)
         self._requires_eval = True
+
+    def _restored(self) -> None:
+        """Cell i holds position i now, whatever graphs wrote before."""
+        if self._fast is not None:
+            self._fast.reset_positions()
 
     def close(self) -> None:
         """Free the model. A call that is under way in another thread stops and raises, as does any use afterwards."""
@@ -935,6 +979,18 @@ class Llama(llama_cpp.Llama):
         if self._rope is not None:
             state["schedule"] = self._schedule
         return dict(state)
+
+
+def _in_turn(first: Handler, second: Handler | None) -> Handler:
+    """Return a handler that calls both."""
+    if second is None:
+        return first
+
+    def both(node: int) -> None:
+        first(node)
+        second(node)
+
+    return both
 
 
 def _draft(model: Any, schedule: Schedule, tokens: Any, /, **options: Any) -> Any:

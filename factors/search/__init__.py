@@ -5,7 +5,7 @@ from .local import InProcess, Processes
 from .protocol import Engine, Evaluator, Fidelity, Result, Task
 from .run import ALGORITHMS, Event, Note, Outcome, Progress, carried, search
 from .settings import Budget, CmaSettings, Evolution, GradientSettings, Racing, Screening, Settings
-from .space import Candidate, Space, band_key
+from .space import Candidate, Space, band_key, usual_near_tokens
 
 __all__ = [
     "ALGORITHMS",
@@ -33,4 +33,5 @@ __all__ = [
     "band_key",
     "carried",
     "search",
+    "usual_near_tokens",
 ]

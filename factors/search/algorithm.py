@@ -78,7 +78,7 @@ class Start:
     """What an algorithm starts from.
 
     Attributes:
-        seeds: scored on all passages: YaRN first, then the caller's.
+        seeds: scored on all passages: YaRN first, then `near` with each window that is searched, then the caller's.
         left: how many candidates may be evaluated; a gradient counts as `Settings.gradient_cost` of them.
     """
 
@@ -89,7 +89,9 @@ class Start:
 
     @property
     def best(self) -> Score:
-        return min(self.seeds, key=lambda score: score.rank)
+        """The best seed whose near window is one to choose from."""
+        within = [score for score in self.seeds if score.candidate.near_tokens in self.space.near_token_choices]
+        return min(within, key=lambda score: score.rank)
 
     def random(self) -> np.random.Generator:
         """The algorithm's own random generator."""
@@ -121,7 +123,7 @@ def search_start_tokens(
 
     Requests at most `most` of the `left` candidates; returns the best score, and how many candidates are left.
     """
-    choices = space.start_token_choices
+    choices = space.start_tokens_within(best.candidate.near_tokens)
     tried = {best.candidate.start_tokens}
     for spread in (True, False):
         at = choices.index(best.candidate.start_tokens)
@@ -133,5 +135,26 @@ def search_start_tokens(
             continue
         asked = tuple(replace(best.candidate, start_tokens=n) for n in new)
         answer = yield Request("start tokens", asked, (best.candidate,))
+        best, left = best_of(answer.scores, best), answer.left
+    return best, left
+
+
+def search_near_tokens(
+    space: Space, best: Score, most: float, left: float
+) -> Generator[Request, Response, tuple[Score, float]]:
+    """Try the neighbouring near windows, as long as one is better; λ grow or shrink with them.
+
+    Requests at most `most` of the `left` candidates; returns the best score, and how many candidates are left.
+    """
+    windows, tried = space.windows, {best.candidate.near_tokens}
+    while best.candidate.near_tokens in windows:
+        at = windows.index(best.candidate.near_tokens)
+        new = [window for window in windows[max(at - 1, 0) : at + 2] if window not in tried][: max(int(most), 0)]
+        if not new:
+            break
+        tried.update(new)
+        most -= len(new)
+        asked = tuple(space.with_window(best.candidate, window) for window in new)
+        answer = yield Request("near window", asked, (best.candidate,))
         best, left = best_of(answer.scores, best), answer.left
     return best, left

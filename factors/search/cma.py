@@ -2,8 +2,8 @@
 
 The curve differs from the start (YaRN's, or the caller's if that is better) by a piecewise linear function of a few
 knots, spread over the pairs that are searched. CMA-ES (Hansen, arXiv 1604.00772; the package `cma`) moves the knots and
-the attention factor. Means of n̂ make no sense, so it is chosen by trying, once the curve is found. What the curve is
-too stiff for is found afterwards by changing single pairs.
+the attention factor. Means of near windows and of n̂ make no sense: the window is that of the best seed, its neighbours
+and n̂ are tried once the curve is found. What the curve is too stiff for is found afterwards by changing single pairs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..methods import Array
-from .algorithm import Algorithm, Request, Response, Score, Search, Start, best_of, search_start_tokens
+from .algorithm import (
+    Algorithm,
+    Request,
+    Response,
+    Score,
+    Search,
+    Start,
+    best_of,
+    search_near_tokens,
+    search_start_tokens,
+)
 from .settings import CmaSettings, Settings
 from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.15
 """The share of the budget that choosing n̂ may use."""
 
+NEAR_TOKENS_SHARE = 0.1
+"""The share of the budget that trying other near windows may use."""
+
 Stage = Generator[Request, Response, tuple[Score, float]]
 """Returns the best score, and how many candidates are left."""
 
 
 def search(start: Start) -> Search:
-    """CMA-ES on the curve, then n̂, then single pairs."""
+    """CMA-ES on the curve, then the near window and n̂, then single pairs."""
     settings = start.settings.covariance
     best, left = yield from _curve(start, settings)
+    best, left = yield from search_near_tokens(start.space, best, min(left, NEAR_TOKENS_SHARE * start.left), left)
     best, left = yield from search_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
     yield from _pairs(start.space, settings, best, left)
 

@@ -1,8 +1,9 @@
 """`evolution`: LongRoPE's search as published (Ding et al., arXiv 2402.13753, algorithm 1 and section 3.3).
 
-The first population holds PI, NTK-aware, YaRN and mutations of them. Each generation keeps the best (the parents) and
-adds mutations and crossovers of them. λ are on a grid, n̂ in a set, and λ never decrease with the dimension. The paper
-redraws a λ until it satisfies this; here it is drawn from between its neighbours, which is the same.
+The first population holds PI, NTK-aware, YaRN, `near` with each window that is searched, and mutations of them. Each
+generation keeps the best (the parents) and adds mutations and crossovers of them. λ are on a grid, n̂ and near windows
+in a set, and λ never decrease with the dimension. The paper redraws a λ until it satisfies this; here it is drawn from
+between its neighbours, which is the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def search(start: Start) -> Search:
     """LongRoPE's algorithm 1."""
     settings, space = start.settings.evolution, start.space
     breeder = _Breeder(space, settings, start.random())
-    seeds = [space.seed(method) for method in ("pi", "ntk", "yarn")] + [score.candidate for score in start.seeds[1:]]
+    plain = [space.seed(method) for method in ("pi", "ntk", "yarn")] if 0 in space.near_token_choices else []
+    seeds = plain + [score.candidate for score in start.seeds[1:] if score.candidate.near_tokens in space.near_tokens]
     population = [breeder.admit(breeder.on_grid(seed)) for seed in seeds][: settings.population]
     founders = list(population)
     while len(population) < settings.population:
@@ -46,14 +48,18 @@ class _Breeder:
     def __init__(self, space: Space, settings: Evolution, rng: np.random.Generator) -> None:
         self.space, self.settings, self.rng = space, settings, rng
         self.known: set[Candidate] = set()
-        self.top = math.floor(math.exp(space.largest_log_factor) / settings.grid + 1e-9)
+
+    def bounds(self, candidate: Candidate) -> tuple[int, int]:
+        """The first and last point of the grid for free λ."""
+        grid, low = self.settings.grid, math.exp(self.space.smallest_log_factor)
+        high = math.exp(self.space.largest_log_factor(candidate.near_tokens))
+        return math.ceil(low / grid - 1e-9), math.floor(high / grid + 1e-9)
 
     def on_grid(self, candidate: Candidate) -> Candidate:
         """`candidate` with its free λ rounded to the grid; rounding keeps their order."""
-        n, grid = self.space.n_fixed, self.settings.grid
-        points = np.round(np.exp(candidate.log_factors[n:]) / grid)
-        free = np.log(np.clip(points, math.ceil(1 / grid - 1e-9), self.top) * grid)
-        return replace(candidate, log_factors=(*candidate.log_factors[:n], *free.tolist()))
+        low, high = self.bounds(candidate)
+        points = np.round(np.exp(candidate.log_factors[self.space.n_fixed :]) / self.settings.grid)
+        return self.space.with_free(candidate, np.log(np.clip(points, low, max(low, high)) * self.settings.grid))
 
     def admit(self, candidate: Candidate) -> Candidate:
         self.known.add(candidate)
@@ -68,34 +74,56 @@ class _Breeder:
         return self.admit(candidate)
 
     def mutated(self, candidate: Candidate) -> Candidate:
-        """Redraw each λ from between its neighbours, n̂ and attention factor, each with the mutation probability."""
+        """Redraw each λ from between its neighbours, n̂, attention factor and near window, by the mutation probability.
+
+        With another window, λ are brought to its stretch.
+        """
         n, grid, p = self.space.n_fixed, self.settings.grid, self.settings.probability
         points = np.round(np.exp(candidate.log_factors[n:]) / grid).astype(int)
-        floor = math.ceil(math.exp(candidate.log_factors[n - 1] if n else 0.0) / grid - 1e-9)
+        least, most = self.bounds(candidate)
         for i in np.flatnonzero(self.rng.random(len(points)) < p):
-            low = points[i - 1] if i else floor
-            high = points[i + 1] if i + 1 < len(points) else max(self.top, low)
+            low = points[i - 1] if i else least
+            high = points[i + 1] if i + 1 < len(points) else max(most, low)
             points[i] = self.rng.integers(low, high, endpoint=True)
         start_tokens, attention = candidate.start_tokens, candidate.attention_factor
         if self.rng.random() < p:
-            start_tokens = int(self.rng.choice(self.space.start_token_choices))
+            start_tokens = int(self.rng.choice(self.space.start_tokens_within(candidate.near_tokens)))
         if self.settings.search_attention and self.rng.random() < p:
             attention = float(self.rng.uniform(*self.space.attention_bounds))
-        free = np.log(points * grid).tolist()
-        return Candidate((*candidate.log_factors[:n], *free), start_tokens, attention)
+        child = replace(candidate, start_tokens=start_tokens, attention_factor=attention)
+        child = self.space.with_free(child, np.log(points * grid))
+        choices = self.space.near_token_choices
+        if len(choices) > 1 and self.rng.random() < p:
+            child = self.in_window(child, int(self.rng.choice(choices)))
+        return child
+
+    def in_window(self, candidate: Candidate, near_tokens: int) -> Candidate:
+        """`candidate` with a near window, on the grid."""
+        same = candidate.near_tokens == near_tokens
+        return candidate if same else self.on_grid(self.space.with_window(candidate, near_tokens))
 
     def crossed(self, first: Candidate, second: Candidate) -> Candidate:
-        """The first parent with some values of the second, where λ stay non-decreasing."""
-        p = self.settings.probability
+        """The first parent with some values of the second, where λ stay non-decreasing.
+
+        λ are compared in the first parent's near window.
+        """
+        n, p = self.space.n_fixed, self.settings.probability
         factors = list(first.log_factors)
+        others = self.in_window(second, first.near_tokens).log_factors
         for i in np.flatnonzero(self.rng.random(len(factors)) < p):
             low = factors[i - 1] if i else -math.inf
             high = factors[i + 1] if i + 1 < len(factors) else math.inf
-            if low <= second.log_factors[i] <= high:
-                factors[i] = second.log_factors[i]
+            if low <= others[i] <= high:
+                factors[i] = others[i]
         start_tokens = second.start_tokens if self.rng.random() < p else first.start_tokens
         attention = second.attention_factor if self.rng.random() < p else first.attention_factor
-        return Candidate(tuple(factors), start_tokens, attention)
+        if start_tokens not in self.space.start_tokens_within(first.near_tokens):
+            start_tokens = first.start_tokens
+        child = replace(first, start_tokens=start_tokens, attention_factor=attention)
+        child = self.space.with_free(child, np.array(factors[n:]))
+        if second.near_tokens != first.near_tokens and self.rng.random() < p:
+            child = self.in_window(child, second.near_tokens)
+        return child
 
     def child_by_mutation(self, parents: list[Score]) -> Candidate:
         return self.new(lambda: self.mutated(parents[int(self.rng.integers(len(parents)))].candidate))

@@ -22,7 +22,7 @@ from .protocol import Fidelity, Result, Task
 from .space import band_key
 
 HEADER = "ropewalk_search"
-VERSION = 1
+VERSION = 2  # 1: bands without near windows
 ADVICE = "choose another output, or remove this file"
 HEADER_BEGINNING, LINE_BEGINNING = b'{"ropewalk_search": ', b'{"band": "'
 

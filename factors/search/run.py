@@ -31,8 +31,8 @@ ALGORITHMS: dict[str, Algorithm] = {"cma": CMA, "evolution": EVOLUTION, "gradien
 
 BASELINES = ("yarn", "ntk", "pi")
 
-NEAR = 0.08
-"""The distance from YaRN, in ln λ, of the bands on which screening is compared with full fidelity."""
+DISTANCE = 0.08
+"""The distance from YaRN or `near`, in ln λ, of the bands on which screening is compared with full fidelity."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Progress:
         evaluations, of: those spent, and the budget (None if that is a time).
         seconds, of_seconds: likewise.
         best: the lowest loss so far, by a candidate read on all passages.
-        baselines: losses by method, as far as known.
+        baselines: losses by method, as far as known; `near` among them if near windows are searched.
         dropped: how many candidates racing has dropped.
     """
 
@@ -73,8 +73,11 @@ class Outcome:
     """The result of a search.
 
     Attributes:
-        band: the best at full fidelity on the search's passages; YaRN's if nothing is better.
+        band: the best at full fidelity on the search's passages; YaRN's if nothing is better. With a near window, its
+            `plain` is the best of the bands without one that were read at full fidelity: YaRN's, the `plain` given to
+            `search`, and finalists.
         loss, yarn: losses of that band and of YaRN's at full fidelity.
+        plain: the loss of the band without its near window.
         baselines: losses by method at the search's fidelity.
         correlation: of screening with full fidelity (Spearman); None if it was not measured.
         passages: how many the search used.
@@ -84,6 +87,7 @@ class Outcome:
     band: Band
     loss: float
     yarn: float
+    plain: float
     baselines: dict[str, float]
     fidelity: Fidelity
     correlation: float | None
@@ -106,13 +110,16 @@ def search(
     seeds: Sequence[Candidate] = (),
     on_event: Callable[[Event], None] = lambda event: None,
     correlation: float | None = None,
+    plain: Band | None = None,
 ) -> Outcome:
-    """Search `space` for the band with the lowest loss, starting from YaRN's and `seeds`.
+    """Search `space` for the band with the lowest loss, starting from YaRN's, `near` and `seeds`.
 
     Args:
         journal: the file in which every evaluation is kept; if it exists, its search is resumed.
         correlation: of screening with full fidelity, as measured for another band of this model; it is then not
             measured again.
+        plain: a band without near window for this context, known before. It is a seed, too, and read in full: if the
+            result has a near window, this is its plain form unless a better one was found.
 
     Raises:
         UserError: an unknown algorithm, a budget too small to start with, another search's journal. The engine's
@@ -124,14 +131,15 @@ def search(
     # Without the seeds: evaluations are valid wherever the search started, and a longer band's seeds vary by budget.
     identity = {"engine": engine.key, "space": repr(space), **settings.identity()}
     with Journal(journal, digest_of(identity)) as kept:
-        run = _Run(engine, space, settings, kept, on_event, correlation)
+        run = _Run(engine, space, settings, kept, on_event, correlation, plain)
         return run.search(algorithm, [space.project(seed) for seed in seeds])
 
 
 def carried(previous: Space, band: Band, space: Space) -> Candidate:
-    """A band found in one space as a seed in that of another context: ln λ grow in proportion to ln of the scale."""
+    """A band found in one space as a seed in that of another context: ln λ grow in proportion to ln of the stretch."""
     candidate = previous.candidate(band)
-    ratio = math.log(space.scale) / math.log(previous.scale) if previous.scale > 1 else 1.0
+    before, after = (math.log(one.stretch(candidate.near_tokens)) for one in (previous, space))
+    ratio = after / before if before > 0 else 1.0
     factors = tuple(ratio * value for value in candidate.log_factors)
     attention = math.exp(ratio * math.log(candidate.attention_factor))
     return space.project(replace(candidate, log_factors=factors, attention_factor=attention))
@@ -148,6 +156,7 @@ class _Run:
         journal: Journal,
         tell: Callable[[Event], None],
         correlation: float | None,
+        plain: Band | None,
     ) -> None:
         self.engine, self.space, self.settings, self.journal, self.tell = engine, space, settings, journal, tell
         self.weights = np.array(engine.weights, dtype=float)
@@ -161,6 +170,8 @@ class _Run:
         self.baselines: dict[str, float] = {}
         self.history: list[tuple[float, float]] = []
         self.correlation = correlation
+        self.plain = plain
+        self.near = [space.closed_form("near", window) for window in space.windows]
         self.dropped = 0
         self.step = "yarn in full"
 
@@ -170,22 +181,34 @@ class _Run:
         self._check_budget(algorithm)
         yarn = self.space.seed("yarn")
         self._fit_passages(yarn)
-        full_yarn = self._mean(self._measure([yarn], self._all(), "full")[0])
+        full = {yarn: self._full(yarn)}
+        if self.near:
+            self.step = "near in full"  # so that screening has what it keeps of a full reading
+            full[self.space.reference] = self._full(self.space.reference)
+        if self.plain is not None:
+            self.step = "plain band in full"
+            seeds.append(self.space.candidate(self.plain))
+            full[seeds[-1]] = self._full(seeds[-1])
         self._choose_fidelity(yarn, algorithm)
         if self.fidelity == "screen":
             self.finalists = max(1, min(self.settings.finalists, int(FINALS_SHARE * min(self._left(), 1e9))))
         self._baselines(yarn)
         self._check_time(algorithm)
-        scores = [self._score(candidate, self._losses_of(candidate)) for candidate in dict.fromkeys([yarn, *seeds])]
+        starts = dict.fromkeys([yarn, *self.near, *seeds])
+        scores = [self._score(candidate, self._losses_of(candidate)) for candidate in starts]
         self._report("start")
         self._drive(algorithm, tuple(scores))
-        return self._outcome(yarn, full_yarn)
+        return self._outcome(yarn, full)
+
+    def _full(self, candidate: Candidate) -> float:
+        return self._mean(self._measure([candidate], self._all(), "full")[0])
 
     def _check_budget(self, algorithm: Algorithm) -> None:
         """Refuse a budget that is too small for the baselines and a first generation."""
         limit, settings = self.settings.budget.evaluations, self.settings
         cost = settings.screen_cost if settings.screening.allowed else 1.0
-        needed = 1 + len(BASELINES) * cost + algorithm.first(settings, self.space) * cost
+        in_full = 1 + bool(self.near) + (self.plain is not None)
+        needed = in_full + (len(BASELINES) + len(self.near) + algorithm.first(settings, self.space)) * cost
         if limit is not None and limit < needed:
             raise UserError(
                 f"budget: {limit:g} evaluations, expected at least {math.ceil(needed)} for the baselines and the first"
@@ -233,9 +256,13 @@ class _Run:
             self.tell(Note(f"too small a budget to compare screening with full readings: {then}"))
             return
         rng = np.random.default_rng([self.settings.seed, 2])
-        near = [self.space.moved(yarn, _smooth(rng, self.space), rng.normal() * NEAR / 4) for _ in range(n)]
+        centres = [yarn, *([self.space.reference, self.near[0]] if self.near else [])]
+        moved = [
+            self.space.moved(centres[i % len(centres)], _smooth(rng, self.space), rng.normal() * DISTANCE / 4)
+            for i in range(n)
+        ]
         self.step = "screening test"
-        compared, first = [yarn, self.space.seed("ntk"), *near], np.array([0])
+        compared, first = list(dict.fromkeys([*centres, self.space.seed("ntk"), *moved])), np.array([0])
         full = self._measure(compared, first, "full")[:, 0]
         screened = self._measure(compared, first, "screen")[:, 0]
         self.correlation = spearman(full, screened)
@@ -253,6 +280,8 @@ class _Run:
             self.step = method
             candidate = yarn if method == "yarn" else self.space.closed_form(method)
             self.baselines[method] = self._mean(self._measure([candidate], self._all(), self.fidelity)[0])
+        if self.near:
+            self.baselines["near"] = self._mean(self._measure([self.space.reference], self._all(), self.fidelity)[0])
 
     def _drive(self, algorithm: Algorithm, seeds: tuple[Score, ...]) -> None:
         generator = algorithm.search(Start(self.space, self.settings, seeds, self._reach()))
@@ -269,28 +298,23 @@ class _Run:
             if self._left() < self._cost(self.fidelity, request.gradient):
                 return
 
-    def _outcome(self, yarn: Candidate, full_yarn: float) -> Outcome:
-        """Read the best candidates at full fidelity, and choose among them and YaRN."""
+    def _outcome(self, yarn: Candidate, full: dict[Candidate, float]) -> Outcome:
+        """Read the best candidates at full fidelity, and choose among them and those of which `full` has the losses."""
         ranked = sorted(self.whole_losses, key=lambda candidate: (self.whole_losses[candidate], candidate.start_tokens))
         finalists = ranked[: self.finalists or self.settings.finalists]
-        full, self.step = {yarn: full_yarn}, "finals"
+        self.step = "finals"
         for candidate in finalists:
-            full[candidate] = self._mean(self._measure([candidate], self._all(), "full")[0])
+            full[candidate] = self._full(candidate)
             self._report("finals")
         best = min(full, key=lambda candidate: full[candidate])
-        settings, is_yarn = self.settings, full[best] >= full_yarn
-        found = Provenance(
-            method="yarn" if is_yarn else settings.algorithm,
-            onto=self.space.onto_method,
-            objective=settings.objective,
-            data_digest=settings.data_digest or self.engine.key,
-            seed=settings.seed,
-            losses=(full[best], full_yarn),
-        )
+        best = yarn if full[best] >= full[yarn] else best
+        plain = min((one for one in full if not one.near_tokens), key=lambda one: full[one])
+        found = [self._found(one, yarn, (full[one], full[yarn])) for one in (best, plain)]
         return Outcome(
-            band=self.space.band(yarn if is_yarn else best, found),
-            loss=full_yarn if is_yarn else full[best],
-            yarn=full_yarn,
+            band=self.space.band(best, found[0], self.space.band(plain, found[1]) if best.near_tokens else None),
+            loss=full[best],
+            yarn=full[yarn],
+            plain=full[plain],
             baselines=dict(self.baselines),
             fidelity=self.fidelity,
             correlation=self.correlation,
@@ -299,6 +323,22 @@ class _Run:
             seconds=self.seconds,
             dropped=self.dropped,
             history=tuple(self.history),
+        )
+
+    def _found(self, candidate: Candidate, yarn: Candidate, losses: tuple[float, float]) -> Provenance:
+        """The provenance of the band of `candidate`, with its own and YaRN's loss."""
+        settings, method = self.settings, self.settings.algorithm
+        if candidate == yarn or candidate in self.near:
+            method = "yarn" if candidate == yarn else "near"
+        elif self.plain is not None and candidate == self.space.candidate(self.plain):
+            method = self.plain.found.method
+        return Provenance(
+            method=method,
+            onto=self.space.onto_method,
+            objective=settings.objective,
+            data_digest=settings.data_digest or self.engine.key,
+            seed=settings.seed,
+            losses=losses,
         )
 
     # --- the algorithm's requests
@@ -441,4 +481,4 @@ def spearman(a: Array, b: Array) -> float:
 def _smooth(rng: np.random.Generator, space: Space) -> Array:
     """A random smooth change of the searched pairs' ln λ."""
     n = space.n_pairs - space.n_fixed
-    return np.asarray(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, 4), rng.normal(size=4) * NEAR))
+    return np.asarray(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, 4), rng.normal(size=4) * DISTANCE))

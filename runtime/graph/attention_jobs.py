@@ -3,7 +3,8 @@
 Many rows (`PromptJob`): all threads dequantise the cells, then share blocks of rows; cells that the mask hides from a
 whole block are skipped, and those that it shows to all its rows need no mask. Few rows (`TokenJob`): the threads share
 the cells. Either way torch's fused attention computes in f32, and its results for different cells are combined by the
-log-sum-exp of their scores (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1).
+log-sum-exp of their scores (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1). So are those of near and of
+far distances, where the band has a near window.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 
 from . import ggml
+from .near_window import Windowed
 from .takeover import TIMEOUT_S
 
 SCRATCH_BYTES = 24 << 20
 """Bytes of dequantised cells, K and V together; a longer cache takes several rounds."""
+
+WINDOW_CELLS = 512
+"""Cells at a time where the band has a near window."""
 
 _HIDDEN = -1024  # the bits of f16's minus infinity, as an int16
 _GRAIN = 64  # cells; the borders of spans are rounded to it
@@ -82,8 +87,10 @@ def _exact_span(hidden: torch.Tensor, plain: torch.Tensor) -> tuple[Span, ...] |
 class Node:
     """One attention node's tensors, as torch tensors over the same memory."""
 
-    def __init__(self, address: int) -> None:
+    def __init__(self, address: int, windowed: Windowed | None = None) -> None:
         tensor = ggml.tensor_at(address)
+        self.windowed = windowed
+        """How its near window is computed, if it has one."""
         q, k, v, self.mask_address, sinks = tensor.src[:5]
         self.scale = ggml.custom_params(address).attention.scale
         self.q = _floats(q)
@@ -140,6 +147,28 @@ class Node:
         )
         return out[0, ..., : self.v_size], log_sum[0]
 
+    def attend_by_distance(
+        self, where: Cells, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> PartialAttention | None:
+        """Attention with the near window of `q` ``(heads, rows, size)`` over `k` and `v` ``(kv heads, cells, size)``.
+
+        None where the mask ``(rows, cells)`` hides all cells from all rows.
+        """
+        assert self.windowed is not None
+        cells = slice(where.start, where.stop)
+        near = self.windowed.near(where.stream, where.rows, cells)
+        both = self.windowed.queries(q, where.stream, where.rows)
+        found = None
+        for query, side in zip(both, (near, ~near), strict=True):
+            shown = side if mask is None else side & (mask > -torch.inf)
+            if not shown.any():
+                continue
+            keys = self.windowed.near_keys(k, where.stream, cells) if side is near else k
+            chosen = None if shown.all() and mask is None else _shown(side, mask)
+            out, log_sum = self.attend(query, *_for_each_query(query, keys, v), chosen)
+            found = PartialAttention.of(out, log_sum, chosen).joined(found)
+        return found
+
     def write(self, stream: int, heads: slice, rows: slice, part: PartialAttention | None) -> None:
         """Write a finished part, shape ``(heads, rows, size)``, to the node's output."""
         target = self.out[stream, rows, heads].transpose(0, 1)
@@ -150,6 +179,28 @@ class Node:
         if self.sinks is not None:  # a sink counts in the sum of the weights and adds no value
             out = out * torch.sigmoid(part.log_sum - self.sinks[heads, None])[..., None]
         target.copy_(out)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells [start, stop) of a stream, as some of its query rows see them."""
+
+    stream: int
+    rows: slice
+    start: int
+    stop: int
+
+
+def _shown(side: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return a mask that shows one side's cells alone."""
+    shown = torch.zeros(side.shape) if mask is None else mask
+    return shown.masked_fill(~side, -torch.inf)
+
+
+def _for_each_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `k` and `v` ``(kv heads, cells, size)`` for each of the heads of `q`."""
+    group = len(q) // len(k)
+    return k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
 
 
 @dataclass
@@ -270,6 +321,9 @@ class PromptJob:
                 continue
             keys, vals = (x[start - current.start : stop - current.start, block.head][None] for x in (k, v))
             all_rows = self.node.mask(block.stream) if span.masked else None
+            if self.node.windowed is not None:
+                self._attend_by_distance(block, q, keys, vals, start, stop, all_rows)
+                continue
             if all_rows is None:  # the group's heads are rows of one product
                 mask = None
                 out, log_sum = self.node.attend(q.view(1, group * rows, -1), keys, vals, None)
@@ -278,6 +332,25 @@ class PromptJob:
                 out, log_sum = self.node.attend(q, keys.expand(group, -1, -1), vals.expand(group, -1, -1), mask)
             part = PartialAttention.of(out.reshape(group, rows, -1), log_sum.reshape(group, rows), mask)
             block.part = part.joined(block.part)
+
+    def _attend_by_distance(
+        self,
+        block: _Block,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        first: int,
+        last: int,
+        all_rows: torch.Tensor | None,
+    ) -> None:
+        rows = slice(block.start, block.stop)
+        for start in range(first, last, WINDOW_CELLS):  # so that most cells are all near, or all far
+            stop = min(last, start + WINDOW_CELLS)
+            mask = None if all_rows is None else all_rows[rows, start:stop].float()
+            some = slice(start - first, stop - first)
+            where = Cells(block.stream, rows, start, stop)
+            part = self.node.attend_by_distance(where, q, k[:, some], v[:, some], mask)
+            block.part = block.part if part is None else part.joined(block.part)
 
 
 @dataclass(frozen=True)
@@ -339,13 +412,27 @@ class TokenJob:
             if (n := piece.stop - piece.start) < self.longest:
                 k, v = k[:n], v[:n]
             self.node.fill(k, v, piece.stream, piece.start, piece.stop)
-            out, log_sum = self.node.attend(self.q[piece.stream], k.transpose(0, 1), v.transpose(0, 1), piece.mask)
+            part = self._attend(piece, k.transpose(0, 1), v.transpose(0, 1))
             with self.lock:
-                self.parts.append((piece.stream, PartialAttention.of(out, log_sum, piece.mask)))
+                if part is not None:
+                    self.parts.append((piece.stream, part))
                 self.left -= 1
                 last = self.left == 0
             if last:
                 self._finish()
+
+    def _attend(self, piece: _Piece, k: torch.Tensor, v: torch.Tensor) -> PartialAttention | None:
+        node = self.node
+        if node.windowed is None:
+            out, log_sum = node.attend(self.q[piece.stream], k, v, piece.mask)
+            return PartialAttention.of(out, log_sum, piece.mask)
+        where = Cells(piece.stream, slice(0, node.n_rows), piece.start, piece.stop)
+        mask = None if piece.mask is None else piece.mask[: node.n_rows]
+        part = node.attend_by_distance(where, node.q[piece.stream], k, v, mask)
+        if part is None:
+            return None
+        shape = (node.kv_heads, node.group * node.n_rows)
+        return PartialAttention(part.out.reshape(*shape, -1), part.log_sum.reshape(shape))
 
     def _finish(self) -> None:
         node = self.node

@@ -7,15 +7,17 @@ only then.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from . import ggml
 from .hook import Handler, NodeError
-from .kernels import Context
+from .kernels import Context, NearWindow
 
 if TYPE_CHECKING:
     from .attention import FastAttention
+    from .near_window import NearWindows
     from .products import FastProducts
 
 
@@ -42,6 +44,18 @@ class NativeNodes:
         """Nodes computed so far."""
         return self._kernels.taken
 
+    def windowed(self, node: int) -> int | None:
+        """Return the ROPE node behind an attention node's queries if a near window can be computed there, or None."""
+        return self._kernels.windowed(node)
+
+    def use_window(self, window: NearWindow | None) -> None:
+        """Compute attention with a near window from the next graph on, or without one."""
+        self._kernels.use_window(window)
+
+    def reset_positions(self) -> None:
+        """Take each cached cell to be at the position of its number, as after a sequence was restored."""
+        self._kernels.reset_positions()
+
     def raise_kept(self) -> None:
         """Raise the failure on one of ggml's threads since the last call, if any.
 
@@ -61,18 +75,23 @@ class NativeNodes:
 class TorchNodes:
     """Takes over nodes of one context's graphs, and computes them in torch; keep it alive as long as the context."""
 
-    def __init__(self) -> None:
+    def __init__(self, applies: Callable[[int], bool] | None = None) -> None:
+        """`applies` tells the ROPE nodes that rotate by λ."""
         ggml.check_layout()
         from .attention import FastAttention
+        from .near_window import NearWindows
         from .products import FastProducts
 
-        self.attention: FastAttention = FastAttention()
+        self.windows: NearWindows | None = NearWindows(applies) if applies is not None else None
+        self.attention: FastAttention = FastAttention(self.windows)
         self.products: FastProducts = FastProducts()
         self.handlers: dict[str, Handler] = {
             "FLASH_ATTN_EXT": self.attention.see,
             "CUSTOM": self.attention.see,
             "MUL_MAT": self.products.see,
         }
+        if self.windows is not None:
+            self.handlers |= {"ROPE": self.windows.see_rope, "SET_ROWS": self.windows.see_write}
 
     @property
     def failed(self) -> bool:
@@ -83,6 +102,20 @@ class TorchNodes:
     def taken(self) -> int:
         """Nodes computed so far."""
         return self.attention.nodes.taken + self.products.nodes.taken
+
+    def windowed(self, node: int) -> int | None:
+        """Return the ROPE node behind an attention node's queries if a near window can be computed there, or None."""
+        return self.attention.windowed(node)
+
+    def use_window(self, window: NearWindow | None) -> None:
+        """Compute attention with a near window from the next graph on, or without one."""
+        if self.windows is not None:
+            self.windows.window = window
+
+    def reset_positions(self) -> None:
+        """Take each cached cell to be at the position of its number, as after a sequence was restored."""
+        if self.windows is not None:
+            self.windows.reset_positions()
 
     def raise_kept(self) -> None:
         """Raise the exception kept on ggml's threads since the last call, if any.

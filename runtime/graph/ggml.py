@@ -104,7 +104,7 @@ _Dequantise = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_
 _N_TASKS_MAX = -1  # GGML_N_TASKS_MAX: one per thread
 _PLAIN_TYPES = {0: np.float32, 1: np.float16, 26: np.int32, 30: np.int16}  # bf16 has no numpy type: its bits
 
-F32, F16, BF16 = 0, 1, 30
+F32, F16, I32, I64, BF16 = 0, 1, 26, 27, 30
 PLAIN_FLOATS = (F32, F16, BF16)
 
 PARAMS_OFFSET: int = TensorStruct.op_params.offset
@@ -226,10 +226,21 @@ def rope_params(address: int) -> RopeParams:
     return RopeParams.from_address(address + PARAMS_OFFSET)
 
 
+def scale_bias(address: int) -> float:
+    """Return what the SCALE node at an address adds to the values that it has multiplied."""
+    return float(ctypes.c_float.from_address(address + PARAMS_OFFSET + 4).value)
+
+
 def int32_row(tensor: TensorStruct) -> npt.NDArray[np.int32]:
     """Return the data of a one-dimensional I32 tensor as an array over the same memory, shape ``(ne[0],)``."""
     row = (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data)
     return np.frombuffer(row, dtype=np.int32)
+
+
+def int64_row(tensor: TensorStruct) -> npt.NDArray[np.int64]:
+    """Return the data of a one-dimensional I64 tensor as an array over the same memory, shape ``(ne[0],)``."""
+    row = (ctypes.c_int64 * tensor.ne[0]).from_address(tensor.data)
+    return np.frombuffer(row, dtype=np.int64)
 
 
 def values(tensor: TensorStruct) -> npt.NDArray[Any] | None:

@@ -1,4 +1,4 @@
-"""Which layers' keys lie where in the cache, and how: read from the graph of one token.
+"""Which layers' keys lie where in the cache, and how they are attended to: read from the graph of one token.
 
 A SET_ROWS node writes a token's keys to a layer's cache. Followed back, through changes of shape and at most one
 Hadamard transform (which llama.cpp puts behind the rotation of keys that it will quantise), it leads to the ROPE node
@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from . import ggml
 from .hook import Handler
 from .kernels import KeyCache
+from .rope_trace import RopeTrace
 
 NEIGHBOURS, HALVES = 0, 2
 """Modes of ROPE (GGML_ROPE_TYPE_NORMAL and _NEOX): a pair is two neighbours, or a value of each half."""
@@ -45,14 +44,22 @@ class KeySurvey:
 
     applies: Callable[[int], bool]
     can_rotate: Callable[[KeyCache], bool]
+    windowed: Callable[[int], int | None]
+    """Returns the ROPE node behind an attention node's queries, if a near window can be computed there; else None."""
     _n_ropes: int = 0
+    _n_windowed: int = 0
     _found: list[_Layer] = field(default_factory=list)
-    _transforms: dict[int, int] = field(default_factory=dict)
+    _trace: RopeTrace = field(default_factory=RopeTrace)
 
     @property
     def handlers(self) -> dict[str, Handler]:
         """What is to be called with nodes that are not yet computed."""
-        return {"ROPE": self._see_rope, "SET_ROWS": self._see_write}
+        return {"ROPE": self._see_rope, "SET_ROWS": self._see_write, "FLASH_ATTN_EXT": self._see_attention}
+
+    @property
+    def serves_windows(self) -> bool:
+        """Whether all attention to keys that are rotated by λ can be computed with a near window."""
+        return self._n_windowed > 0 and self._n_ropes == 2 * self._n_windowed and self.caches() is not None
 
     def caches(self) -> KeyCaches | None:
         """Return what was found in a whole graph; None if keys are not made as expected.
@@ -71,8 +78,12 @@ class KeySurvey:
     def _see_rope(self, node: int) -> None:
         self._n_ropes += self.applies(node)
 
+    def _see_attention(self, node: int) -> None:
+        rope = self.windowed(node)
+        self._n_windowed += rope is not None and self.applies(rope)
+
     def _see_write(self, node: int) -> None:
-        rope, hadamard = self._rope_before(ggml.tensor_at(node).src[0])
+        rope, hadamard = self._trace.rope_behind(ggml.tensor_at(node).src[0])
         cache = ggml.tensor_at(node).view_src
         if rope is None or cache is None or not self.applies(rope):
             return  # values, or keys of a layer that keeps its own rotation
@@ -81,41 +92,3 @@ class KeySurvey:
         if stored.ne[0] == size * n_heads and stored.ne[2] * stored.ne[3] == 1:
             where = KeyCache(stored.data, stored.nb[1], n_heads, size, stored.type, hadamard)
             self._found.append(_Layer(where, stored.ne[1], ggml.rope_params(rope).mode))
-
-    def _rope_before(self, node: int | None) -> tuple[int | None, int]:
-        """Return the ROPE node that a node's values come from, if any, and the size of the transform in between."""
-        hadamard = 0
-        while node:
-            tensor = ggml.tensor_at(node)
-            name = ggml.op_name(tensor.op)
-            source = tensor.src[0]
-            if name == "ROPE":
-                return node, hadamard
-            if name == "MUL_MAT" and not hadamard:
-                hadamard = self._transform(source)
-                if not hadamard:
-                    break
-                source = tensor.src[1]
-            elif name not in ("RESHAPE", "VIEW", "CONT"):
-                break
-            if source is None or ggml.n_values(ggml.tensor_at(source)) != ggml.n_values(tensor):
-                break
-            node = source
-        return None, 0
-
-    def _transform(self, node: int) -> int:
-        """Return the size of the Walsh-Hadamard matrix that a tensor holds; 0 for any other tensor."""
-        if node not in self._transforms:
-            self._transforms[node] = _hadamard_size(ggml.tensor_at(node))
-        return self._transforms[node]
-
-
-def _hadamard_size(tensor: ggml.TensorStruct) -> int:
-    size: int = tensor.ne[0]
-    if tensor.type != 0 or list(tensor.ne) != [size, size, 1, 1] or size < 2 or size & (size - 1) or not tensor.data:
-        return 0
-    found = ggml.values(tensor)
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return size if found is not None and np.allclose(found[0, 0], matrix / np.sqrt(size), rtol=1e-5) else 0

@@ -8,14 +8,14 @@ and the factors ``1/(1/λ_new - 1/λ_old)``, since rotations about the same axes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...factors import Band, RopeFacts
 from . import ggml
-from .kernels import RopeSetting
+from .kernels import NearWindow, RopeSetting
 
 OURS = b"ropewalk factors"
 """The name of our tensors of factors: a node that reads one was set before."""
@@ -86,6 +86,14 @@ def plan_rotations(facts: RopeFacts, old: Band, new: Band, n_tokens: int) -> lis
     return rotations
 
 
+def near_window(facts: RopeFacts, band: Band, halves: bool) -> NearWindow | None:
+    """Return how the near window of `band` is computed; None where it has none."""
+    if not band.near_tokens:
+        return None
+    own, far = facts.start_factors, band.rescale_factors
+    return NearWindow(band.near_tokens, band.start_tokens, own, far, facts.freq_base, halves)
+
+
 class RopeHook:
     """Sets what the rope nodes of one context read; keep it alive as long as the context."""
 
@@ -93,12 +101,25 @@ class RopeHook:
         self.facts = facts
         self.setting = RopeSetting(freq_base=facts.freq_base, native_scale=freq_scale, n_dims=facts.n_rot)
         """What nodes of tokens are set to, here or by the kernels, which read it in place."""
+        self.set_window: Callable[[NearWindow | None], None] | None = None
+        """Called with a band's near window, once it is known that attention can be computed with one."""
+        self.halves = False
+        """Whether a pair is a value of each half of the rotary ones, for the window."""
         self._tensors: dict[tuple[tuple[float, ...], float], tuple[ggml.Arena, int]] = {}
         self.use(facts.start_factors, facts.native_attention_factor)
 
     def use(self, factors: tuple[float, ...], attention_factor: float) -> None:
         """Rotate by `factors` (shape ``(n_rot/2,)``), scaled by `attention_factor`, from the next graph on."""
         self.setting.factors, self.setting.attention_factor = self._tensor(factors, attention_factor), attention_factor
+
+    def use_band(self, band: Band) -> None:
+        """Rotate by the factors of `band` from the next graph on, with its near window.
+
+        A band with one is only for models whose attention can be computed with it (`set_window` is set).
+        """
+        self.use(band.rescale_factors, band.attention_factor)
+        if self.set_window is not None:
+            self.set_window(near_window(self.facts, band, self.halves))
 
     @property
     def touched(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...container import check_has_tensors, model_digest, read_header, schedule_of
 from ...errors import UserError
-from ...factors import Band, Schedule, doubling_contexts
+from ...factors import Band, Schedule, check_matches, doubling_contexts, last_without_window, plain_band
 from ...factors.search import (
     Budget,
     Engine,
@@ -33,6 +33,7 @@ from ...factors.search import (
     band_key,
     carried,
     search,
+    usual_near_tokens,
 )
 from ...files import write_file
 from ..llama import Llama
@@ -59,7 +60,7 @@ class SearchPlan:
     """What to search, and how.
 
     Attributes:
-        model: a GGUF file; bands go beyond the last one that it has.
+        model: a GGUF file; bands go beyond the last one that it has, on top of its last without a near window.
         texts: some to search on, others to judge by (`split_texts`).
         contexts: of the bands, rising.
         folder: for intermediate results.
@@ -74,6 +75,11 @@ class SearchPlan:
         threads: CPU threads of each worker; None = its share of the cores.
         ray_address: of the cluster; None = one on this machine.
         readjust: search the model's own band as well, at its own context, as for a model that was fine-tuned.
+        near_tokens: the near windows to choose from, 0 for none; None = none, and 512 and its doubles up to half the
+            original context.
+        start: a schedule of this model found before. Its bands for the contexts that are searched are seeds. Their
+            plain forms are also read in full, and are the plain forms of bands with a near window, unless YaRN's or
+            one that is found is better; without it, YaRN's or one that is found.
     """
 
     model: Path
@@ -92,6 +98,8 @@ class SearchPlan:
     threads: int | None = None
     ray_address: str | None = None
     readjust: bool = False
+    near_tokens: tuple[int, ...] | None = None
+    start: Schedule | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,8 @@ def _check(plan: SearchPlan, base: Schedule) -> None:
         raise UserError("kv: 'auto', expected a type by name: the losses must not depend on how much memory is free")
     if plan.settings.algorithm == "gradient" and plan.evaluator == "llama":
         raise UserError("evaluator: llama has no gradients, expected torch or auto for the gradient algorithm")
+    if plan.start is not None:
+        check_matches(plan.start, base.facts, "start")
 
 
 def _long_enough(plan: SearchPlan, context: int, on_event: Callable[[SearchEvent], None]) -> tuple[Text, ...]:
@@ -236,12 +246,19 @@ def _make_job(plan: SearchPlan, base: Schedule, context: int, contexts: Sequence
     searched, held = split_texts(plan.texts, seed)
     with closing(Llama(plan.model, vocab_only=True, n_ctx=1, verbose=False)) as vocab:
         return _BandJob(
-            space=Space(base.facts, base.bands[-1], context),
+            space=_space(plan, base, context),
             objective=objective,
             budget=_share(plan.settings.budget, context, contexts),
             passages=cut(searched, plan.passages, PASSAGES),
             held=cut(held, plan.held_passages, HELD_PASSAGES),
         )
+
+
+def _space(plan: SearchPlan, base: Schedule, context: int) -> Space:
+    """The space of one band; one for no more than the model was trained for needs no near window."""
+    onto = last_without_window(base)
+    choices = usual_near_tokens(base.facts) if plan.near_tokens is None else plan.near_tokens
+    return Space(base.facts, onto, context, near_tokens=choices if context > onto.context else (0,))
 
 
 def _search_band(
@@ -255,7 +272,7 @@ def _search_band(
     spec = EvaluatorSpec(
         model=str(plan.model),
         passages=passages,
-        base=space.band(space.seed("yarn")),
+        base=space.band(space.reference),
         window=window if plan.settings.screening.allowed else 0,
         kv=plan.kv,
         threads=plan.threads or max(1, default_threads() // plan.workers),
@@ -272,11 +289,27 @@ def _search_band(
         fewer_passages=plan.passages is None and plan.held_passages is None,
     )
     seeds = [carried(start[0], start[1], space)] if start else []
+    known = _known(plan, space)
+    seeds += [space.candidate(known)] if known else []
     journal = plan.folder / f"{space.context}.journal"
     with _engine(plan, spec) as engine:
-        outcome = search(engine, space, settings, journal, seeds, on_event, correlation)
-    found = outcome.band.found.model_copy(update={"data_digest": digest(passages[: outcome.passages])})
-    return replace(outcome, band=outcome.band.model_copy(update={"found": found})), kind
+        plain = plain_band(space.facts, known) if known else None
+        outcome = search(engine, space, settings, journal, seeds, on_event, correlation, plain)
+    return replace(outcome, band=_with_digest(outcome.band, digest(passages[: outcome.passages]))), kind
+
+
+def _known(plan: SearchPlan, space: Space) -> Band | None:
+    """The band of the plan's earlier schedule for the context of `space`."""
+    bands = plan.start.bands if plan.start and space.context > space.onto.context else ()
+    return next((band for band in bands if band.context == space.context), None)
+
+
+def _with_digest(band: Band, data_digest: str) -> Band:
+    """`band`, and its plain form, as found on these passages."""
+    changes: dict[str, object] = {"found": band.found.model_copy(update={"data_digest": data_digest})}
+    if band.plain is not None:
+        changes["plain"] = _with_digest(band.plain, data_digest)
+    return band.model_copy(update=changes)
 
 
 def _window(plan: SearchPlan, space: Space) -> int:

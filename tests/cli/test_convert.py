@@ -57,6 +57,17 @@ def test_a_schedule(run, source, tmp_path):
     assert embedded_schedule(read_header(tmp_path / "out.gguf")) == schedule
 
 
+def test_a_near_window(run, source, tmp_path):
+    done = run(source, tmp_path / "out.gguf", "--context", 512, "--method", "near")
+    assert done.returncode == 0, done.stderr
+    assert "up to       512  λ 3 to 3 beyond 128 tokens, attention × 1  (near)" in done.stdout
+    assert "It has no near window (128 tokens): it reads with plain λ (yarn)." in done.stdout
+    done = run(source, tmp_path / "64.gguf", "--context", 512, "--method", "near", "--near-tokens", 64, "--json")
+    bands = json.loads(done.stdout)["bands"]
+    assert [band["near_tokens"] for band in bands] == [0, 64] and bands[0]["plain"] is None
+    assert bands[1]["plain"]["found"]["method"] == "yarn" and bands[1]["plain"]["context"] == 512
+
+
 def test_only_a_weight_type(run, source, tmp_path):
     done = run(source, tmp_path / "out.gguf", "--type", "f16")
     assert done.returncode == 0, done.stderr
@@ -96,9 +107,12 @@ def test_that_llama_cpp_does_not_load_a_model_is_said(run, tiny_llama, tmp_path)
         (["--context", "long"], "'--context'"),
         (["--context", "nan"], "'--context'"),
         (["--context", 2**40], "expected at most 2147483647"),
-        (["--context", 512, "--method", "magic"], "method: 'magic', expected one of yarn, ntk, pi"),
+        (["--context", 512, "--method", "magic"], "method: 'magic', expected one of yarn, ntk, pi, near"),
         (["--context", 512, "--type", "q99"], "type: 'q99', expected one of"),
         (["--context", 512, "--existing", "maybe"], "existing: 'maybe', expected compose or replace"),
+        (["--context", 512, "--method", "near", "--near-tokens", 257], "near_tokens: 257, expected 1 to 255"),
+        (["--context", 512, "--method", "near", "--near-tokens", 0], "near_tokens: 0, expected 1 to 255"),
+        (["--context", 512, "--near-tokens", 64], "--near-tokens 64: expected --method near"),
         (["--method", "pi"], "--method pi: expected --context"),
         (["--context", 512, "--colour"], "colour"),
         (["--schedule", "none.json"], "none.json: cannot read the schedule: No such file"),

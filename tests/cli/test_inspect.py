@@ -11,7 +11,7 @@ import llama_cpp
 import pytest
 from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import embed_schedule
-from ropewalk.factors import extend
+from ropewalk.factors import Provenance, extend
 from ropewalk.runtime import repacking
 from ropewalk.runtime.graph.kernels import why_missing
 from ropewalk.runtime.threads import default_threads
@@ -84,6 +84,24 @@ def test_native_factors_are_shown(run, tiny_llama, tmp_path):
     path = tiny_llama(tmp_path / "m.gguf", rope_freqs=[1 + i / 2 for i in range(16)])
     result = run(path)
     assert "1–8.5" in result.stdout and "native schedule" in result.stdout
+
+
+def test_a_near_window_is_shown(run, tiny_llama, tmp_path):
+    source = tiny_llama(tmp_path / "m.gguf")
+    assert "near:" not in run(source).stdout
+    schedule = extend(native_schedule(read_header(source)), 1024, "near", near_tokens=100)
+    band = schedule.bands[-1].model_copy(update={"found": Provenance(method="near", losses=(2.5, 2.75))})
+    embed_schedule(source, tmp_path / "near.gguf", schedule.model_copy(update={"bands": (*schedule.bands[:-1], band)}))
+    result = run(tmp_path / "near.gguf", "--plot", tmp_path / "factors.png")
+    row = re.search(r"1,024  \S+ +5.923 +100 .* near", result.stdout)
+    assert result.returncode == 0 and row and "near: tokens nearer than this" in result.stdout
+    stock = (
+        "It has no near window (100 tokens): it reads with plain λ (yarn), at a loss of 2.75 where the window has 2.5."
+    )
+    assert stock in result.stdout
+    facts = json.loads(run(tmp_path / "near.gguf", "--json").stdout)
+    assert facts["bands"][2]["near_tokens"] == 100 and facts["bands"][2]["plain"]["found"]["method"] == "yarn"
+    assert stock in facts["stock_llama_cpp"]
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\x03\0\0\0" + b"\xff" * 40])

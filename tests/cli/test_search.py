@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 from ropewalk import read_schedule
 from ropewalk.cli.search import search_folder
+from ropewalk.factors import RopeFacts, Schedule, native_band, write_schedule
 
 TOPICS = "\n\n".join(pydoc_data.topics.topics.values())
 
@@ -44,7 +45,9 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(tiny, texts):
-    return [tiny, "--context", 512, "--text", texts, "--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
+    """A search for plain λ."""
+    size = ["--budget", 14, "--passages", 2, "--window", 64, "--threads", 1]
+    return [tiny, "--context", 512, "--text", texts, *size, "--near-tokens", 0]
 
 
 def test_the_result_is_written_embedded_and_judged(ropewalk_command, run, options, tiny, tmp_path):
@@ -145,9 +148,35 @@ def test_a_second_search_continues_from_an_embedded_schedule(ropewalk_command, r
     assert max(new.rescale_factors) > max(old.rescale_factors)
 
 
+def test_near_windows_are_searched_and_plain_factors_stay(ropewalk_command, run, tiny, texts, plain, tmp_path):
+    schedule, long = tmp_path / "s.json", tmp_path / "long.gguf"
+    size = ["--budget", 24, "--passages", 2, "--window", 64, "--threads", 1]
+    options = [tiny, "--context", 512, "--text", texts, *size, "--evaluator", "torch"]
+    done = run(*options, "--near-tokens", "64,128", "--start", plain[1], "-o", schedule, "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (facts,) = json.loads(done.stdout)["bands"]
+    band = read_schedule(schedule).bands[-1]
+    assert band.near_tokens in (64, 128) and facts["near_tokens"] == band.near_tokens
+    assert set(facts["baselines"]) == {"yarn", "ntk", "pi", "near"}
+    assert facts["searched_loss"] < facts["searched_loss_plain"] <= facts["searched_loss_yarn"]
+    assert band.plain.found.data_digest == band.found.data_digest
+    assert band.plain.found.losses == (facts["searched_loss_plain"], facts["searched_loss_yarn"])
+    assert ropewalk_command("convert", tiny, long, "--schedule", schedule).returncode == 0
+    shown = ropewalk_command("inspect", long).stdout
+    assert f"It has no near window ({band.near_tokens} tokens): it reads with plain λ" in shown
+    again = run(*options, "--near-tokens", "64,128", "--start", plain[1], "-o", schedule)
+    assert f"beyond {band.near_tokens} tokens" in again.stdout and "stock llama.cpp, without the near" in again.stdout
+    beyond = run(long, "--context", 1024, *options[3:], "--near-tokens", "0,64", "-o", tmp_path / "t.json")
+    assert beyond.returncode == 0, beyond.stderr
+    assert read_schedule(tmp_path / "t.json").bands[:-1] == read_schedule(schedule).bands
+
+
 def test_mistakes_are_one_line(mistake, options, tmp_path):
     out = ["-o", tmp_path / "s.json"]
     model, *rest = options
+    other = tmp_path / "other.json"
+    facts = RopeFacts(n_rot=8, freq_base=10000.0, original_context=256)
+    write_schedule(Schedule(facts=facts, bands=(native_band(facts),)), other)
     evolution = ["--algorithm", "evolution"]
     cases = [
         ([model, *rest], "-o: missing"),
@@ -165,6 +194,11 @@ def test_mistakes_are_one_line(mistake, options, tmp_path):
         ([model, *rest, *out, "--bands", "100,512"], "expected rising numbers above the 256"),
         ([model, *rest, *out, "--bands", "8192", "--budget", "50"], "too few for"),
         ([model, *rest, *out, "--bands", "512,4096,8192", "--budget", "50"], "passages of 8,191"),
+        ([model, *rest, *out, "--near-tokens", "0,256"], "near tokens: 256, expected 0 to 255"),
+        ([model, *rest, *out, "--near-tokens", "-1"], "--near-tokens: '-1', expected numbers of tokens"),
+        ([model, *rest, *out, "--near-tokens", "wide"], "--near-tokens: 'wide', expected numbers of tokens"),
+        ([model, *rest, *out, "--start", tmp_path / "none.json"], "none.json: cannot read the schedule"),
+        ([model, *rest, *out, "--start", other], "start: the schedule is for n_rot 8, the model has 32"),
         ([model, *rest, *out, "--kv", "magic"], "kv: 'magic', expected"),
         ([model, *rest, *out, "--kv", "auto"], "kv: 'auto', expected a type by name"),
         ([model, *rest, *out, "--plot", "s.svg"], "--plot: 's.svg', expected a name that ends in .png"),
@@ -186,6 +220,7 @@ def test_evolution_with_options_without_screening_or_short_texts(run, tiny, text
     sizes = {"population": 6, "parents": 3, "mutations": 2, "crossovers": 1, "generations": 2, "probability": 0.5}
     more = [part for name, value in sizes.items() for part in (f"--{name}", value)]
     plain = [tiny, "--context", 512, "--text", folder, "--budget", 40, "--evaluator", "torch", "--threads", 1]
+    plain += ["--near-tokens", 0]
     done = run(*plain, "--algorithm", "evolution", "--no-screen", *more, "-o", schedule, "--json")
     assert done.returncode == 0, done.stderr
     (band,) = json.loads(done.stdout)["bands"]
@@ -198,7 +233,7 @@ def test_a_larger_budget_continues_in_every_band(run, tiny, texts, tmp_path):
     options = [tiny, "--bands", "512,768", "--text", texts, "--window", 64, "--threads", 1, "-o", tmp_path / "s.json"]
     lines = []
     for budget in (24, 40):
-        done = run(*options, "--evaluator", "torch", "--budget", budget, "--json")
+        done = run(*options, "--near-tokens", 0, "--evaluator", "torch", "--budget", budget, "--json")
         assert done.returncode == 0, done.stderr
         assert [band["context"] for band in json.loads(done.stdout)["bands"]] == [512, 768]
         lines.append([path.read_text().splitlines() for path in sorted((tmp_path / "s.json.search").glob("*.journal"))])

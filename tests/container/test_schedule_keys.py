@@ -64,6 +64,8 @@ def full() -> Schedule:
         )
         for i in range(2)
     ]
+    far = tuple((10 ** rng.uniform(1, 6, 16)).tolist())
+    bands[1] = bands[1].model_copy(update={"near_tokens": 100, "rescale_factors": far, "plain": bands[1]})
     return Schedule(facts=facts, bands=(native_band(facts), *bands))
 
 
@@ -90,6 +92,9 @@ def test_types_are_those_of_the_format(tmp_path: Path) -> None:
         "band.1.context": [kinds.UINT32],
         "band.1.rescale_factors": [kinds.ARRAY, kinds.FLOAT64],
         "band.1.start_tokens": [kinds.UINT32],
+        "band.2.near_tokens": [kinds.UINT32],
+        "band.2.plain.rescale_factors": [kinds.ARRAY, kinds.FLOAT64],
+        "band.2.plain.found.seed": [kinds.INT64],
         "band.1.attention_factor": [kinds.FLOAT64],
         "band.1.force_start_tokens": [kinds.BOOL],
         "band.1.found.method": [kinds.STRING],
@@ -97,7 +102,8 @@ def test_types_are_those_of_the_format(tmp_path: Path) -> None:
         "band.1.found.losses": [kinds.ARRAY, kinds.FLOAT64],
     }.items():
         assert reader.fields[f"ropewalk.{key}"].types == types
-    assert "ropewalk.band.0.found.onto" not in reader.fields
+    for key in ("band.0.found.onto", "band.1.plain.context", "band.2.plain.plain.context"):
+        assert f"ropewalk.{key}" not in reader.fields
 
 
 def test_a_file_without_one_has_none(tmp_path: Path) -> None:
@@ -131,8 +137,14 @@ def floats(*values: float) -> Value:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no version": ({"format_version": None}, "format_version"),
-    "newer version": ({"format_version": u32(2)}, "format_version 2 is newer"),
+    "newer version": ({"format_version": u32(3)}, "format_version 3 is newer"),
     "version text": ({"format_version": text("1")}, "format_version"),
+    "window in version 1": ({"format_version": u32(1)}, "bands.0.near_tokens: not in format_version 1, expected"),
+    "window too wide": ({"band__2__near_tokens": u32(257)}, "bands.2.near_tokens: 257, expected at most the original"),
+    "plain band without window": ({"band__2__near_tokens": u32(0)}, "plain: there already"),
+    "plain band for another context": ({"band__2__plain__context": u32(700)}, "for the same context, 768"),
+    "plain band of a plain band": ({"band__2__plain__plain__context": u32(768)}, "no plain band in a plain band"),
+    "groups in groups": ({"facts__" + "x__" * 9999: u32(1)}, "groups in groups"),
     "no count": ({"band_count": None}, "ropewalk.band_count: None, expected 1 to 64"),
     "zero count": ({"band_count": u32(0)}, "ropewalk.band_count: 0"),
     "high count": ({"band_count": u32(2**32 - 1)}, "ropewalk.band_count: 4294967295"),

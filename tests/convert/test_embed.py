@@ -140,6 +140,19 @@ def test_an_architecture_that_takes_no_native_factors(options, tiny_llama, gguf_
     assert (logits(tmp_path / "out.gguf", 128) == logits(source, 128)).all(), "stock llama.cpp runs it as before"
 
 
+def test_stock_llama_cpp_gets_the_plain_form_of_a_near_window(tiny_llama, gguf_contents, tmp_path):
+    source = tiny_llama(tmp_path / "in.gguf")
+    near, yarn = plan(source, 1024, "near"), plan(source, 1024, "yarn")
+    for name, schedule in (("near", near), ("yarn", yarn)):
+        embed_schedule(source, tmp_path / f"{name}.gguf", schedule)
+    (keys, tensors), (yarns, yarns_tensors) = (gguf_contents(tmp_path / f"{name}.gguf") for name in ("near", "yarn"))
+    assert tensors == yarns_tensors
+    assert {key: value for key, value in keys.items() if not key.startswith("ropewalk.")} == {
+        key: value for key, value in yarns.items() if not key.startswith("ropewalk.")
+    }
+    assert schedule_of(read_header(tmp_path / "near.gguf")) == near
+
+
 def test_the_alignment_of_the_file_is_kept(tiny_llama, gguf_contents, tmp_path):
     source = tiny_llama(tmp_path / "in.gguf", extend=lambda writer: writer.add_custom_alignment(128))
     embed_schedule(source, tmp_path / "out.gguf", plan(source))

@@ -137,6 +137,21 @@ def test_a_given_schedule_is_taken_whole_or_cut(tiny_llama, tmp_path):
         plan_given(header, given, "s.json", None, "compose")
 
 
+def test_a_near_window_is_planned_and_cut(tiny_llama, tmp_path):
+    header = read_header(tiny_llama(tmp_path / "tiny.gguf"))
+    given = plan_extension(header, 2048, "near", near_tokens=100).schedule
+    assert [(band.near_tokens, band.rescale_factors[0]) for band in given.bands[1:3]] == [
+        (100, 412 / 156),
+        (100, 924 / 156),
+    ]
+    last = plan_given(header, given, "s.json", 700).schedule.bands[-1]
+    assert last.context == last.plain.context == 700
+    assert (last.rescale_factors, last.plain.rescale_factors) == (
+        given.bands[2].rescale_factors,
+        given.bands[2].plain.rescale_factors,
+    )
+
+
 def test_a_given_schedule_must_include_trained_factors(llama_3, tmp_path):
     facts = RopeFacts(n_rot=32, freq_base=10000.0, original_context=256)
     plain = Schedule(facts=facts, bands=(Band(context=512, rescale_factors=(2.0,) * 16),))

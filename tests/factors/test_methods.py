@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from ropewalk.factors import (
+    Band,
     RopeFacts,
     Schedule,
     ScheduleError,
@@ -13,8 +14,10 @@ from ropewalk.factors import (
     extend,
     longrope_attention_factor,
     native_band,
+    near,
     ntk,
     pi,
+    plain_band,
     yarn,
     yarn_attention_factor,
 )
@@ -119,3 +122,62 @@ def test_extend_refuses_a_context_the_model_already_has(context):
     base = Schedule(facts=facts(), bands=(native_band(facts()),))
     with pytest.raises(ScheduleError, match=f"context: {context}, expected more than the 4096"):
         extend(base, context)
+
+
+def farthest(band, n_tokens):
+    """How far the farthest of `n_tokens` seems to be in `band`, in tokens, to a model that was trained without λ."""
+    return band.near_tokens + (n_tokens - band.near_tokens) / np.array(band.rescale_factors)
+
+
+@pytest.mark.parametrize("window", [None, 1, 512, 2048, 4095])
+@pytest.mark.parametrize("context", [5000, 8192, 30000])
+def test_beyond_a_near_window_the_farthest_token_seems_to_be_where_the_model_was_trained_for(window, context):
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    schedule = extend(base, context, "near", near_tokens=window)
+    assert schedule.context == context and schedule.bands[0] == base.bands[0]
+    for band, yarns in zip(schedule.bands[1:], extend(base, context).bands[1:], strict=True):
+        assert band.near_tokens == (window or 2048) and band.attention_factor == 1 and band.found.method == "near"
+        np.testing.assert_allclose(farthest(band, band.context), 4096)
+        assert band.plain == plain_band(facts(), band) == yarns
+
+
+@pytest.mark.parametrize("window", [-1, 0, 4096, 5000])
+def test_a_near_window_that_the_model_was_not_trained_for_is_refused(window):
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    with pytest.raises(ScheduleError, match=rf"near_tokens: {window}, expected 1 to 4095$"):
+        extend(base, 8192, "near", near_tokens=window)
+    with pytest.raises(ScheduleError, match=r"near_tokens: 8, expected it with the method near alone, found yarn"):
+        extend(base, 8192, near_tokens=8)
+    with pytest.raises(ScheduleError, match="near_tokens"):
+        near(64, 2.0, 4096, 4096)
+
+
+def test_a_near_window_on_top_of_the_models_own_factors():
+    own = facts(native_factors=tuple(np.linspace(1, 8, 32).tolist()), native_attention_factor=1.2)
+    base = Schedule(facts=own, bands=(native_band(own),))
+    band = extend(base, 8192, "near", near_tokens=1024).bands[-1]
+    np.testing.assert_allclose(band.rescale_factors, (8192 - 1024) / (4096 - 1024) * np.array(own.native_factors))
+    assert band.attention_factor == 1.2 and band.found.onto == "native"
+    assert band.plain == extend(base, 8192).bands[-1]
+    long = Band(context=16384, rescale_factors=tuple(2 * np.array(own.native_factors)))
+    with pytest.raises(ScheduleError, match=r"near: bands.2.near_tokens: 5000, expected at most the original context"):
+        extend(Schedule(facts=own, bands=(*base.bands, long)), 32768, "near", near_tokens=5000)
+
+
+def test_bands_on_top_of_those_with_a_near_window():
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    windowed = extend(base, 8192, "near")
+    more = extend(windowed, 16384, "near").bands
+    assert more[:2] == windowed.bands and more[2] == extend(base, 16384, "near").bands[-1]
+    band = extend(windowed, 16384, "pi").bands[-1]
+    assert band.near_tokens == 0 and band.plain is None and band.found.onto == "yarn"
+    np.testing.assert_allclose(band.rescale_factors, 2 * np.array(windowed.bands[-1].plain.rescale_factors))
+
+
+def test_the_plain_form_of_a_band_that_brings_none_is_yarns():
+    base = Schedule(facts=facts(), bands=(native_band(facts()),))
+    band = extend(base, 8192, "near").bands[-1].model_copy(update={"plain": None})
+    assert plain_band(facts(), band) == extend(base, 8192).bands[-1]
+    assert plain_band(facts(), native_band(facts())) == native_band(facts())
+    short = band.model_copy(update={"context": 4096})
+    assert plain_band(facts(), short).rescale_factors == (1.0,) * 32

@@ -43,7 +43,7 @@ def test_json_round_trip_is_exact(tmp_path):
     write_schedule(schedule(), path)
     assert read_schedule(path) == schedule()
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.json"]
-    assert json.loads(path.read_text())["format_version"] == 1
+    assert json.loads(path.read_text())["format_version"] == 2
 
 
 def test_a_schedule_cannot_be_changed():
@@ -88,7 +88,7 @@ def test_a_schedule_cannot_be_changed():
         (lambda d: d["bands"][1].update(start_tokens=10**400, force_start_tokens=True), "bands.1.start_tokens: "),
         (lambda d: d.update(format_version=10**400), "format_version 1000000000000000000000000000000000000..."),
         (lambda d: d.update(bands=[]), "bands"),
-        (lambda d: d.update(format_version=2), "format_version 2 is newer"),
+        (lambda d: d.update(format_version=3), "format_version 3 is newer"),
         (lambda d: d.update(typo=1), "typo"),
         (lambda d: d.pop("facts"), "facts: Field required"),
     ],
@@ -102,6 +102,68 @@ def test_an_error_names_what_is_wrong_in_one_line(tmp_path, change, message):
         read_schedule(path)
     assert message in str(caught.value) and str(path) in str(caught.value) and str(caught.value).isprintable()
     assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def windowed(**changes):
+    """A schedule in JSON whose second band has a near window and a plain form."""
+    data = as_dict()
+    plain = {"context": 16384, "rescale_factors": [1, 1, 2, 4]}
+    data["bands"][1].update({"near_tokens": 1024, "rescale_factors": [2, 2, 3, 4], "plain": plain, **changes})
+    return data
+
+
+def test_a_near_window_and_its_plain_band_are_kept(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(windowed()))
+    band = read_schedule(path).bands[1]
+    assert (band.near_tokens, band.plain.rescale_factors) == (1024, (1, 1, 2, 4))
+    write_schedule(read_schedule(path), tmp_path / "again.json")
+    assert read_schedule(tmp_path / "again.json") == read_schedule(path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"near_tokens": -1}, "bands.1.near_tokens: "),
+        ({"near_tokens": 4097}, "bands.1.near_tokens: 4097, expected at most the original context, 4096"),
+        ({"near_tokens": 16384}, "near_tokens: 16384, expected less than the context, 16384"),
+        ({"near_tokens": 8}, "start_tokens: 16, expected at most near_tokens, 8"),
+        ({"rescale_factors": [1, 0.5, 2, 3], "found": {}}, "rescale_factors.1: 0.5, expected at least 1 beyond"),
+        ({"plain": {"context": 8192, "rescale_factors": [1, 1, 1, 1]}}, "without near_tokens for the same context"),
+        ({"plain": {"context": 16384, "rescale_factors": [1, 1]}}, "bands.1.plain.rescale_factors: 2 numbers"),
+        ({"near_tokens": 0}, "plain: there already, expected it in a band with near_tokens alone"),
+        ({"plain": {"plain": {}}}, "bands.1.plain: expected no plain band in a plain band"),
+        ({"plain": [1]}, "bands.1.plain: "),
+        ({"start_tokens": 4, "plain": {"context": 16384}}, "bands.1.plain.rescale_factors: Field required"),
+    ],
+)
+def test_a_near_window_that_cannot_be_is_one_line(tmp_path, changes, message):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(windowed(**changes)))
+    with pytest.raises(ScheduleError) as caught:
+        read_schedule(path)
+    assert message in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_file_of_version_1_is_read_and_written_as_version_2(tmp_path):
+    path, data = tmp_path / "s.json", as_dict()
+    for band in data["bands"]:
+        del band["near_tokens"], band["plain"]
+    path.write_text(json.dumps({**data, "format_version": 1}))
+    assert read_schedule(path) == schedule()
+    write_schedule(read_schedule(path), path)
+    assert json.loads(path.read_text())["format_version"] == 2
+
+
+@pytest.mark.parametrize("name", ["near_tokens", "plain"])
+def test_a_file_of_version_1_has_no_near_window(tmp_path, name):
+    path, data = tmp_path / "s.json", as_dict()
+    for band in data["bands"]:
+        del band["near_tokens"], band["plain"]
+    data["bands"][1][name] = windowed()["bands"][1][name]
+    path.write_text(json.dumps({**data, "format_version": 1}))
+    with pytest.raises(ScheduleError, match=rf"s.json: bands.1.{name}: not in format_version 1, expected"):
+        read_schedule(path)
 
 
 def test_start_tokens_outside_the_set_can_be_forced():

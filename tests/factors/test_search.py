@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ropewalk import UserError
-from ropewalk.factors import RopeFacts, native_band
+from ropewalk.factors import Provenance, RopeFacts, Schedule, native_band, schedule_from_dict
 from ropewalk.factors.search import (
     Budget,
     CmaSettings,
@@ -27,6 +27,7 @@ from ropewalk.factors.search import (
     Screening,
     Settings,
     Space,
+    Task,
     band_key,
     carried,
     search,
@@ -64,6 +65,28 @@ class Valley:
         loss += scale * (digest[0] / 255 - 0.5)
         slope = tuple((4 * away / len(away)).tolist()) if task.gradient else ()
         return Result(loss, 0.001, slope, 8 * attention if task.gradient else 0.0)
+
+
+WINDOWS = replace(SPACE, near_tokens=(0, 512, 1024, 2048, 4096))
+
+
+class Bay(Valley):
+    """As `Valley`; and with near windows a lower one, around one of 1,024 tokens and λ a little below near's."""
+
+    def evaluate(self, task):
+        window = task.band.near_tokens
+        if not window:
+            return super().evaluate(task)
+        self.asked.append((band_key(task.band), task.passage, task.fidelity, task.gradient))
+        candidate = WINDOWS.candidate(task.band)
+        n = WINDOWS.n_fixed
+        away = np.array(candidate.log_factors) - np.log(WINDOWS.stretch(window))
+        away[:n] = 0
+        away[n:] += np.linspace(0.2, 0, len(away) - n)
+        loss = 3.0 + 0.3 * task.passage + 2 * (away**2).mean() + 0.03 * abs(np.log2(window / 1024))
+        loss += 4 * np.log(candidate.attention_factor) ** 2
+        slope = tuple((4 * away / len(away)).tolist()) if task.gradient else ()
+        return Result(loss, 0.001, slope, 8 * np.log(candidate.attention_factor) if task.gradient else 0.0)
 
 
 class Slow(Valley):
@@ -139,6 +162,88 @@ def test_screening_is_used_only_if_it_ranks_bands_like_full_readings():
     _, evaluator, events = run(budget=12, evaluator=Valley(passages=1), screening=Screening(allowed=True))
     assert {asked[2] for asked in evaluator.asked} == {"full"}
     assert any(isinstance(event, Note) and "too small a budget" in event.text for event in events)
+
+
+def in_windows(algorithm="cma", budget=150, evaluator=None, space=WINDOWS, plain=None, **settings):
+    evaluator = evaluator or Bay()
+    settings = Settings(algorithm=algorithm, budget=Budget(evaluations=budget), **settings)
+    return search(InProcess(evaluator), space, settings, plain=plain), evaluator
+
+
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 150), ("gradient", 120), ("evolution", 400)])
+def test_each_algorithm_finds_the_near_window_and_factors_beyond_it(algorithm, budget):
+    outcome, evaluator = in_windows(algorithm, budget)
+    near = Bay().evaluate(Task(WINDOWS.band(WINDOWS.closed_form("near", 1024)), 1)).loss
+    assert outcome.band.near_tokens == 1024 and outcome.band.found.method == algorithm
+    assert outcome.loss < near - 0.005 and outcome.loss < outcome.yarn - 0.1
+    assert outcome.evaluations <= budget + 1e-6 and len(evaluator.asked) == len(set(evaluator.asked))
+    factors = np.array(outcome.band.rescale_factors)
+    assert np.all(np.diff(factors) >= 0) and factors[0] == 1
+    assert set(outcome.baselines) == {"yarn", "ntk", "pi", "near"}
+    plain = outcome.band.plain
+    assert plain.near_tokens == 0 and plain.found.losses == (outcome.plain, outcome.yarn)
+    schedule = Schedule(facts=FACTS, bands=(SPACE.onto, outcome.band))
+    assert schedule_from_dict(schedule.model_dump(), "it") == schedule
+
+
+def test_near_itself_is_found_if_nothing_is_better():
+    class Steep(Bay):
+        def evaluate(self, task):
+            result = super().evaluate(task)
+            near = WINDOWS.band(WINDOWS.closed_form("near", task.band.near_tokens)) if task.band.near_tokens else None
+            return result if near and near.rescale_factors == task.band.rescale_factors else replace(result, loss=9)
+
+    outcome, _ = in_windows(budget=40, evaluator=Steep())
+    assert outcome.band.found.method == "near" and outcome.band.near_tokens == 1024
+    assert outcome.band.plain.found.method == "yarn" and outcome.plain == outcome.yarn
+
+
+def test_a_plain_band_that_is_known_stays_with_a_near_window():
+    known = run(budget=100, evaluator=Bay())[0].band
+    outcome, evaluator = in_windows(budget=60, plain=known)
+    assert outcome.band.near_tokens == 1024 and outcome.plain < outcome.yarn
+    np.testing.assert_allclose(outcome.band.plain.rescale_factors, known.rescale_factors, rtol=1e-6)
+    assert outcome.band.plain.found.method == "cma" and band_key(known) in {asked[0] for asked in evaluator.asked}
+    worse = SPACE.band(SPACE.closed_form("pi"), Provenance(method="pi"))
+    assert in_windows(budget=60, plain=worse)[0].band.plain.found.method == "yarn"
+
+
+class Watched(Bay):
+    """`Bay` that keeps the near windows it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.windows = set()
+
+    def evaluate(self, task):
+        self.windows.add(task.band.near_tokens)
+        return super().evaluate(task)
+
+
+@pytest.mark.parametrize("choices", [(0,), (512,), (0, 4096)])
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 60), ("gradient", 60), ("evolution", 120)])
+def test_only_the_windows_that_are_given_are_read(choices, algorithm, budget):
+    evaluator = Watched()
+    outcome, _ = in_windows(algorithm, budget, evaluator, replace(SPACE, near_tokens=choices))
+    assert evaluator.windows == {0, *choices}  # closed forms without a window are baselines in any case
+    assert outcome.band.near_tokens in choices
+
+
+def test_screening_is_compared_with_full_readings_in_near_windows_as_well():
+    evaluator = Bay()
+    outcome, _ = in_windows(budget=100, evaluator=evaluator, screening=Screening(allowed=True))
+    assert outcome.fidelity == "screen" and outcome.band.near_tokens == 1024
+    reference = band_key(WINDOWS.band(WINDOWS.reference))
+    assert (reference, 2, "full", False) in evaluator.asked  # read in full, as screening keeps its state
+
+
+def test_a_windowed_band_is_carried_to_a_longer_context():
+    short = replace(WINDOWS, context=16384)
+    bent = short.moved(short.seed("near", 2048), np.linspace(-0.1, 0, 32 - short.n_fixed))
+    candidate = carried(short, short.band(bent), WINDOWS)
+    assert candidate.near_tokens == 2048 and candidate.attention_factor == 1
+    assert candidate.log_factors[-1] == pytest.approx(np.log(WINDOWS.stretch(2048)))
+    assert candidate.log_factors[WINDOWS.n_fixed] < np.log(WINDOWS.stretch(2048)) - 0.1
 
 
 @pytest.mark.parametrize(("correlation", "fidelity"), [(0.9, "screen"), (0.7, "full")])
@@ -259,7 +364,7 @@ RUN = """
     from test_search import *
     from pathlib import Path
 
-    class Slow(Valley):
+    class Slow(Bay):
         def evaluate(self, task):
             result = super().evaluate(task)
             with open({log!r}, "a") as file:
@@ -268,16 +373,17 @@ RUN = """
             return result
 
     settings = Settings(algorithm={algorithm!r}, budget=Budget(evaluations=40), gradient_cost=2, seed=5)
-    print(search(InProcess(Slow(noise=0.001)), SPACE, settings, Path({journal!r})).band.model_dump_json())
+    print(search(InProcess(Slow(noise=0.001)), {space}, settings, Path({journal!r})).band.model_dump_json())
 """
 
 
-@pytest.mark.parametrize("algorithm", ["cma", "gradient"])
-def test_killed_at_any_moment_a_search_resumes_to_the_same_result(tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "space"), [("cma", "WINDOWS"), ("gradient", "SPACE"), ("gradient", "WINDOWS")])
+def test_killed_at_any_moment_a_search_resumes_to_the_same_result(tmp_path, algorithm, space):
     def start(name):
         paths = {"log": str(tmp_path / f"{name}.log"), "journal": str(tmp_path / f"{name}.journal")}
-        code = textwrap.dedent(RUN).format(algorithm=algorithm, **paths)
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        code = textwrap.dedent(RUN).format(algorithm=algorithm, space=space, **paths)
+        paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
 
     expected = start("whole").communicate()[0]

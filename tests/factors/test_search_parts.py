@@ -10,7 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ropewalk import UserError
-from ropewalk.factors import START_TOKENS, Band, RopeFacts, native_band, ntk, pi, yarn, yarn_attention_factor
+from ropewalk.factors import (
+    START_TOKENS,
+    Band,
+    RopeFacts,
+    Schedule,
+    native_band,
+    near,
+    ntk,
+    pi,
+    yarn,
+    yarn_attention_factor,
+)
 from ropewalk.factors.search import (
     Budget,
     Candidate,
@@ -22,6 +33,7 @@ from ropewalk.factors.search import (
     Space,
     Task,
     band_key,
+    usual_near_tokens,
 )
 from ropewalk.factors.search.algorithm import Response, Score, Start
 from ropewalk.factors.search.evolution import search as evolve
@@ -31,6 +43,7 @@ from ropewalk.factors.search.space import FAST_ROTATIONS, non_decreasing
 
 FACTS = RopeFacts(n_rot=64, freq_base=100000.0, original_context=8192)
 SPACE = Space(FACTS, native_band(FACTS), 32768)
+WINDOWS = replace(SPACE, near_tokens=(0, 512, 2048, 4096))
 SMALL = Space(
     RopeFacts(n_rot=14, freq_base=10000.0, original_context=64), Band(context=64, rescale_factors=[1] * 7), 256
 )
@@ -128,17 +141,80 @@ def test_a_bands_key_depends_on_all_that_a_loss_depends_on():
     others = [
         {"context": 40000},
         {"start_tokens": 4},
+        {"near_tokens": 512},
         {"attention_factor": band.attention_factor + 2e-6},
         {"rescale_factors": tuple(factors + 2e-6 * (np.arange(32) == 31))},
     ]
     keys = {band_key(band), *(band_key(band.model_copy(update=other)) for other in others)}
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert band_key(band.model_copy(update={"rescale_factors": tuple(factors + 1e-10)})) == band_key(band)
+
+
+def test_the_usual_near_windows():
+    def usual(original):
+        return usual_near_tokens(FACTS.model_copy(update={"original_context": original}))
+
+    assert usual(8192) == (0, 512, 1024, 2048, 4096)
+    assert usual(2048) == usual(3000)[:3] == (0, 512, 1024)
+    assert (usual(256), usual(1)) == ((0, 128), (0, 0))
+    assert WINDOWS.windows == (512, 2048, 4096) and WINDOWS.usual_window == 4096 and SPACE.usual_window == 0
+    assert WINDOWS.reference == WINDOWS.closed_form("near", 4096) and SPACE.reference == SPACE.seed("yarn")
+
+
+@pytest.mark.parametrize("window", [512, 2048, 4096])
+def test_near_is_the_closed_form_and_within_the_space_but_for_fixed_pairs(window):
+    candidate = WINDOWS.closed_form("near", window)
+    band = WINDOWS.band(candidate)
+    assert (candidate.near_tokens, candidate.attention_factor) == (window, 1)
+    np.testing.assert_allclose(band.rescale_factors, near(64, 4, 8192, window), rtol=1e-8)
+    assert WINDOWS.candidate(band).near_tokens == band.near_tokens == window
+    seed = WINDOWS.seed("near", window)
+    assert seed == WINDOWS.project(seed) and set(seed.log_factors[: WINDOWS.n_fixed]) == {0.0}
+    assert seed.log_factors[WINDOWS.n_fixed :] == candidate.log_factors[WINDOWS.n_fixed :]
+
+
+def test_candidates_with_a_near_window_stay_within_the_bounds_of_schedules():
+    rng = np.random.default_rng(1)
+    for window in (512, 1000, 2048, 8000):
+        for _ in range(20):
+            values = tuple(rng.normal(1, 1.5, 32))
+            candidate = WINDOWS.project(Candidate(values, int(rng.integers(0, 900)), 1.0, window))
+            assert candidate.near_tokens in WINDOWS.windows and candidate.start_tokens <= candidate.near_tokens
+            factors = np.array(WINDOWS.band(candidate).rescale_factors)
+            assert np.all(np.diff(factors) >= 0) and factors[0] == 1
+            stretch = (32768 - candidate.near_tokens) / (8192 - candidate.near_tokens)
+            assert factors[-1] <= 1.25 * stretch * (1 + 1e-6)
+            Schedule(facts=FACTS, bands=(WINDOWS.onto, WINDOWS.band(candidate)))
+    only = replace(WINDOWS, near_tokens=(2048,))
+    assert only.project(only.closed_form("yarn")).near_tokens == 0  # YaRN stays what it is
+    assert only.project(Candidate((0.0,) * 32, near_tokens=7)).near_tokens == 2048
+    narrow = replace(WINDOWS, near_tokens=(0, 64))
+    assert narrow.project(Candidate((0.0,) * 32, 256, near_tokens=64)).start_tokens == 64
+
+
+def test_another_near_window_stretches_the_factors():
+    wide, narrow = (WINDOWS.seed("near", window) for window in (4096, 512))
+    np.testing.assert_allclose(WINDOWS.with_window(wide, 512).log_factors, narrow.log_factors)
+    bent = WINDOWS.moved(wide, np.linspace(-0.2, 0.1, 32 - WINDOWS.n_fixed))
+    back = WINDOWS.with_window(WINDOWS.with_window(bent, 512), 4096)
+    np.testing.assert_allclose(back.log_factors, bent.log_factors)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"near_tokens": ()}, "near tokens: none, expected"),
+        ({"near_tokens": (0, -1)}, "near tokens: -1, expected 0 to 8191"),
+        ({"near_tokens": (8192,)}, "near tokens: 8192, expected 0 to 8191"),
+        ({"onto": Band(context=8192, rescale_factors=[1] * 32, near_tokens=9)}, "near_tokens: 9 in the band to extend"),
+        (
+            {
+                "onto": Band(context=8192, rescale_factors=[1] * 32, start_tokens=64),
+                "start_tokens": (64,),
+                "near_tokens": (8,),
+            },
+            "near tokens: 8, expected at least the 64 start tokens, or 0",
+        ),
         ({"onto": Band(context=8192, rescale_factors=[1, 1])}, r"rescale_factors: 2 numbers, expected n_rot/2 = 32"),
         ({"context": 4096}, "context: 4096, expected at least 8192"),
         ({"fixed_pairs": 32}, "fixed pairs: 32, expected 0 to 31"),
@@ -231,6 +307,27 @@ def test_evolution_takes_seeds_searches_attention_and_respects_small_settings():
     assert len(factors) > 10 and min(factors) >= 1 and max(factors) <= space.attention_bounds[1]
     requests, _ = drive(generations=3, population=3, parents=1, mutations=2, crossovers=2)
     assert [len(request.candidates) for request in requests] == [3, 4, 4, 4]
+
+
+def test_evolution_chooses_near_windows():
+    def window_hill(candidate):
+        return hill(replace(candidate, start_tokens=16)) + abs(math.log2((candidate.near_tokens + 1) / 2049)) / 10
+
+    space = replace(WINDOWS, fixed_pairs=1)
+    near_forms = tuple(space.closed_form("near", window) for window in space.windows)
+    requests, lowest = drive(window_hill, space=space, extra=near_forms, generations=6)
+    first = requests[0].candidates
+    assert [candidate.near_tokens for candidate in first[:6]] == [0, 0, 0, 512, 2048, 4096]
+    assert {candidate.near_tokens for candidate in first[6:]} == {0, 512, 2048, 4096}
+    for request in requests:
+        for candidate in request.candidates:
+            np.testing.assert_allclose(space.project(candidate).log_factors, candidate.log_factors, atol=1e-9)
+            free = np.array(space.band(candidate).rescale_factors[1:])
+            np.testing.assert_allclose(free, free.round(2), atol=1e-8)
+    assert lowest[-1] < window_hill(near_forms[1])
+    assert min(requests[-1].rivals, key=window_hill).near_tokens == 2048
+    only, _ = drive(window_hill, space=replace(space, near_tokens=(512,)), extra=near_forms[:1], generations=1)
+    assert {candidate.near_tokens for request in only for candidate in request.candidates} == {512}
 
 
 def test_evolution_ends_if_there_is_no_new_candidate():
@@ -420,8 +517,8 @@ def test_another_searchs_journal_is_refused(tmp_path):
     with pytest.raises(UserError, match="the journal of another search"):
         Journal(path, "b")
     assert path.read_bytes() == data
-    path.write_bytes(data.replace(b'"ropewalk_search": 1', b'"ropewalk_search": 2', 1))
-    with pytest.raises(UserError, match="journal version 2, expected 1"):
+    path.write_bytes(data.replace(b'"ropewalk_search": 2', b'"ropewalk_search": 1', 1))
+    with pytest.raises(UserError, match="journal version 1, expected 2"):
         Journal(path, "a")
 
 

@@ -14,7 +14,7 @@ from fuzzing import check_line, rounds
 from ropewalk.container import freq_scale, plain_context, read_header, schedule_of, trained_schedule, what_stock_does
 from ropewalk.convert import embed_schedule, plan_extension
 from ropewalk.errors import UserError
-from ropewalk.factors import read_schedule
+from ropewalk.factors import METHODS, read_schedule
 from ropewalk.runtime import choose_kv
 from ropewalk.runtime.loading import check_loadable
 
@@ -48,18 +48,20 @@ KEYS = """
 """.split()  # noqa: SIM905
 GENERAL = ("split.no", "split.count", "split.tensors.count", "general.type", "general.name", "tokenizer.ggml.model")
 SCHEDULE = {
-    "format_version": (T.UINT32, 1),
+    "format_version": (T.UINT32, 2),
     "band_count": (T.UINT32, 1),
     "facts.n_rot": (T.UINT32, 32),
     "facts.freq_base": (T.FLOAT64, 10000.0),
     "facts.original_context": (T.UINT32, 256),
     "facts.native_attention_factor": (T.FLOAT64, 1.0),
     "band.0.context": (T.UINT32, 256),
+    "band.0.near_tokens": (T.UINT32, 8),
     "band.0.start_tokens": (T.UINT32, 0),
     "band.0.attention_factor": (T.FLOAT64, 1.0),
     "band.0.found.method": (T.STRING, "x"),
     "band.0.found.seed": (T.INT64, 1),
 }
+PLAIN = {f"band.0.plain.{name}": SCHEDULE[f"band.0.{name}"] for name in ("context", "start_tokens", "attention_factor")}
 
 
 def write_odd(path: Path, rng: random.Random) -> None:
@@ -101,10 +103,12 @@ def write_odd(path: Path, rng: random.Random) -> None:
 
 
 def _add_schedule(writer: gguf.GGUFWriter, rng: random.Random) -> None:
-    for key, right in SCHEDULE.items():
+    has_plain = rng.random() < 0.3
+    for key, right in (SCHEDULE | PLAIN if has_plain else SCHEDULE).items():
         kind, value = right if rng.random() < 0.9 else rng.choice(VALUES)
         writer.add_key_value(f"ropewalk.{key}", value, kind)
-    writer.add_key_value("ropewalk.band.0.rescale_factors", _factors(rng), T.ARRAY, sub_type=T.FLOAT64)
+    for name in ("band.0.rescale_factors", *(["band.0.plain.rescale_factors"] if has_plain else [])):
+        writer.add_key_value(f"ropewalk.{name}", _factors(rng), T.ARRAY, sub_type=T.FLOAT64)
 
 
 def _factors(rng: random.Random) -> list[float]:
@@ -121,7 +125,7 @@ def use(path: Path, rng: random.Random) -> None:
     plain_context(header)
     check_loadable(header)
     choose_kv(header, min(schedule.context, 1 << 20), rng.choice(("auto", "f16", "q8_0")))
-    plan = plan_extension(header, min(schedule.context * 2, 1 << 22), rng.choice(("yarn", "ntk", "pi")))
+    plan = plan_extension(header, min(schedule.context * 2, 1 << 22), rng.choice(tuple(METHODS)))
     embed_schedule(path, path.with_name("out.gguf"), plan.schedule, force=True)
     schedule_of(read_header(path.with_name("out.gguf")))
 

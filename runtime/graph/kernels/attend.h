@@ -4,6 +4,9 @@
  * maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), weights, and the weighted sum of V. Scores are to the
  * base 2: the queries are multiplied by log2(e).
  *
+ * With a near window there are two sides: the queries and keys of near distances, and those of far ones (near.h). Without
+ * one, all distances are far.
+ *
  * K's blocks of whole numbers stay whole (`whole`) where pairs of 16-bit numbers are multiplied by one instruction: the
  * queries are rounded to 15 bits, far more than bfloat16 has, and a block's sum is multiplied by its scale. A block's
  * minimum is multiplied by the sum of the queries there.
@@ -12,6 +15,7 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "near.h"
 #include "panels.h"
 
 /* Whether K's whole numbers are multiplied as they are. */
@@ -24,15 +28,34 @@ INLINE bool keeps_whole(const struct attention *a) {
 #endif
 }
 
+/* Queries and keys of near or far distances, and their scores. */
+struct side {
+    int64_t queries, query_scales, query_sums, k_panels, k_scales, k_minima, scores;
+};
+
 /* Memory of one piece, in words; a row of queries is a query head's vector for one token. */
 struct attend_layout {
     int64_t n_rows, k_words, k_room, v_padded, chunk;
     bool whole;
-    int64_t queries, query_scales, query_sums, k_panels, k_scales, k_minima, v_panels, scores, weights, out, sum, greatest, row, seen, total;
+    struct side far, near;
+    int64_t v_panels, weights, out, sum, greatest, row, key, seen, reach, total;
 };
 
+INLINE int64_t place_side(struct side *side, const struct attention *a, const struct attend_layout *l, int64_t at) {
+#define PLACE(field, n) (side->field = at, at += round_up(n, 16))
+    PLACE(queries, l->n_rows * l->k_words + VL);
+    PLACE(query_scales, l->whole ? l->n_rows : 0);
+    PLACE(query_sums, l->whole ? l->n_rows * a->k_size / 32 : 0);
+    PLACE(k_panels, l->chunk * l->k_room);
+    PLACE(k_scales, l->whole ? l->chunk * a->k_size / 32 : 0);
+    PLACE(k_minima, l->whole ? l->chunk * a->k_size / 32 : 0);
+    PLACE(scores, MR * l->chunk);
+#undef PLACE
+    return at;
+}
+
 INLINE struct attend_layout attend_layout(const struct attention *a, const struct attention_piece *p, int bf) {
-    struct attend_layout l;
+    struct attend_layout l = {0};
     int64_t at = 0, largest = a->k_size > a->v_size ? a->k_size : a->v_size;
     l.chunk = largest <= 128 ? 256 : 128;
     l.n_rows = (p->stop_head - p->first_head) * (p->stop_token - p->first_token) * a->group;
@@ -41,20 +64,18 @@ INLINE struct attend_layout attend_layout(const struct attention *a, const struc
     l.k_room = round_up(l.k_words, VL);
     l.v_padded = a->v_padded;
 #define PLACE(field, n) (l.field = at, at += round_up(n, 16))
-    PLACE(queries, l.n_rows * l.k_words + VL);
-    PLACE(query_scales, l.whole ? l.n_rows : 0);
-    PLACE(query_sums, l.whole ? l.n_rows * a->k_size / 32 : 0);
-    PLACE(k_panels, l.chunk * l.k_room);
-    PLACE(k_scales, l.whole ? l.chunk * a->k_size / 32 : 0);
-    PLACE(k_minima, l.whole ? l.chunk * a->k_size / 32 : 0);
+    at = place_side(&l.far, a, &l, at);
+    if (a->window)
+        at = place_side(&l.near, a, &l, at);
     PLACE(v_panels, words_of(l.chunk, bf) * l.v_padded);
-    PLACE(scores, MR * l.chunk);
     PLACE(weights, MR * l.chunk);
     PLACE(out, l.n_rows * l.v_padded);
     PLACE(sum, l.n_rows);
     PLACE(greatest, l.n_rows);
     PLACE(row, VL * (round_up(largest, PANEL) + PANEL));
+    PLACE(key, 2 * a->k_size);
     PLACE(seen, p->stop_token - p->first_token);
+    PLACE(reach, p->stop_token - p->first_token);
 #undef PLACE
     l.total = at;
     return l;
@@ -173,13 +194,17 @@ INLINE void prefetch(const char *cell, int64_t bytes) {
         __builtin_prefetch(cell + (i < bytes ? i : bytes - 1), 0, 2);
 }
 
+enum { WHOLE_LIMIT = (1 << 14) - 1 }; /* of a rounded query: the sum of a block fits into 32 bits */
+enum { NEAR_LIMIT = (1 << 13) - 1 };  /* likewise of a rounded query and a rounded key */
+
 #ifdef ISA_VNNI
 #include "attend_whole.h"
 #endif
 
-/* Unpack a chunk's cells of one head into panels of K; what is missing in the last panel is 0. */
-INLINE void pack_keys(const struct attention *a, const struct attend_layout *l, uint32_t *memory, const char *k, int64_t n,
-                      int64_t ahead, int bf) {
+/* Unpack a chunk's cells of one head into panels of K, as near keys where they are given their `positions`; what is
+ * missing in the last panel is 0. */
+INLINE void pack_keys(const struct attention *a, const struct attend_layout *l, uint32_t *memory, const char *k,
+                      const int32_t *positions, int64_t n, int64_t ahead, int bf) {
     float *row = (float *)memory + l->row;
     int64_t step = round_up(a->k_size, PANEL), k_step = (int64_t)a->k->nb[1];
     int64_t bytes = row_bytes(a->types, a->k->type, a->k_size);
@@ -188,14 +213,17 @@ INLINE void pack_keys(const struct attention *a, const struct attend_layout *l, 
             float *to = row + i * step;
             if (ahead)
                 prefetch(k + (cell + i + ahead) * k_step, bytes);
-            if (cell + i < n)
+            if (cell + i < n && positions)
+                near_key(a, k + (cell + i) * k_step, positions[cell + i], to);
+            else if (cell + i < n)
                 unpack(a->types, a->k->type, k + (cell + i) * k_step, to, a->k_size);
             else
                 memset(to, 0, (size_t)a->k_size * 4);
             to_words(to, a->k_size, (uint32_t *)to, bf);
         }
         pack_columns((uint32_t *)row, step, l->k_words,
-                     memory + l->k_panels + cell / PANEL * l->k_room * PANEL, (int)(cell % PANEL));
+                     memory + (positions ? l->near : l->far).k_panels + cell / PANEL * l->k_room * PANEL,
+                     (int)(cell % PANEL));
     }
 }
 
@@ -219,37 +247,55 @@ INLINE void pack_values(const struct attention *a, const struct attend_layout *l
 }
 
 INLINE void pack_cells(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t stream,
-                       int64_t head, int64_t first, int64_t n, int bf) {
+                       int64_t head, int64_t first, int64_t n, int32_t sides, int bf) {
     const char *k = cell_of(a->k, stream, head, first), *v = cell_of(a->v, stream, head, first);
     int64_t ahead = first + 2 * l->chunk <= a->n_cells ? l->chunk : 0; /* the next chunk's, if it is as long */
+    const int32_t *positions = sides & NEAR ? positions_of(a, stream, first) : NULL;
+#ifdef ISA_VNNI
+    if (l->whole && sides & NEAR)
+        pack_whole_near(a, l, memory, k, positions, n);
+    if (l->whole && sides & FAR)
+        pack_whole_keys(a, l, memory, k, n, ahead);
+#endif
+    for (int32_t side = FAR; side <= NEAR && !l->whole; side++)
+        if (sides & side)
+            pack_keys(a, l, memory, k, side == NEAR ? positions : NULL, n, ahead, bf);
+    pack_values(a, l, memory, v, n, ahead, bf);
+}
+
+/* The scores of a strip of rows [at, at + n) for the packed cells of one side. */
+INLINE void score_side(const struct attention *a, const struct attend_layout *l, const struct side *side, uint32_t *memory,
+                       int64_t at, int n, int64_t n_cells, int bf) {
+    (void)a;
 #ifdef ISA_VNNI
     if (l->whole)
-        pack_whole_keys(a, l, memory, k, n, ahead);
-    else
+        multiply_whole(a, l, side, memory, at, n, n_cells);
 #endif
-        pack_keys(a, l, memory, k, n, ahead, bf);
-    pack_values(a, l, memory, v, n, ahead, bf);
+    for (int64_t c = 0; !l->whole && c < n_cells; c += PANEL)
+        multiply(n, memory + side->queries + at * l->k_words, l->k_words, memory + side->k_panels + c * l->k_room,
+                 l->k_words, (float *)memory + side->scores + c, l->chunk, NULL, bf);
 }
 
 /* Score, weigh and sum one strip of rows [at, at + n) of a head over the packed cells. */
 INLINE void attend_strip(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
                          uint32_t *memory, int64_t at, int n, int64_t first_row, int64_t head, int64_t first_cell,
-                         int64_t n_cells, int bf) {
-    float *scores = (float *)memory + l->scores, *out = (float *)memory + l->out + at * l->v_padded, factor[MR];
+                         int64_t n_cells, int32_t sides, int bf) {
+    float *far = (float *)memory + l->far.scores, *near = (float *)memory + l->near.scores;
+    float *out = (float *)memory + l->out + at * l->v_padded, factor[MR];
     uint32_t *weights = memory + l->weights;
-    const int32_t *seen = (const int32_t *)memory + l->seen;
+    const int32_t *seen = (const int32_t *)memory + l->seen, *reach = (const int32_t *)memory + l->reach;
     int64_t weight_words = words_of(n_cells, bf);
-#ifdef ISA_VNNI
-    if (l->whole)
-        multiply_whole(a, l, memory, at, n, n_cells);
-#endif
-    for (int64_t c = 0; !l->whole && c < n_cells; c += PANEL)
-        multiply(n, memory + l->queries + at * l->k_words, l->k_words, memory + l->k_panels + c * l->k_room, l->k_words,
-                 scores + c, l->chunk, NULL, bf);
+    for (int32_t side = FAR; side <= NEAR; side++) /* one call, as all of it is inlined */
+        if (sides & side)
+            score_side(a, l, side == NEAR ? &l->near : &l->far, memory, at, n, n_cells, bf);
     for (int r = 0; r < n; r++) {
         int64_t row = at + r - first_row, token = row / a->group, query_head = head * a->group + row % a->group;
         const uint16_t *mask = seen[token] == SEEN ? NULL : mask_row(a, p->stream, p->first_token + token) + first_cell;
-        factor[r] = weigh(scores + r * l->chunk, n_cells, mask, alibi_slope(a, query_head), a->softcap,
+        float *scores = (reach[token] & FAR || !(sides & NEAR) ? far : near) + r * l->chunk;
+        if (reach[token] == (FAR | NEAR))
+            choose(a, row_position(a, p->stream, p->first_token + token), positions_of(a, p->stream, first_cell),
+                   near + r * l->chunk, scores, n_cells);
+        factor[r] = weigh(scores, n_cells, mask, alibi_slope(a, query_head), a->softcap,
                           (float *)memory + l->greatest + at + r, (float *)memory + l->sum + at + r,
                           weights + r * l->chunk, bf);
     }
@@ -269,23 +315,33 @@ INLINE bool look(const struct attention *a, const struct attention_piece *p, int
     return any;
 }
 
+INLINE void write_query(const struct attention *a, const struct attend_layout *l, const struct side *side,
+                        uint32_t *memory, int64_t at, const float *row, int32_t limit, int bf) {
+    (void)limit;
+#ifdef ISA_VNNI
+    if (l->whole) {
+        round_whole(l, side, memory, at, row, a->k_size, limit);
+        return;
+    }
+#endif
+    to_words(row, a->k_size, memory + side->queries + at * l->k_words, bf);
+}
+
 INLINE void prepare_queries(const struct attention *a, const struct attention_piece *p, const struct attend_layout *l,
                             uint32_t *memory, int bf) {
-    float scale = query_scale(a), *row = (float *)memory + l->row;
+    float scale = query_scale(a), *far = (float *)memory + l->key, *near = far + a->k_size;
     int64_t at = 0;
     for (int64_t head = p->first_head; head < p->stop_head; head++)
         for (int64_t token = p->first_token; token < p->stop_token; token++)
             for (int64_t g = 0; g < a->group; g++, at++) {
                 const float *q = query_row(a, p->stream, token, head * a->group + g);
-                for (int64_t i = 0; i < a->k_size; i++)
-                    row[i] = q[i] * scale;
-#ifdef ISA_VNNI
-                if (l->whole) {
-                    round_whole(l, memory, at, row, a->k_size);
-                    continue;
+                if (a->window) {
+                    two_queries(a, p->stream, token, q, scale, near, far);
+                    write_query(a, l, &l->near, memory, at, near, NEAR_LIMIT, bf);
                 }
-#endif
-                to_words(row, a->k_size, memory + l->queries + at * l->k_words, bf);
+                for (int64_t i = 0; !a->window && i < a->k_size; i++)
+                    far[i] = q[i] * scale;
+                write_query(a, l, &l->far, memory, at, far, WHOLE_LIMIT, bf);
             }
 }
 
@@ -319,18 +375,20 @@ INLINE void attend_as(const struct attention *a, const struct attention_piece *p
     for (int64_t cell = p->first_cell; cell < p->stop_cell; cell += l.chunk) {
         int64_t n = p->stop_cell - cell < l.chunk ? p->stop_cell - cell : l.chunk;
         int32_t *seen = (int32_t *)memory + l.seen;
+        int32_t *reach = (int32_t *)memory + l.reach;
         if (!look(a, p, seen, cell, n))
             continue;
+        int32_t sides = measure(a, p, seen, reach, cell, n);
         for (int64_t head = p->first_head; head < p->stop_head; head++) {
             int64_t first_row = (head - p->first_head) * head_rows;
-            pack_cells(a, &l, memory, p->stream, head, cell, n, bf);
+            pack_cells(a, &l, memory, p->stream, head, cell, n, sides, bf);
             for (int64_t at = 0; at < head_rows; at += MR) {
                 int rows = (int)(head_rows - at < MR ? head_rows - at : MR);
-                bool any = false;
+                int32_t strip = 0;
                 for (int64_t t = at / a->group; t <= (at + rows - 1) / a->group; t++)
-                    any |= seen[t] != HIDDEN;
-                if (any)
-                    attend_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, n, bf);
+                    strip |= seen[t] == HIDDEN ? 0 : reach[t];
+                if (strip)
+                    attend_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, n, strip, bf);
             }
         }
     }

@@ -18,7 +18,8 @@ enum { PARTS = 32 / VL }; /* vectors of 32 values */
 /* Memory of one piece, in words. */
 struct few_layout {
     int64_t n_rows, k_blocks, v_blocks, k_words, v_padded, chunk;
-    int64_t queries, bytes, k_scales, v_scales, scores, weights, out, sum, greatest, row, seen, total;
+    int64_t queries, bytes, k_scales, v_scales, scores, weights, out, sum, greatest, row, seen, reach, total;
+    int64_t near_queries, near_keys, near_scores; /* with a window: floats */
 };
 
 INLINE bool has_values(int type) {
@@ -64,6 +65,10 @@ INLINE struct few_layout few_layout(const struct attention *a, const struct atte
     PLACE(greatest, l.n_rows);
     PLACE(row, FEW_STRIP * 16 * 16 > a->k_size ? FEW_STRIP * 16 * 16 : a->k_size);
     PLACE(seen, p->stop_token - p->first_token);
+    PLACE(reach, p->stop_token - p->first_token);
+    PLACE(near_queries, a->window ? (l.n_rows + 1) * a->k_size : 0);
+    PLACE(near_keys, a->window ? FEW_CHUNK * a->k_size : 0);
+    PLACE(near_scores, a->window ? FEW_STRIP * FEW_CHUNK : 0);
 #undef PLACE
     l.total = at;
     return l;
@@ -230,18 +235,21 @@ FEW_FUNCTIONS(iq4_nl, TYPE_IQ4_NL)
 
 INLINE void few_queries(const struct attention *a, const struct attention_piece *p, const struct few_layout *l,
                         uint32_t *memory) {
-    float scale = query_scale(a), *row = (float *)memory + l->row;
+    float scale = query_scale(a), *floats = (float *)memory;
+    float *row = floats + l->near_queries + l->n_rows * a->k_size; /* where they are rounded, and there is a window */
     int64_t at = 0;
     for (int64_t head = p->first_head; head < p->stop_head; head++)
         for (int64_t token = p->first_token; token < p->stop_token; token++)
             for (int64_t g = 0; g < a->group; g++, at++) {
                 const float *q = query_row(a, p->stream, token, head * a->group + g);
-                float *to = rounds_queries(a) ? row : (float *)memory + l->queries + at * a->k_size;
-                for (int64_t i = 0; i < a->k_size; i++)
+                float *to = !rounds_queries(a) ? floats + l->queries + at * a->k_size : a->window ? row : floats + l->row;
+                if (a->window)
+                    two_queries(a, p->stream, token, q, scale, floats + l->near_queries + at * a->k_size, to);
+                for (int64_t i = 0; !a->window && i < a->k_size; i++)
                     to[i] = q[i] * scale;
 #ifdef ISA_VNNI
                 if (rounds_queries(a))
-                    round_query(l, memory, at, row, a->k_size);
+                    round_query(l, memory, at, to, a->k_size);
 #endif
             }
 }
@@ -262,19 +270,38 @@ INLINE void few_scores(const struct attention *a, const struct few_layout *l, ui
                  floats + l->k_scales + i, floats + l->queries + at * a->k_size, floats + l->row, scores + i)
 }
 
+/* Likewise as near keys. */
+INLINE void few_near_scores(const struct attention *a, const struct few_layout *l, float *floats, int64_t at, int rows,
+                            int64_t n) {
+    for (int64_t i = 0; i < n; i += VL)
+        few_dots_f32(rows, (const char *)(floats + l->near_keys + i * a->k_size), a->k_size * 4, 0, 128, l->k_blocks, n - i,
+                     floats + l->k_scales, floats + l->near_queries + at * a->k_size, floats + l->row,
+                     floats + l->near_scores + i);
+}
+
 /* Score, weigh and sum rows [at, at + rows) of a head over a chunk's cells. */
 INLINE void few_strip(const struct attention *a, const struct attention_piece *p, const struct few_layout *l,
                       uint32_t *memory, int64_t at, int rows, int64_t first_row, int64_t head, int64_t first_cell,
-                      const char *k, const char *v, int64_t n, bool next) {
+                      const char *k, const char *v, int64_t n, bool next, int32_t sides) {
     float *floats = (float *)memory, *scores = floats + l->scores, factor[FEW_STRIP];
     bool scaled_values = has_integers(a->v->type);
-    few_scores(a, l, memory, at, rows, k, n, next ? l->chunk * (int64_t)a->k->nb[1] : 0);
+    if (sides & FAR)
+        few_scores(a, l, memory, at, rows, k, n, next ? l->chunk * (int64_t)a->k->nb[1] : 0);
+    if (sides & NEAR)
+        few_near_scores(a, l, floats, at, rows, n);
     for (int r = 0; r < rows; r++) {
         int64_t row = at + r - first_row, token = row / a->group;
         float *row_scores = scores + r * FEW_CHUNK, *weights = floats + l->weights + r * l->v_blocks * FEW_CHUNK;
         const uint16_t *mask = ((int32_t *)memory)[l->seen + token] == SEEN
                                    ? NULL
                                    : mask_row(a, p->stream, p->first_token + token) + first_cell;
+        int32_t reach = ((int32_t *)memory)[l->reach + token];
+        const float *near = floats + l->near_scores + r * FEW_CHUNK;
+        if (!(reach & FAR) && sides & NEAR)
+            memcpy(row_scores, near, (size_t)n * 4);
+        if (reach == (FAR | NEAR))
+            choose(a, row_position(a, p->stream, p->first_token + token), positions_of(a, p->stream, first_cell), near,
+                   row_scores, n);
         factor[r] = weigh(row_scores, n, mask, alibi_slope(a, head * a->group + row % a->group), a->softcap,
                           floats + l->greatest + at + r, floats + l->sum + at + r, (uint32_t *)row_scores, 0);
         for (int64_t block = 0; scaled_values && block < l->v_blocks; block++)
@@ -298,19 +325,21 @@ INLINE void few_strip(const struct attention *a, const struct attention_piece *p
 
 /* Read a chunk's scales of one head, and K's bytes where these are multiplied as they are. */
 INLINE void few_prepare(const struct attention *a, const struct few_layout *l, uint32_t *memory, const char *k,
-                        const char *v, int64_t n, bool next) {
+                        const char *v, const int32_t *positions, int64_t n, bool next, int32_t sides) {
     int64_t k_step = (int64_t)a->k->nb[1], v_step = (int64_t)a->v->nb[1];
     for (int64_t i = 0; i < n; i += 16) {
         int64_t some = n - i < 16 ? n - i : 16;
-        if (has_integers(a->k->type))
+        if (has_integers(a->k->type) && sides & FAR)
             few_scales(k + i * k_step, k_step, bytes32(a->k->type, a->types), l->k_blocks, some, (float *)memory + l->k_scales + i);
         if (has_integers(a->v->type))
             few_scales(v + i * v_step, v_step, bytes32(a->v->type, a->types), l->v_blocks, some, (float *)memory + l->v_scales + i);
 #ifdef ISA_VNNI
-        if (rounds_queries(a))
+        if (rounds_queries(a) && sides & FAR)
             pack_key_bytes(a, l, memory, k + i * k_step, i, some, next ? l->chunk * k_step : 0);
 #endif
     }
+    for (int64_t i = 0; i < n && sides & NEAR; i++)
+        near_key(a, k + i * k_step, positions[i], (float *)memory + l->near_keys + i * a->k_size);
     (void)next;
 }
 
@@ -328,13 +357,15 @@ INLINE void attend_few(const struct attention *a, const struct attention_piece *
         bool next = cell + 2 * l.chunk <= a->n_cells; /* a whole chunk follows: it can be prefetched */
         if (!look(a, p, (int32_t *)memory + l.seen, cell, n))
             continue;
+        int32_t sides = measure(a, p, (int32_t *)memory + l.seen, (int32_t *)memory + l.reach, cell, n);
+        const int32_t *positions = sides & NEAR ? positions_of(a, p->stream, cell) : NULL;
         for (int64_t head = p->first_head; head < p->stop_head; head++) {
             const char *k = cell_of(a->k, p->stream, head, cell), *v = cell_of(a->v, p->stream, head, cell);
             int64_t first_row = (head - p->first_head) * head_rows;
-            few_prepare(a, &l, memory, k, v, n, next);
+            few_prepare(a, &l, memory, k, v, positions, n, next, sides);
             for (int64_t at = 0; at < head_rows; at += strip) {
                 int rows = (int)(head_rows - at < strip ? head_rows - at : strip);
-                few_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, k, v, n, next);
+                few_strip(a, p, &l, memory, first_row + at, rows, first_row, head, cell, k, v, n, next, sides);
             }
         }
     }

@@ -3,26 +3,26 @@
  */
 #pragma once
 
-enum { WHOLE_LIMIT = (1 << 14) - 1 }; /* of a rounded query: the sum of a block fits into 32 bits */
 enum { WHOLE_ROWS = 6 };              /* 12 of 32 registers are whole sums, 12 their sums in floats */
 
 /* Round a row of queries. Where one is not a number, neither is the scale, so that the failure is seen in the result. */
-INLINE void round_whole(const struct attend_layout *l, uint32_t *memory, int64_t at, const float *row, int64_t n) {
-    int16_t *to = (int16_t *)(memory + l->queries + at * l->k_words);
+INLINE void round_whole(const struct attend_layout *l, const struct side *side, uint32_t *memory, int64_t at,
+                        const float *row, int64_t n, int32_t limit) {
+    int16_t *to = (int16_t *)(memory + side->queries + at * l->k_words);
     vf most = v_set(0.0f), finite = v_set(0.0f);
     for (int64_t i = 0; i < n; i += 16) {
         most = v_max(most, _mm512_abs_ps(v_load(row + i)));
         finite = v_fma(v_load(row + i), v_set(0.0f), finite);
     }
     float greatest = v_max_lane(most);
-    vf up = v_set(greatest > 0.0f ? WHOLE_LIMIT / greatest : 0.0f);
-    ((float *)memory)[l->query_scales + at] = greatest / WHOLE_LIMIT + v_sum(finite);
+    vf up = v_set(greatest > 0.0f ? (float)limit / greatest : 0.0f);
+    ((float *)memory)[side->query_scales + at] = greatest / (float)limit + v_sum(finite);
     for (int64_t i = 0; i < n; i += 32) {
         __m512i first = _mm512_cvtps_epi32(v_mul(v_load(row + i), up));
         __m512i last = _mm512_cvtps_epi32(v_mul(v_load(row + i + 16), up));
         _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtepi32_epi16(first));
         _mm256_storeu_si256((__m256i *)(to + i + 16), _mm512_cvtepi32_epi16(last));
-        ((float *)memory)[l->query_sums + at * (n / 32) + i / 32] = (float)_mm512_reduce_add_epi32(_mm512_add_epi32(first, last));
+        ((float *)memory)[side->query_sums + at * (n / 32) + i / 32] = (float)_mm512_reduce_add_epi32(_mm512_add_epi32(first, last));
     }
 }
 
@@ -30,7 +30,7 @@ INLINE void pack_whole_of(int type, const struct attention *a, const struct atte
                           const char *k, int64_t n, int64_t ahead) {
     int64_t step = (int64_t)a->k->nb[1], block_bytes = a->types[type].block_bytes, blocks = a->k_size / 32;
     uint32_t *rows = memory + l->row;
-    float *scales = (float *)memory + l->k_scales, *minima = (float *)memory + l->k_minima;
+    float *scales = (float *)memory + l->far.k_scales, *minima = (float *)memory + l->far.k_minima;
     for (int64_t cell = 0; cell < round_up(n, PANEL); cell += 16) {
         for (int64_t block = 0; block < blocks; block++) {
             uint16_t halves[16] = {0}, least[16] = {0};
@@ -47,7 +47,7 @@ INLINE void pack_whole_of(int type, const struct attention *a, const struct atte
                 }
                 _mm512_storeu_si512(rows + i * 16, values);
             }
-            transpose(rows, 16, memory + l->k_panels + cell / PANEL * l->k_room * PANEL + block * 16 * PANEL + cell % PANEL,
+            transpose(rows, 16, memory + l->far.k_panels + cell / PANEL * l->k_room * PANEL + block * 16 * PANEL + cell % PANEL,
                       PANEL);
             v_store(scales + block * l->chunk + cell, v_halves(halves));
             if (has_minimum(type))
@@ -66,6 +66,35 @@ INLINE void pack_whole_keys(const struct attention *a, const struct attend_layou
     case TYPE_Q5_0: pack_whole_of(TYPE_Q5_0, a, l, memory, k, n, ahead); break;
     case TYPE_Q5_1: pack_whole_of(TYPE_Q5_1, a, l, memory, k, n, ahead); break;
     default: pack_whole_of(TYPE_IQ4_NL, a, l, memory, k, n, ahead);
+    }
+}
+
+/* Likewise of near keys, which are rounded to 14 bits: finer than any block of a cache is. */
+INLINE void pack_whole_near(const struct attention *a, const struct attend_layout *l, uint32_t *memory, const char *k,
+                            const int32_t *positions, int64_t n) {
+    int64_t step = (int64_t)a->k->nb[1], blocks = a->k_size / 32;
+    uint32_t *rows = memory + l->row;
+    float *x = (float *)memory + l->key, *scales = (float *)memory + l->near.k_scales;
+    for (int64_t cell = 0; cell < round_up(n, PANEL); cell += 16) {
+        for (int64_t i = 0; i < 16; i++) {
+            if (cell + i < n)
+                near_key(a, k + (cell + i) * step, positions[cell + i], x);
+            else
+                memset(x, 0, (size_t)a->k_size * 4);
+            for (int64_t block = 0; block < blocks; block++) {
+                vf first = v_load(x + block * 32), last = v_load(x + block * 32 + 16);
+                float most = v_max_lane(v_max(v_abs(first), v_abs(last)));
+                vf up = v_set(most > 0.0f ? NEAR_LIMIT / most : 0.0f);
+                __m512i both = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v_mul(first, up))));
+                both = _mm512_inserti64x4(both, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v_mul(last, up))), 1);
+                _mm512_storeu_si512(rows + (block * 16 + i) * 16, both);
+                scales[block * l->chunk + cell + i] = most / NEAR_LIMIT;
+            }
+        }
+        for (int64_t block = 0; block < blocks; block++)
+            transpose(rows + block * 256, 16,
+                      memory + l->near.k_panels + cell / PANEL * l->k_room * PANEL + block * 16 * PANEL + cell % PANEL,
+                      PANEL);
     }
 }
 
@@ -113,20 +142,21 @@ INLINE void multiply_whole_rows(int rows, const uint32_t *queries, int64_t words
 }
 
 /* The scores of rows [at, at + n) and a chunk's cells. */
-INLINE void multiply_whole(const struct attention *a, const struct attend_layout *l, uint32_t *memory, int64_t at, int n,
-                           int64_t n_cells) {
-    const float *floats = (const float *)memory, *minima = has_minimum(a->k->type) ? floats + l->k_minima : NULL;
+INLINE void multiply_whole(const struct attention *a, const struct attend_layout *l, const struct side *side,
+                           uint32_t *memory, int64_t at, int n, int64_t n_cells) {
+    const float *floats = (const float *)memory;
+    const float *minima = side == &l->far && has_minimum(a->k->type) ? floats + side->k_minima : NULL;
     for (int64_t c = 0; c < n_cells; c += PANEL)
         for (int from = 0; from < n; from += WHOLE_ROWS) {
             int rows = n - from < WHOLE_ROWS ? n - from : WHOLE_ROWS;
             switch (rows) { /* a constant in each call, so that the sums are registers */
 #define ROWS(r) \
     case r: \
-        multiply_whole_rows(r, memory + l->queries + (at + from) * l->k_words, l->k_words, \
-                            memory + l->k_panels + c * l->k_room, floats + l->k_scales + c, minima ? minima + c : NULL, \
-                            l->chunk, floats + l->query_scales + at + from, \
-                            floats + l->query_sums + (at + from) * (l->k_words / 16), \
-                            (float *)memory + l->scores + from * l->chunk + c, l->chunk); \
+        multiply_whole_rows(r, memory + side->queries + (at + from) * l->k_words, l->k_words, \
+                            memory + side->k_panels + c * l->k_room, floats + side->k_scales + c, minima ? minima + c : NULL, \
+                            l->chunk, floats + side->query_scales + at + from, \
+                            floats + side->query_sums + (at + from) * (l->k_words / 16), \
+                            (float *)memory + side->scores + from * l->chunk + c, l->chunk); \
         break;
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #undef ROWS

@@ -160,6 +160,8 @@ EXPORT void ropewalk_attention(struct tensor *node, int thread, int n_threads, v
     struct context *context = userdata;
     struct plan plan = make_plan(context, node, n_threads);
     int64_t index;
+    if (!find_window(context, node, &plan.attention))
+        fail(context, node, "this attention cannot be computed with a near window");
     while (!atomic_load(&context->failed) && (index = atomic_fetch_add(&context->claims.next, 1)) < plan.n_pieces) {
         struct attention_piece piece = piece_at(&plan, index, context->partials);
         float *scratch = reserve(context, &context->scratch[thread],

@@ -5,11 +5,12 @@
 
 #include <string.h>
 
-/* Look at the nodes of these operations (see `struct watch`) from now on; `setting` outlives the context's graphs. */
-EXPORT void ropewalk_watch(struct context *context, int rope, int attention, int product, int custom,
-                           struct rope_setting *setting) {
+/* Look at the nodes of these operations from now on: codes in the order of `struct watch`. `setting` outlives the
+ * context's graphs. */
+EXPORT void ropewalk_watch(struct context *context, const int *codes, struct rope_setting *setting) {
     see_function closely = context->watch.closely;
-    context->watch = (struct watch){setting, rope, attention, product, custom, closely};
+    context->watch = (struct watch){setting,  codes[0], codes[1], codes[2], codes[3], codes[4],
+                                    codes[5], codes[6], codes[7], codes[8], codes[9], closely};
 }
 
 /* Have `see` called for every node instead; NULL ends that. */
@@ -55,10 +56,15 @@ EXPORT bool ropewalk_see(struct tensor *node, bool ask, void *userdata) {
     const struct watch *watch = &context->watch;
     if (watch->closely != NULL)
         return watch->closely(node, ask, NULL);
-    if (node->op == watch->rope)
+    if (node->op == watch->rope) {
         set_rope(watch->setting, node);
-    else if (node->op == watch->attention && attention_covers(context, node))
+        see_rope(context, node);
+    } else if (node->op == watch->attention && attention_covers(context, node))
         take_over(context, node, ropewalk_attention);
+    else if (node->op == watch->attention && needs_window(context, node))
+        fail(context, node, "this attention cannot be computed with a near window");
+    else if (node->op == watch->write)
+        see_write(context, node);
     else if (node->op == watch->product && product_covers(context, node))
         take_over(context, node, ropewalk_product);
     return false;

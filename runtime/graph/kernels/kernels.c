@@ -54,6 +54,7 @@ EXPORT void ropewalk_free(struct context *context) {
         free(context->scratch[i].data);
     free(context->shared.data);
     free(context->partials);
+    free_windows(context);
     free(context);
 }
 
@@ -65,7 +66,7 @@ EXPORT void ropewalk_set_type(struct context *context, int type, int64_t block, 
 
 /* Bytes that are allocated for the context's nodes. */
 EXPORT int64_t ropewalk_bytes(const struct context *context) {
-    int64_t floats = PARTIAL_FLOATS + context->shared.n_floats;
+    int64_t floats = PARTIAL_FLOATS + context->shared.n_floats + window_floats(context);
     for (int i = 0; i < MAX_THREADS; i++)
         floats += context->scratch[i].n_floats;
     return floats * 4;

@@ -50,15 +50,42 @@ typedef bool (*see_function)(struct tensor *node, bool ask, void *userdata);
 /* Which nodes `ropewalk_see` looks at, and ggml's codes of the operations; -1 for one whose nodes are left alone. */
 struct watch {
     struct rope_setting *setting;
-    int rope, attention, product, custom;
-    see_function closely; /* sees all nodes instead, unless NULL */
+    int rope, attention, product, custom, write;
+    int reshape, view, permute, cont, scale; /* what may lie between a rotation and the attention */
+    see_function closely;                    /* sees all nodes instead, unless NULL */
 };
+
+/* The near window of the band in use; see window.c. */
+struct window {
+    int64_t tokens; /* W; 0: the band has none */
+    int64_t start_tokens;
+    int32_t n_dims;
+    float freq_base;
+    bool halves;          /* a pair is a value of each half of the rotary ones, not two neighbours */
+    float *own, *far;     /* the model's factors and the band's, in one piece of memory */
+    float *turns;         /* of each position, n_dims cosines and sines: from the far rotation to the model's own */
+    float *border;        /* likewise from a query that sees far keys as if there were no window to one that has it */
+    double *angles;       /* room for the angles of a position */
+    int64_t n_turns, room; /* positions whose turns there are, and for how many there is room */
+};
+
+/* The positions of a cache's cells. */
+struct places {
+    int64_t n;
+    int32_t *of;
+    const struct tensor *cache; /* the first layer's */
+};
+
+enum { N_PLACES = 4 }; /* kinds of caches of one context, told apart by their length */
 
 struct context {
     struct block_type types[N_TYPES];
     const struct instruction_set *instructions;
     bool exact; /* compute in floats, not in bfloat16 */
     struct watch watch;
+    struct window window;
+    struct places places[N_PLACES];
+    const struct tensor *positions; /* of the tokens of the graph under way */
     _Alignas(64) struct claims claims;
     struct share shares[MAX_THREADS];
     _Alignas(64) atomic_llong taken; /* nodes computed so far */
@@ -78,6 +105,9 @@ struct attention {
     int64_t n_tokens, n_heads, n_kv_heads, group, n_cells, k_size, v_size, v_padded;
     float scale, max_bias, softcap;
     bool exact;
+    const struct window *window; /* NULL: there is none, and what follows is not set */
+    const int32_t *row_positions, *cell_positions; /* the latter of the first stream's first cell */
+    int64_t hadamard; /* of how many values of queries and keys there is a Hadamard transform; 0: the values themselves */
 };
 
 struct attention_piece {
@@ -200,6 +230,16 @@ void fail(struct context *context, const struct tensor *node, const char *why);
 static inline const struct block_type *type_of(const struct context *context, int type) {
     return type >= 0 && type < N_TYPES && context->types[type].block ? &context->types[type] : NULL;
 }
+
+/* Note what a graph's nodes tell of positions: a rotation, a write to a cache. */
+void see_rope(struct context *context, const struct tensor *node);
+void see_write(struct context *context, const struct tensor *node);
+/* Whether the band's near window applies to an attention node's queries. */
+bool needs_window(const struct context *context, const struct tensor *node);
+/* Set the window of an attention node, where one applies; false if it cannot be computed. */
+bool find_window(const struct context *context, const struct tensor *node, struct attention *a);
+void free_windows(struct context *context);
+int64_t window_floats(const struct context *context);
 
 /* For a loop that waits for another thread. */
 static inline void pause_briefly(void) {

@@ -141,6 +141,20 @@ class KeyRotation:
     after: Sequence[float]
 
 
+@dataclass(frozen=True)
+class NearWindow:
+    """How a near window is computed: `tokens` of it, and factors nearer than that (the model's `own`) and `far`."""
+
+    tokens: int
+    start_tokens: int
+    own: Sequence[float]
+    """Shape ``(n_rot/2,)``, as `far`'s."""
+    far: Sequence[float]
+    freq_base: float
+    halves: bool = False
+    """Whether a pair is a value of each half of the rotary ones, not two neighbours."""
+
+
 def instruction_sets() -> tuple[InstructionSet, ...]:
     """Return those of this processor, the fastest first; empty without the library."""
     library = _library()
@@ -209,9 +223,35 @@ class Context:
     def watch(self, rope: RopeSetting | None, nodes: bool) -> None:
         """Have `see` set ROPE nodes as in `rope`, which it keeps reading, and take over `nodes` that are covered."""
         self._rope = rope  # kept alive
-        taken = [ggml.op_code(name) if nodes else -1 for name in ("FLASH_ATTN_EXT", "MUL_MAT", "CUSTOM")]
-        codes = (-1 if rope is None else ggml.op_code("ROPE"), *taken)
-        self._library.ropewalk_watch(self.address, *codes, None if rope is None else ctypes.byref(rope))
+        codes = (ctypes.c_int * len(_WATCHED))(*(ggml.op_code(name) for name in _WATCHED))
+        if rope is None:
+            codes[0] = -1
+        if not nodes:
+            codes[1:] = [-1] * (len(_WATCHED) - 1)
+        self._library.ropewalk_watch(self.address, codes, None if rope is None else ctypes.byref(rope))
+
+    def windowed(self, node: int) -> int | None:
+        """Return the ROPE node behind an attention node's queries if a near window can be computed there, or None."""
+        return self._library.ropewalk_windowed(self.address, node)  # type: ignore[no-any-return]
+
+    def use_window(self, window: NearWindow | None) -> None:
+        """Compute attention with a near window from now on, or without one. No graph may be under way.
+
+        Raises:
+            MemoryError: there is no room for it.
+        """
+        if window is None:
+            window = NearWindow(0, 0, (), (), 1.0)
+        factors = np.asarray([window.own, window.far], dtype=np.float32)
+        own, far = (row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for row in factors)
+        n_dims = 2 * len(window.own)
+        settings = (window.tokens, window.start_tokens, n_dims, window.halves, window.freq_base)
+        if not self._library.ropewalk_set_window(self.address, *settings, own, far):
+            raise MemoryError("no memory for a near window")
+
+    def reset_positions(self) -> None:
+        """Take each cached cell to be at the position of its number, as after a sequence was restored."""
+        self._library.ropewalk_reset_places(self.address)
 
     def watch_closely(self, see: Any | None) -> None:
         """Have `see` call this function, of the same kind, for every node instead; None ends that."""
@@ -342,13 +382,29 @@ def _in_use() -> tuple[ctypes.CDLL | None, str]:
     return _loaded()
 
 
+_WATCHED = (
+    "ROPE", "FLASH_ATTN_EXT", "MUL_MAT", "CUSTOM", "SET_ROWS", "RESHAPE", "VIEW", "PERMUTE", "CONT", "SCALE"
+)  # fmt: skip
+"""Operations that the library looks at, in the order of `struct watch`."""
+
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "instruction_set": (ctypes.c_char_p, _INT),
     "new": (_POINTER, _INT, ctypes.c_bool),
     "free": (None, _POINTER),
     "set_type": (None, _POINTER, _INT, _INT64, _INT64, _POINTER, _POINTER),
-    "watch": (None, _POINTER, *[_INT] * 4, _POINTER),
+    "watch": (None, _POINTER, _POINTER, _POINTER),
+    "windowed": (_POINTER, _POINTER, _POINTER),
+    "set_window": (
+        ctypes.c_bool,
+        _POINTER,
+        *[_INT64] * 2,
+        _INT,
+        ctypes.c_bool,
+        ctypes.c_float,
+        *[ctypes.POINTER(ctypes.c_float)] * 2,
+    ),
+    "reset_places": (None, _POINTER),
     "watch_closely": (None, _POINTER, _POINTER),
     "see": (ctypes.c_bool, _POINTER, ctypes.c_bool, _POINTER),
     "attention": (None, _POINTER, _INT, _INT, _POINTER),

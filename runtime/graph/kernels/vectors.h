@@ -81,6 +81,8 @@ INLINE vf v_flip(vf a, int k) {
            : k == 2 ? _mm512_shuffle_f32x4(a, a, 0xb1)
                     : _mm512_shuffle_f32x4(a, a, 0x4e);
 }
+INLINE vf v_even(vf a) { return _mm512_moveldup_ps(a); } /* each even lane twice, */
+INLINE vf v_odd(vf a) { return _mm512_movehdup_ps(a); }  /* each odd one */
 INLINE vf v_lanes(b16 b, int from) { (void)from; return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b)); }
 INLINE float v_max_lane(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
@@ -141,6 +143,8 @@ INLINE vf v_flip(vf a, int k) {
            : k == 1 ? _mm256_permute_ps(a, 0x4e)
                     : _mm256_permute2f128_ps(a, a, 1);
 }
+INLINE vf v_even(vf a) { return _mm256_moveldup_ps(a); }
+INLINE vf v_odd(vf a) { return _mm256_movehdup_ps(a); }
 INLINE vf v_lanes(b16 b, int from) {
     __m128i lanes = from ? _mm_unpackhi_epi64((__m128i)b, (__m128i)b) : (__m128i)b;
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lanes));
@@ -196,6 +200,8 @@ INLINE vf v_scale2(vf a, vf n) { LANES(a[i] * bits_float((uint32_t)((int32_t)(n[
 INLINE vf v_halves(const uint16_t *p) { LANES(half_to_float(p[i])); }
 INLINE vf v_bfloats(const uint16_t *p) { LANES(bfloat_to_float(p[i])); }
 INLINE vf v_flip(vf a, int k) { LANES(a[(i ^ 1 << k) % VL]); }
+INLINE vf v_even(vf a) { LANES(a[i & ~1]); }
+INLINE vf v_odd(vf a) { LANES(a[i | 1]); }
 INLINE vf v_lanes(b16 b, int from) { LANES((float)(int8_t)b[from + i]); }
 INLINE float v_max_lane(vf a) {
     float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];

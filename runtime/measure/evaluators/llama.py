@@ -68,6 +68,10 @@ class LlamaEvaluator:
         passage, llm = self._passage(index, fidelity), self._llm
         llm.reset()
         llm.set_schedule(self._schedule(band, len(passage.tokens)))
+        if llm.band.near_tokens != band.near_tokens:
+            raise UserError(
+                f"near tokens: {band.near_tokens}, expected 0: the attention of this model cannot be read with a window"
+            )
         if fidelity == "screen":
             prefix = np.array(passage.tokens[: -self._spec.window], dtype=np.int32)
             llm.restore(prefix, self._states[index], self._schedule(self._spec.base, len(passage.tokens)).bands[0])

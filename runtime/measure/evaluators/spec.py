@@ -12,7 +12,7 @@ from ..passages import Passage, digest
 
 WINDOW = 1024
 
-VERSION = 3  # increase it when the same band would give another loss than before
+VERSION = 4  # increase it when the same band would give another loss than before
 
 Kind = Literal["llama", "torch"]
 
@@ -40,14 +40,14 @@ class EvaluatorSpec:
     @property
     def key(self) -> str:
         """A digest of all that a loss depends on besides the band; threads are not part of it."""
-        base = self.base.model_dump_json(exclude={"found"})
+        base = self.base.model_dump_json(exclude={"found", "plain"})
         kv = self.kv if self.kind == "llama" else None
         parts = (VERSION, model_digest(self.model), digest(self.passages), base, self.kind, self.window, kv)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def is_base(self, band: Band) -> bool:
         """Whether `band` reads a text exactly as the base band does."""
-        facts = ("rescale_factors", "start_tokens", "attention_factor")
+        facts = ("near_tokens", "rescale_factors", "start_tokens", "attention_factor")
         return all(getattr(band, name) == getattr(self.base, name) for name in facts)
 
     @property

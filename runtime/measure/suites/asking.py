@@ -36,18 +36,22 @@ QUESTION_TOKENS = 80
 """About how many tokens a question, its answer's opening and the answer take."""
 
 
+Bands = Mapping[int, Mapping[str, Band]]
+"""Bands by length, and by the name of the method."""
+
+
 @dataclass(frozen=True)
 class SuitePlan:
     """What to ask, and in which bands.
 
     Attributes:
-        bands: by length, and by the name of the method; equal bands are read once.
+        bands: equal ones are read once.
         samples: questions of each task at each length.
         share: at most so many of them are about the same haystack.
     """
 
     tasks: tuple[Task, ...]
-    bands: Mapping[int, Mapping[str, Band]]
+    bands: Bands
     samples: int
     share: int
     seed: int = 0
@@ -194,8 +198,6 @@ def ask(llm: Llama, pen: Pen, question: Question, band: Band) -> Read:
     What the cache holds up to the last of the question's cuts is not read again, if it was read in this band.
     """
     started = time.perf_counter()
-    needed = len(question.prompt) + question.max_tokens
-    band = band.model_copy(update={"context": max(band.context, needed)})
     if llm.schedule.bands != (band,):
         llm.reset()
         llm.set_schedule(Schedule(facts=llm.schedule.facts, bands=(band,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,11 @@ import numpy as np
 
 from ....container import read_header, trained_schedule, uncertified_digest
 from ....errors import UserError
-from ....factors import Band, Schedule
+from ....factors import Band, Schedule, native_band
 from ..held_out import BLOCK, draw_blocks, interval
 from ..passages import Text, cut
 from ..readings import BIN, reader
-from .asking import Advance, SuitePlan, ask_all
+from .asking import Advance, Bands, SuitePlan, ask_all
 from .caches import CacheLoss, cache_losses
 from .haystacks import Essays
 from .journal import Journal
@@ -81,16 +81,30 @@ def run_suite(run: Run, journal: Journal, progress: Progress) -> tuple[Report, S
     with closing(reader(run.model, max(run.plan.lengths), run.kv, run.threads, exact=None)) as llm:
         pen = Pen(llm, run.chat)
         setting = Setting(pen.chat, llm.kv_type, llm.computed_by, texts_digest(run.texts))
+        plan = replace(run.plan, bands=_served(llm, run.plan.bands))
         # Before hours are spent on questions: are the texts long enough for the rest?
         passages = _short_passages(llm, run, min(original, SHORT_TOKENS))
         tokens = _one_text(llm, run.texts, min(original, CACHE_TOKENS)) if run.caches else []
         with progress("Asking") as advance:
-            answers = tuple(ask_all(llm, Essays(pen, run.texts), pen, run.plan, journal, digest, advance))
+            answers = tuple(ask_all(llm, Essays(pen, run.texts), pen, plan, journal, digest, advance))
         with progress("Short texts") as advance:
-            short = _short_texts(llm, run, passages, journal, digest, advance)
+            short = _short_texts(llm, plan, passages, journal, digest, advance)
     with progress("Cache types") as advance:
         caches = _caches(run, tokens, journal, digest, advance) if run.caches else ()
     return Report(answers, original, tuple(short), tuple(caches)), setting
+
+
+def _served(llm: Llama, bands: Bands) -> Bands:
+    """The same bands, without near windows if this model's attention cannot have any; the log says so then."""
+
+    def served(band: Band) -> Band:
+        if not band.near_tokens:
+            return band
+        llm.reset()
+        llm.set_schedule(Schedule(facts=llm.schedule.facts, bands=(band,)))
+        return llm.schedule.bands[0]
+
+    return {length: {method: served(band) for method, band in found.items()} for length, found in bands.items()}
 
 
 def texts_digest(texts: Sequence[Text]) -> str:
@@ -107,16 +121,17 @@ def _short_passages(llm: Llama, run: Run, n_tokens: int) -> list[list[int]]:
 
 
 def _short_texts(
-    llm: Llama, run: Run, passages: list[list[int]], journal: Journal, model: str, advance: Advance
+    llm: Llama, plan: SuitePlan, passages: list[list[int]], journal: Journal, model: str, advance: Advance
 ) -> list[ShortText]:
     """Each method's band for the longest length against the native band, on short texts."""
     if not passages:
         return []
-    native, longest = trained_schedule(read_header(run.model)), max(run.plan.lengths)
-    bands = {method: band for method, band in run.plan.bands[longest].items() if method != "none"}
+    longest = max(plan.lengths)
+    bands = {method: band for method, band in plan.bands[longest].items() if method != "none"}
+    own = native_band(llm.schedule.facts)
     losses: dict[str, list[list[float]]] = {}
     total, done = (len(bands) + 1) * len(passages), 0
-    for method, band in {"none": native.bands[native.band_index(len(passages[0]))], **bands}.items():
+    for method, band in {"none": own, **bands}.items():
         for i, tokens in enumerate(passages):
             key = _short_key(llm, model, band, tokens)
             about = {"method": method, "short text": i}
@@ -135,7 +150,6 @@ def _short_key(llm: Llama, model: str, band: Band, tokens: list[int]) -> str:
 
 def _bins(llm: Llama, band: Band, tokens: list[int]) -> list[float]:
     """Mean losses of `BIN` neighbouring tokens each, as many as there are whole ones."""
-    band = band.model_copy(update={"context": max(band.context, len(tokens))})
     llm.reset()
     llm.set_schedule(Schedule(facts=llm.schedule.facts, bands=(band,)))
     losses = llm.token_losses(tokens)

@@ -1,9 +1,10 @@
 """Causal attention in torch, forward and backward, without a score matrix and without repeated keys.
 
-Query rows are the last of the text: row *i* of `rows` sees the first ``keys - rows + i + 1`` keys. On a CPU, torch's
-fused kernel is called directly, since it returns the log-sum-exp: with it, the results over earlier keys and over the
-rows' own keys are combined (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1), and the backward pass need
-not repeat the forward pass. Elsewhere torch chooses the kernel; a GPU has a far faster one for 16 bits (`half`).
+Query rows are the last of the text: row *i* of `rows` sees the first ``keys - rows + i + 1`` keys. On a CPU, float32 is
+computed in `tiles`, and other types by torch's fused kernel, called directly, since it returns the log-sum-exp: with
+it, the results over earlier keys and over the rows' own keys are combined (Dao et al., "FlashAttention", arXiv
+2205.14135, section 3.1), and the backward pass need not repeat the forward pass. Elsewhere torch chooses the kernel; a
+GPU has a far faster one for 16 bits (`half`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from . import onednn
+from .tiles import attend_tiles, attend_tiles_backward
 
 ROWS = 1024
 """Query rows at a time where torch chooses the kernel: it needs a mask of that many rows."""
@@ -41,15 +45,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, half
             return Attended(_flash(q.half(), k.half(), v.half(), scale).to(q.dtype), None)
         if q.device.type != "cpu":
             return Attended(torch.cat([_plain(*piece, scale) for piece in _pieces(q, k, v)], dim=2), None)
-        k, v = _for_group(q, k, v)
-        first = k.shape[2] - q.shape[2]
-        own, own_sum = _fused(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=scale)
-        if not first:
-            return Attended(own, own_sum)
-        earlier, earlier_sum = _fused(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=scale)
-        total = torch.logaddexp(own_sum, earlier_sum)
-        out = own.mul_((own_sum - total).exp_()[..., None])
-        return Attended(out.addcmul_(earlier, (earlier_sum - total).exp_()[..., None]), total)
+        found = attend_tiles(q, k, v, scale) if onednn.covers(q) else None
+        return Attended(*found) if found is not None else _attend_fused(q, k, v, scale)
 
 
 def attend_backward(
@@ -70,6 +67,8 @@ def attend_backward(
     if attended.log_sum is None:
         return _plain_backward(grad, q, k, v, scale)
     with torch.no_grad():
+        if onednn.covers(q):
+            return attend_tiles_backward(grad, q, k, v, attended.out, attended.log_sum, scale)
         k, v = _for_group(q, k, v)
         first = k.shape[2] - q.shape[2]
         saved = (attended.out, attended.log_sum, 0.0)
@@ -84,6 +83,18 @@ def attend_backward(
             of_k = torch.cat((more_k.sum(1, keepdim=True), of_k), dim=2)
             of_v = torch.cat((more_v.sum(1, keepdim=True), of_v), dim=2)
         return of_q, of_k, of_v
+
+
+def _attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Attended:
+    k, v = _for_group(q, k, v)
+    first = k.shape[2] - q.shape[2]
+    own, own_sum = _fused(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=scale)
+    if not first:
+        return Attended(own, own_sum)
+    earlier, earlier_sum = _fused(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=scale)
+    total = torch.logaddexp(own_sum, earlier_sum)
+    out = own.mul_((own_sum - total).exp_()[..., None])
+    return Attended(out.addcmul_(earlier, (earlier_sum - total).exp_()[..., None]), total)
 
 
 def _for_group(q: torch.Tensor, *cells: torch.Tensor) -> list[torch.Tensor]:

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from .attention import Attended, attend, attend_backward
-from .rope import rotate
+from .near import attend_apart, attend_apart_backward
+from .onednn import linear
+from .rope import Tables, rotate
 from .weights import Layer, Weights
 
 CHUNK_BYTES = 64 << 20
 """Size of the logits, or of the feed-forward's intermediate result, that is computed at a time."""
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries ``(kv heads, group, rows, head size)``, keys and values ``(kv heads, 1, rows, head size)``."""
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -30,13 +34,13 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 class Rows:
     """The input: embedded rows ``(rows, n_embd)``, and for each layer the keys and values of the tokens before them.
 
-    Earlier keys are not yet rotated; keys and values have shape ``(kv heads, 1, earlier, head size)``. `cos` and
-    `sin`, ``(earlier + rows, n_rot/2)``, rotate all of them.
+    Earlier keys are not yet rotated; keys and values have shape ``(kv heads, 1, earlier, head size)``. The tables are
+    of all tokens, ``(earlier + rows, n_rot/2)``: two, or six with a near window of `near_tokens`.
     """
 
     rows: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    tables: Tables
+    near_tokens: int = 0
     keys: tuple[torch.Tensor, ...] = ()
     values: tuple[torch.Tensor, ...] = ()
 
@@ -75,32 +79,32 @@ class Decoder:
             q, k, v = self._heads(layer, x)
             if n_kept:  # copies, as the heads are views of queries, keys and values together
                 kept.append((_copy(k[:, :, :n_kept]), _copy(v[:, :, :n_kept])))
-            x = self._finish(layer, x, self._attend(self._rotated(i, (q, k, v), text.cos, text.sin, text)).out)
+            heads = self._rotated(i, (q, k, v), text.tables, text)
+            x = self._finish(layer, x, self._attend(heads, text.near_tokens).out)
         losses = [self._head(x[at], token) for at, token, _ in self._head_pieces(targets)]
         return np.asarray(torch.cat(losses).cpu().numpy(), dtype=np.float64), kept
 
-    def gradient(self, text: Rows, targets: Targets) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Return the weighted mean loss, and its gradients with respect to `text.cos` and `text.sin` in float64."""
+    def gradient(self, text: Rows, targets: Targets) -> tuple[float, Tables]:
+        """Return the weighted mean loss, and its gradients with respect to `text.tables` in float64."""
         inputs, middles = [text.rows], []
         for i, layer in enumerate(self._weights.layers):
             heads = self._heads(layer, inputs[-1])
-            middles.append(self._attend(self._rotated(i, heads, text.cos, text.sin, text)))
+            middles.append(self._attend(self._rotated(i, heads, text.tables, text), text.near_tokens))
             inputs.append(self._finish(layer, inputs[-1], middles[-1].out))
         loss, grad = self._head_gradient(inputs.pop(), targets)
-        of_cos, of_sin = (torch.zeros_like(table, dtype=torch.float64) for table in (text.cos, text.sin))
+        of_tables = tuple(torch.zeros_like(table, dtype=torch.float64) for table in text.tables)
         for i in reversed(range(len(middles))):
             x, attended = inputs.pop(), middles.pop()
             by_x, of_attended = self._finish_gradient(self._weights.layers[i], x, attended.out, grad)
-            more, by_cos, by_sin = self._attention_gradient(i, x, attended, of_attended, text)
+            more, *by_tables = self._attention_gradient(i, x, attended, of_attended, text)
             grad = by_x.add_(more)
-            of_cos += by_cos
-            of_sin += by_sin
-        return loss, of_cos, of_sin
+            for total, by_table in zip(of_tables, by_tables, strict=True):
+                total += by_table
+        return loss, of_tables
 
     # --- a layer's attention
 
     def _heads(self, layer: Layer, x: torch.Tensor) -> Heads:
-        """Queries ``(kv heads, group, rows, head size)``, keys and values ``(kv heads, 1, rows, head size)``."""
         s = self._shape
         joined = linear(normalise(x, layer.attn_norm, s.eps), layer.qkv, layer.qkv_bias)
         heads = joined.view(len(x), -1, s.head_size)
@@ -112,27 +116,41 @@ class Decoder:
         q, k, v = (part.reshape(shape).permute(1, 2, 0, 3) for part in (q, k, v))
         return q, k, v
 
-    def _rotated(self, i: int, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, text: Rows) -> Heads:
-        """Heads for layer `i`'s attention: rotated, and with the earlier keys and values of `text` put before them."""
+    def _rotated(self, i: int, heads: Heads, tables: Tables, text: Rows) -> tuple[torch.Tensor, ...]:
+        """Heads for layer `i`'s attention: rotated, and with the earlier keys and values of `text` put before them.
+
+        With a near window, queries and keys come twice, in the order that `attend_apart` expects.
+        """
         q, k, v = heads
         if text.keys:
             k, v = torch.cat((text.keys[i].to(k), k), dim=2), torch.cat((text.values[i].to(v), v), dim=2)
         first = k.shape[2] - q.shape[2]
-        return rotate(q, cos[first:], sin[first:]), rotate(k, cos, sin), v
+        cos, sin, *far = tables
+        near = rotate(q, cos[first:], sin[first:]), rotate(k, cos, sin)
+        if not far:
+            return *near, v
+        q_cos, q_sin, k_cos, k_sin = far
+        return *near, rotate(q, q_cos[first:], q_sin[first:]), rotate(k, k_cos, k_sin), v
 
-    def _attend(self, heads: Heads) -> Attended:
-        return attend(*heads, self._scale, self.half)
+    def _attend(self, heads: tuple[torch.Tensor, ...], near_tokens: int) -> Attended:
+        if near_tokens:
+            return attend_apart(heads, near_tokens, self._scale)
+        q, k, v = heads
+        return attend(q, k, v, self._scale, self.half)
 
     def _attention_gradient(
         self, i: int, x: torch.Tensor, attended: Attended, grad: torch.Tensor, text: Rows
     ) -> tuple[torch.Tensor, ...]:
-        """Gradients with respect to layer `i`'s input and both tables, given that of its attention output."""
-        leaves = [part.detach().requires_grad_() for part in (x, text.cos, text.sin)]
+        """Gradients with respect to layer `i`'s input and the tables, given that of its attention output."""
+        leaves = [part.detach().requires_grad_() for part in (x, *text.tables)]
         with torch.enable_grad():
-            heads = self._heads(self._weights.layers[i], leaves[0])
-            heads = self._rotated(i, heads, leaves[1], leaves[2], text)
-        q, k, v = (part.detach() for part in heads)
-        of_heads = attend_backward(grad, q, k, v, attended, self._scale, self.half)
+            heads = self._rotated(i, self._heads(self._weights.layers[i], leaves[0]), tuple(leaves[1:]), text)
+        parts = tuple(part.detach() for part in heads)
+        if text.near_tokens:
+            of_heads = attend_apart_backward(grad, parts, attended, text.near_tokens, self._scale)
+        else:
+            q, k, v = parts
+            of_heads = attend_backward(grad, q, k, v, attended, self._scale, self.half)
         return torch.autograd.grad(heads, leaves, of_heads)
 
     # --- the rest of a layer, row by row

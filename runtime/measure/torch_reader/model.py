@@ -1,6 +1,7 @@
 """A GGUF model in torch: losses in any band, and their exact gradients with respect to ln λ and ln attention factor.
 
 The numbers are llama.cpp's for the same file, up to its rounding (it quantises activations, this code does not).
+A band's near window is a whole number, so that losses have no slope in it: two of them are compared by their losses.
 
 A prefix can be read once and kept (`prefix_state`), with its keys before rotation, so that the tokens after it can be
 read in any band over keys rotated for that band. The prefix's hidden states stay those of the band in which it was
@@ -239,19 +240,19 @@ class TorchModel:
         with self._working():
             wanted = self._targets(state, tokens, band, targets, weights)
             text, table = self._embed(state, tokens[: max(targets)], band, gradient=True)
-            loss, of_cos, of_sin = self._decoder.gradient(text, wanted)
-            return LossGradient(loss, *table.gradient(of_cos, of_sin))
+            loss, of_tables = self._decoder.gradient(text, wanted)
+            return LossGradient(loss, *table.gradient(of_tables))
 
     def _embed(
         self, state: PrefixState | None, tokens: Sequence[int], band: Band, gradient: bool
     ) -> tuple[Rows, RopeTable]:
         first = 0 if state is None else len(state.tokens)
-        self._check_memory(len(tokens), len(tokens) - first, gradient)
+        self._check_memory(len(tokens), len(tokens) - first, gradient, band.near_tokens)
         weights = self._weights.embedding
         table = RopeTable(self.facts, band, len(tokens), weights.device)
         rows = weights[torch.tensor(list(tokens[first:]), device=weights.device)]
         before = () if state is None else (state.keys, state.values)
-        return Rows(rows, *table.cast(weights.dtype), *before), table
+        return Rows(rows, table.cast(weights.dtype), table.near_tokens, *before), table
 
     # --- checks
 
@@ -285,7 +286,7 @@ class TorchModel:
             found = f"{min(tokens)} to {max(tokens)}" if len(tokens) else "none"
             raise UserError(f"tokens: {found}, expected numbers from 0 to {n_vocab - 1}")
 
-    def _check_memory(self, keys: int, rows: int, gradient: bool) -> None:
+    def _check_memory(self, keys: int, rows: int, gradient: bool, near_tokens: int = 0) -> None:
         """Check that a call fits into memory, by an upper estimate.
 
         Raises:
@@ -296,6 +297,9 @@ class TorchModel:
         kept = s.n_layer * (s.n_embd + wide) if gradient else 0
         row = kept + (10 if gradient else 4) * (s.n_embd + wide)
         key = 2 * s.head_size * (4 * s.n_head_kv + (2 * s.n_head if gradient else 0)) + 8 * s.facts.n_rot
+        if near_tokens:  # queries and keys are rotated twice
+            row += (6 if gradient else 3) * wide
+            key += 2 * s.head_size * s.n_head_kv + 16 * s.facts.n_rot
         needed = weights.element_size() * (rows * row + keys * key) + 6 * CHUNK_BYTES
         free = self.free_memory
         if needed > free:

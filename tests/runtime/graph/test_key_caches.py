@@ -119,4 +119,4 @@ def test_keys_that_are_not_made_as_expected_are_left_to_the_k_shift(one_layer, m
 
 
 def test_nothing_is_found_where_nothing_is_seen():
-    assert KeySurvey(lambda node: True, lambda keys: True).caches() is None
+    assert KeySurvey(lambda node: True, lambda keys: True, lambda node: None).caches() is None

@@ -1,0 +1,251 @@
+/* A band's near window: which nodes it applies to, at which positions their rows and cells are, and how far apart the two
+ * rotations are there.
+ *
+ * A key is cached as the band's factors (of the far distances) rotate it, and a query comes so rotated. With θ_i the
+ * model's own angle per token and φ_i the band's, a key at position p, and a query, are turned on by p (θ_i - φ_i) to be
+ * as the model was trained to see them; and a query by W (θ_i - φ_i) to see a far key, as the window's distances count in
+ * full. Start tokens keep the model's own rotation in the cache.
+ *
+ * Rows are at the positions that the graph's ROPE nodes read. Cells get theirs where a graph writes them: the same
+ * positions, at the indices of its SET_ROWS nodes. Until then, a cell is at the position of its number.
+ */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+enum { FIRST_TURNS = 4096, MODE_NEIGHBOURS = 0, MODE_HALVES = 2 };
+
+/* Write cosines and sines of the angles of `position`, or for `count` times it: see `turn` in near.h. */
+static void write_turns(const struct window *w, float *turns, const double *angles) {
+    int64_t half = w->n_dims / 2;
+    for (int64_t i = 0; i < half; i++) {
+        int64_t cosine = w->halves ? i : 2 * i, sine = w->halves ? half + i : 2 * i + 1;
+        turns[cosine] = (float)cos(angles[i]);
+        turns[sine] = (float)sin(angles[i]);
+    }
+}
+
+/* The angles from the far rotation to the model's own, as differences of those that ggml computes in floats. */
+static void write_position(const struct window *w, int64_t position, float *turns, double *angles) {
+    float theta = (float)position, theta_scale = powf(w->freq_base, -2.0f / (float)w->n_dims);
+    for (int64_t i = 0; i < w->n_dims / 2; i++, theta *= theta_scale)
+        angles[i] = position < w->start_tokens ? 0.0 : (double)(theta / w->own[i]) - (double)(theta / w->far[i]);
+    write_turns(w, turns, angles);
+}
+
+/* Have the turns of all positions below `n`; false without memory. */
+static bool extend_turns(struct window *w, int64_t n) {
+    if (n <= w->n_turns)
+        return true;
+    int64_t room = w->n_turns ? w->room : FIRST_TURNS;
+    while (room < n)
+        room *= 2;
+    if (room > w->room) {
+        float *turns = aligned_alloc(64, (size_t)(room * w->n_dims * 4 + 63) / 64 * 64);
+        if (turns == NULL)
+            return false;
+        memcpy(turns, w->turns, (size_t)(w->n_turns * w->n_dims) * 4);
+        free(w->turns);
+        w->turns = turns;
+        w->room = room;
+    }
+    for (; w->n_turns < n; w->n_turns++)
+        write_position(w, w->n_turns, w->turns + w->n_turns * w->n_dims, w->angles);
+    return true;
+}
+
+static void forget_window(struct window *w) {
+    free(w->turns);
+    free(w->border);
+    free(w->angles);
+    free(w->own);
+    *w = (struct window){0};
+}
+
+void free_windows(struct context *context) {
+    forget_window(&context->window);
+    for (int i = 0; i < N_PLACES; i++)
+        free(context->places[i].of);
+}
+
+int64_t window_floats(const struct context *context) {
+    int64_t floats = context->window.room * context->window.n_dims;
+    for (int i = 0; i < N_PLACES; i++)
+        floats += context->places[i].n;
+    return floats;
+}
+
+/* Use a near window of `tokens` from now on, 0 for none: the model's own factors apply nearer than that, `far` ones beyond
+ * it, n_dims / 2 each. False without memory. */
+EXPORT bool ropewalk_set_window(struct context *context, int64_t tokens, int64_t start_tokens, int n_dims, bool halves,
+                                float freq_base, const float *own, const float *far) {
+    struct window *w = &context->window;
+    size_t bytes = (size_t)n_dims / 2 * 4;
+    if (w->tokens && tokens == w->tokens && start_tokens == w->start_tokens && n_dims == w->n_dims && halves == w->halves &&
+        freq_base == w->freq_base && memcmp(own, w->own, bytes) == 0 && memcmp(far, w->far, bytes) == 0)
+        return true;
+    forget_window(w);
+    if (!tokens)
+        return true;
+    *w = (struct window){.tokens = tokens, .start_tokens = start_tokens, .n_dims = n_dims, .freq_base = freq_base,
+                         .halves = halves, .own = malloc(2 * bytes), .angles = malloc(2 * bytes),
+                         .border = malloc(2 * bytes)};
+    if (w->own == NULL || w->angles == NULL || w->border == NULL) {
+        forget_window(w);
+        return false;
+    }
+    w->far = w->own + n_dims / 2;
+    memcpy(w->own, own, bytes);
+    memcpy(w->far, far, bytes);
+    for (int i = 0; i < n_dims / 2; i++)
+        w->angles[i] = (double)tokens * pow(freq_base, -2.0 * i / n_dims) * (1.0 / own[i] - 1.0 / far[i]);
+    write_turns(w, w->border, w->angles);
+    return true;
+}
+
+static int64_t n_values(const struct tensor *t) { return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]; }
+
+/* The positions of a cache's cells, of which there are `n`; NULL without memory, or for a third kind of cache. */
+static struct places *places_of(struct context *context, int64_t n) {
+    for (int i = 0; i < N_PLACES; i++) {
+        struct places *places = &context->places[i];
+        if (places->n == n)
+            return places;
+        if (places->n)
+            continue;
+        places->of = malloc((size_t)n * 4);
+        if (places->of == NULL)
+            return NULL;
+        places->n = n;
+        for (int64_t cell = 0; cell < n; cell++)
+            places->of[cell] = (int32_t)cell;
+        return places;
+    }
+    return NULL;
+}
+
+/* Have each cell at the position of its number, as after a sequence was restored. */
+EXPORT void ropewalk_reset_places(struct context *context) {
+    for (int i = 0; i < N_PLACES; i++)
+        for (int64_t cell = 0; cell < context->places[i].n; cell++)
+            context->places[i].of[cell] = (int32_t)cell;
+}
+
+/* The tensor without an operation that a node's values come from. */
+static const struct tensor *root_of(const struct tensor *node) {
+    while (node->op != 0 && (node->view_src || node->src[0]))
+        node = node->view_src ? node->view_src : node->src[0];
+    return node;
+}
+
+void see_rope(struct context *context, const struct tensor *node) {
+    const struct tensor *positions = node->src[1], *root = root_of(node->src[0]);
+    if (positions->type != TYPE_I32 || positions->data == NULL)
+        return;
+    for (int i = 0; i < N_PLACES; i++) { /* llama.cpp shifts cached keys, the first layer's before those of all others */
+        struct places *places = &context->places[i];
+        if (root == places->cache && root != NULL && positions->ne[0] == places->n)
+            for (int64_t cell = 0; cell < places->n; cell++)
+                places->of[cell] += ((const int32_t *)positions->data)[cell];
+        if (root == places->cache && root != NULL)
+            return;
+    }
+    context->positions = positions;
+    struct window *w = &context->window;
+    int64_t last = -1;
+    for (int64_t i = 0; w->tokens && i < positions->ne[0]; i++)
+        last = ((const int32_t *)positions->data)[i] > last ? ((const int32_t *)positions->data)[i] : last;
+    if (last >= w->n_turns && w->tokens && !extend_turns(w, last + 1))
+        fail(context, node, "out of memory");
+}
+
+void see_write(struct context *context, const struct tensor *node) {
+    const struct tensor *cache = node->view_src, *cells = node->src[1], *positions = context->positions;
+    if (cache == NULL || positions == NULL || cells->type != TYPE_I64 || cells->data == NULL ||
+        cells->ne[0] != positions->ne[0])
+        return;
+    struct places *places = places_of(context, n_values(cache) / cache->ne[0]);
+    if (places == NULL)
+        return;
+    places->cache = places->cache ? places->cache : cache;
+    for (int64_t i = 0; i < cells->ne[0]; i++) {
+        int64_t cell = ((const int64_t *)cells->data)[i];
+        if (cell >= 0 && cell < places->n)
+            places->of[cell] = ((const int32_t *)positions->data)[i];
+    }
+}
+
+/* Whether a node only gives its values another shape, or all of them a factor. */
+static bool keeps_values(const struct watch *watch, const struct tensor *node) {
+    float bias;
+    memcpy(&bias, &node->op_params[1], 4);
+    return node->op == watch->reshape || node->op == watch->view || node->op == watch->permute || node->op == watch->cont ||
+           (node->op == watch->scale && bias == 0.0f);
+}
+
+/* The ROPE node that a node's values come from, through at most one Hadamard transform (a product with a square matrix) of
+ * `*hadamard` values; NULL if anything else lies between. */
+static const struct tensor *rope_behind(const struct watch *watch, const struct tensor *node, int64_t *hadamard) {
+    *hadamard = 0;
+    while (node && node->op != watch->rope) {
+        const struct tensor *source = node->src[0];
+        if ((node->op == watch->product || node->op == watch->custom) && *hadamard == 0 && source->type == TYPE_F32 &&
+            source->op == 0 && source->ne[0] == source->ne[1] && n_values(source) == source->ne[0] * source->ne[0]) {
+            *hadamard = source->ne[0];
+            source = node->src[1];
+        } else if (!keeps_values(watch, node)) {
+            return NULL;
+        }
+        if (source == NULL || n_values(source) != n_values(node))
+            return NULL;
+        node = source;
+    }
+    return node;
+}
+
+/* Find the rotation of an attention node's queries, and the cache that its keys are read from, where these are such that
+ * a near window can be computed; false if they are not. */
+static bool trace(const struct context *context, const struct tensor *node, const struct tensor **rope,
+                  const struct tensor **cache, int64_t *hadamard) {
+    struct rope_params params;
+    const struct tensor *k = node->src[1];
+    *rope = rope_behind(&context->watch, node->src[0], hadamard);
+    *cache = k->view_src;
+    if (*rope == NULL || *cache == NULL || (*rope)->src[1]->type != TYPE_I32)
+        return false;
+    memcpy(&params, (*rope)->op_params, sizeof params);
+    bool whole = *hadamard == 0 || (*hadamard >= 16 && (*hadamard & (*hadamard - 1)) == 0 && k->ne[0] % *hadamard == 0);
+    return whole && (params.mode == MODE_NEIGHBOURS || params.mode == MODE_HALVES) && params.n_dims <= k->ne[0] &&
+           (*rope)->src[1]->ne[0] == node->src[0]->ne[1] * node->src[0]->ne[3] && k->nb[1] == (*cache)->nb[1];
+}
+
+/* The ROPE node behind an attention node's queries, if the attention can be computed with a near window; otherwise NULL. */
+EXPORT const struct tensor *ropewalk_windowed(const struct context *context, const struct tensor *node) {
+    const struct tensor *rope, *cache;
+    int64_t hadamard;
+    return attention_covers(context, node) && trace(context, node, &rope, &cache, &hadamard) ? rope : NULL;
+}
+
+bool needs_window(const struct context *context, const struct tensor *node) {
+    const struct watch *watch = &context->watch;
+    const struct tensor *source = context->window.tokens ? node->src[0] : NULL;
+    while (source && source->op != watch->rope) { /* whatever lies between */
+        bool product = source->src[1] && source->src[0]->op == 0;
+        source = product ? source->src[1] : source->src[0];
+    }
+    return source != NULL && source->src[2] == watch->setting->factors;
+}
+
+bool find_window(const struct context *context, const struct tensor *node, struct attention *a) {
+    const struct tensor *rope, *cache;
+    if (!needs_window(context, node))
+        return true;
+    if (!trace(context, node, &rope, &cache, &a->hadamard))
+        return false;
+    for (int i = 0; i < N_PLACES; i++)
+        if (context->places[i].n == n_values(cache) / cache->ne[0])
+            a->cell_positions = context->places[i].of + (a->k->data - cache->data) / (int64_t)cache->nb[1];
+    a->row_positions = (const int32_t *)rope->src[1]->data;
+    a->window = a->cell_positions ? &context->window : NULL;
+    return a->window != NULL;
+}
