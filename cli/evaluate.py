@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.measure import Difference, KeyPassage, Reading, Text
 
 METHODS = "none,pi,ntk,yarn,schedule"
+PASSAGES = 5
 QUARTERS = 4
 SUITE_PANEL = "With --suite ruler"
 MAX_EXPONENT = 700.0  # the largest that `math.exp` has a number for, about
@@ -53,11 +54,15 @@ def evaluate(
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")
     ] = None,
     passages: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--passages", "--pages", min=1, help="Passages per context, each with a key at a different depth."
+            "--passages",
+            "--pages",
+            min=1,
+            help="Passages per context, each with a key at a different depth.",
+            show_default=str(PASSAGES),
         ),
-    ] = 5,
+    ] = None,
     kv: Annotated[str, typer.Option(help="KV cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
@@ -140,6 +145,8 @@ def evaluate(
         "--certify": certify,
     }
     if suite is not None:
+        if passages is not None:
+            raise UserError("--passages: is not for --suite, expected --samples")
         from .evaluate_suite import CommonOptions, SuiteOptions, evaluate_suite
 
         options = SuiteOptions(suite, quick, tasks, samples, share, chat, caches, certify)
@@ -159,7 +166,9 @@ def evaluate(
     check_matches(own, native.facts, str(schedule or path))
     if plot is not None:
         check_picture_place(plot)
-    plan = _Plan(native, own, _contexts(contexts, native, own), names_of(methods or METHODS), passages, seed)
+    plan = _Plan(
+        native, own, _contexts(contexts, native, own), names_of(methods or METHODS), passages or PASSAGES, seed
+    )
     plan.check()
     found = _read_all(path, plan, texts_of(text, more), kv, threads, output)
     if as_json:

@@ -24,6 +24,7 @@ QUICK_METHODS = "none,yarn,plain,schedule"
 LENGTHS = (4096, 8192, 16384, 32768)
 QUICK_LONGEST = 12288  # tokens; twice as many take three times as long
 SAMPLES, QUICK_SAMPLES, SHARE = 50, 4, 10
+MANY_TOKENS = 2_000_000  # an hour or so for a small model on a few cores
 CACHES, QUICK_CACHES = "q8_0,q8_0:f16,q4_0", "q8_0,q4_0"
 
 
@@ -64,7 +65,7 @@ def evaluate_suite(model: str | None, texts: list[Text], options: SuiteOptions, 
     """
     from ..container import read_header, schedule_of, trained_schedule
     from ..factors import check_matches, read_schedule
-    from ..runtime.measure.suites import SUITE, Journal, run_suite
+    from ..runtime.measure.suites import SUITE, Journal, run_suite, tokens_to_read
     from .model import model_path
     from .picture import check_picture_place
 
@@ -80,6 +81,12 @@ def evaluate_suite(model: str | None, texts: list[Text], options: SuiteOptions, 
     run = _run(path, tuple(texts), options, common, native, own)
     if options.certify:
         _check_certifiable(model, path, run, own)
+    n_tokens = tokens_to_read(run.plan)
+    if n_tokens > MANY_TOKENS:
+        note(
+            f"about {n_tokens / 1e6:.0f} million tokens to read;"
+            " fewer --tasks, --contexts, --methods or --samples, or --quick, take less time"
+        )
     with Journal(common.output) as journal:
         report, setting = run_suite(run, journal, _progress)
     if common.as_json:

@@ -9,7 +9,6 @@ from .terminal import out, print_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..factors import Band
     from ..runtime.measure.suites import Estimate, Report, Row, Run, Setting
 
 SHADES = " ░▒▓█"
@@ -71,15 +70,13 @@ def _by_length(report: Report, run: Run) -> Table:
 
 def _distinct(report: Report, run: Run, length: int) -> list[tuple[list[str], Row]]:
     """The rows of a length, one for all methods that read it in the same band, with their names."""
+    from ..runtime.measure.suites import band_key
+
     rows = {row.method: row for row in report.rows if row.length == length}
     groups: dict[str, list[str]] = {}
     for method, band in run.plan.bands[length].items():
-        groups.setdefault(_does(band), []).append(method)
+        groups.setdefault(band_key(band), []).append(method)
     return [(names, rows[names[0]]) for names in groups.values()]
-
-
-def _does(band: Band) -> str:
-    return band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
 
 
 def _range(estimate: Estimate, sign: str = "") -> str:

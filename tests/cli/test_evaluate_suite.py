@@ -149,6 +149,18 @@ def test_near_windows_are_compared_where_there_are_some(run, tiny, text):
     assert methods == {"none", "pi", "ntk", "yarn", "schedule"}
 
 
+def test_a_band_with_and_without_its_near_window(run, tiny_llama, text, tmp_path):
+    source = tiny_llama(tmp_path / "tiny.gguf", context_length=512)
+    near = tmp_path / "near.gguf"
+    embed_schedule(source, near, ropewalk.extend(native_schedule(read_header(source)), 1024, "near"))
+    options = ["--text", text, "--contexts", "512,1024", "--tasks", "hints", *FAST, "--methods", "plain,yarn,schedule"]
+    found = json.loads(run(near, *options, "--json").stdout)
+    losses = {(row["length"], row["method"]): row["loss"]["mean"] for row in found["lengths"]}
+    assert losses[512, "plain"] == losses[512, "schedule"]
+    assert losses[1024, "plain"] == losses[1024, "yarn"]  # what stands for a band that brings no plain one
+    assert losses[1024, "plain"] != losses[1024, "schedule"]
+
+
 def test_mistakes_are_one_line(mistake, tiny, copied, text, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"id": "x"}\n')
@@ -168,6 +180,7 @@ def test_mistakes_are_one_line(mistake, tiny, copied, text, tmp_path):
         (tiny, ["--suite", "ruler", "--caches", "q9"], "kv: 'q9', expected auto"),
         (tiny, ["--suite", "ruler", "--plot", "x.pdf"], "expected a name that ends in .png"),
         (tiny, ["--suite", "ruler", "-o", other], "line 1 is not a result of ropewalk eval --suite"),
+        (tiny, ["--suite", "ruler", "--passages", "3"], "--passages: is not for --suite, expected --samples"),
         (tiny, ["--tasks", "vt"], "--tasks: expected --suite ruler with it"),
         (tiny, ["--quick"], "--quick: expected --suite ruler with it"),
         (copied, ["--suite", "ruler", "--certify", "--schedule", schedule], "embed it first"),

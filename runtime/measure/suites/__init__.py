@@ -1,6 +1,6 @@
 """Suites of questions about long texts whose answers are known: RULER's tasks, and two more kinds."""
 
-from .asking import Answered, SuitePlan
+from .asking import Answered, SuitePlan, band_key, tokens_to_read
 from .caches import CacheLoss
 from .journal import Journal
 from .report import AtDepth, Cell, Effective, Report, Row, ShortText
@@ -29,6 +29,8 @@ __all__ = [
     "ShortText",
     "SuitePlan",
     "Task",
+    "band_key",
     "named_tasks",
     "run_suite",
+    "tokens_to_read",
 ]

@@ -126,12 +126,26 @@ def check_lengths(essays: Essays, pen: Pen, plan: SuitePlan) -> None:
             questions_about(pen, essays, task, length, 0, plan.haystacks(task).questions, plan.seed)
 
 
+def tokens_to_read(plan: SuitePlan) -> int:
+    """About how many tokens the model reads for all questions of a plan."""
+    return sum(_tokens(plan, task, length) for length in plan.lengths for task in plan.tasks)
+
+
+def _tokens(plan: SuitePlan, task: Task, length: int) -> int:
+    """About how many tokens are read for a cell, in all of its bands that differ."""
+    stacks = plan.haystacks(task)
+    once = round(length * (1 + task.rereads * (stacks.questions - 1))) + stacks.questions * QUESTION_TOKENS
+    return stacks.count * once * len({band_key(band) for band in plan.bands[length].values()})
+
+
 def _cost(plan: SuitePlan, task: Task, length: int) -> float:
     """About how long a cell takes, as the number of tokens at a text's start that are read in that time."""
-    stacks = plan.haystacks(task)
-    reads = 1 + (stacks.questions - 1) / 2 if task.name.startswith("niah_single") else 1
-    tokens = stacks.count * (reads * length + stacks.questions * QUESTION_TOKENS)
-    return tokens * (1 + length * SLOWER_PER_TOKEN) * len(plan.bands[length])
+    return _tokens(plan, task, length) * (1 + length * SLOWER_PER_TOKEN)
+
+
+def band_key(band: Band) -> str:
+    """What a band does: equal for two if and only if they read a text in the same way."""
+    return band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
 
 
 def _within(advance: Advance, done: float, share: float, total: float) -> Callable[[int, int], None]:
@@ -163,22 +177,18 @@ def _answered(question: Question, method: str, found: dict[str, Any], where: str
         UserError: it is something else.
     """
     try:
-        return Answered(
-            **_about(question, method),
-            score=float(found["score"]),
-            loss=float(found["loss"]),
-            said=str(found["said"]),
-            seconds=float(found["seconds"]),
-        )
+        numbers = {name: float(found[name]) for name in ("score", "loss", "seconds")}
+        if not (0 <= numbers["score"] <= 1 and all(map(math.isfinite, numbers.values()))):
+            raise ValueError("not the numbers of an answer")
+        return Answered(**_about(question, method), **numbers, said=str(found["said"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: is not an answer of ropewalk eval --suite") from None
 
 
 def question_key(model: str, computed: str, band: Band, question: Question) -> str:
     """A digest of all that an answer depends on; `computed` says how: the cache type, and by what code."""
-    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
     asked = (question.prompt, question.cuts, question.answer, question.references, question.any_of)
-    parts = (VERSION, SPARE_TOKENS, model, computed, facts, asked)
+    parts = (VERSION, SPARE_TOKENS, model, computed, band_key(band), asked)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ....errors import UserError
 from ....factors import Band
 from ...losses import Logits, Losses
+from .asking import band_key
 from .journal import Journal
 
 if TYPE_CHECKING:
@@ -62,9 +63,8 @@ def cache_losses(
     Raises:
         UserError: as `load`.
     """
-    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
     keys = {
-        kv: hashlib.sha256(repr((VERSION, SCORED, model, facts, tuple(tokens), kv)).encode()).hexdigest()[:24]
+        kv: hashlib.sha256(repr((VERSION, SCORED, model, band_key(band), tuple(tokens), kv)).encode()).hexdigest()[:24]
         for kv in kv_types
     }
     expected: Logits | None = None

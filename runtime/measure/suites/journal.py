@@ -64,7 +64,7 @@ class Journal:
         self._known[key] = found
         if self._file is not None:
             record = {"key": key, "asked": asked, "found": found}
-            self._file.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.append(json.dumps(record).encode() + b"\n")
         return found
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ....factors import Band, Schedule, native_band
 from ..held_out import BLOCK, draw_blocks, interval
 from ..passages import Text, cut
 from ..readings import BIN, reader
-from .asking import Advance, Bands, SuitePlan, ask_all
+from .asking import Advance, Bands, SuitePlan, ask_all, band_key
 from .caches import CacheLoss, cache_losses
 from .haystacks import Essays
 from .journal import Journal
@@ -143,8 +144,7 @@ def _short_texts(
 
 
 def _short_key(llm: Llama, model: str, band: Band, tokens: list[int]) -> str:
-    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
-    parts = (VERSION, BIN, model, llm.kv_type, llm.computed_by, facts, tokens)
+    parts = (VERSION, BIN, model, llm.kv_type, llm.computed_by, band_key(band), tokens)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -159,7 +159,10 @@ def _bins(llm: Llama, band: Band, tokens: list[int]) -> list[float]:
 
 def _checked(known: dict[str, Any], where: str) -> list[float]:
     try:
-        return [float(loss) for loss in known["losses"]]
+        losses = [float(loss) for loss in known["losses"]]
+        if not losses or not all(map(math.isfinite, losses)):
+            raise ValueError("not the losses of a text")
+        return losses
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: is not a reading of a short text") from None
 

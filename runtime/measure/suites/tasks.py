@@ -27,20 +27,22 @@ class Task:
 
     Attributes:
         has_depth: whether each answer stands in one place.
+        rereads: the share of a text that is read again, on average, for each further question about it.
     """
 
     name: str
     build: Build
     most: int = 1 << 10
     has_depth: bool = False
+    rereads: float = 0.0
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("niah_single_1", partial(needles.single, kind=needles.NOISE_NUMBER), has_depth=True),
-        Task("niah_single_2", partial(needles.single, kind=needles.ESSAY_NUMBER), has_depth=True),
-        Task("niah_single_3", partial(needles.single, kind=needles.ESSAY_MARK), has_depth=True),
+        Task("niah_single_1", partial(needles.single, kind=needles.NOISE_NUMBER), has_depth=True, rereads=0.5),
+        Task("niah_single_2", partial(needles.single, kind=needles.ESSAY_NUMBER), has_depth=True, rereads=0.5),
+        Task("niah_single_3", partial(needles.single, kind=needles.ESSAY_MARK), has_depth=True, rereads=0.5),
         Task(
             "niah_multikey_1", partial(needles.several_keys, kind=needles.ESSAY_NUMBER), needles.SEVERAL, has_depth=True
         ),
