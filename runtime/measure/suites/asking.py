@@ -177,10 +177,10 @@ def _answered(question: Question, method: str, found: dict[str, Any], where: str
         UserError: it is something else.
     """
     try:
-        numbers = {name: float(found[name]) for name in ("score", "loss", "seconds")}
-        if not (0 <= numbers["score"] <= 1 and all(map(math.isfinite, numbers.values()))):
+        score, loss, seconds = (float(found[name]) for name in ("score", "loss", "seconds"))
+        if not (0 <= score <= 1 and math.isfinite(loss) and math.isfinite(seconds)):
             raise ValueError("not the numbers of an answer")
-        return Answered(**_about(question, method), **numbers, said=str(found["said"]))
+        return Answered(**_about(question, method), score=score, loss=loss, said=str(found["said"]), seconds=seconds)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: is not an answer of ropewalk eval --suite") from None
 
