@@ -95,22 +95,24 @@ class NearWindows:
         self.window: NearWindow | None = None
         """That of the band in use."""
         self._applies, self._trace = applies, RopeTrace()
-        self._positions: int | None = None
+        self._rows: Positions = np.empty(0, dtype=np.int32)
         self._places: dict[int, Positions] = {}
 
     def see_rope(self, node: int) -> None:
-        """Note the positions of a graph's tokens."""
-        self._positions = ggml.tensor_at(node).src[1]
+        """Note the positions of a graph's tokens.
+
+        A copy, as ggml reuses the memory behind the last rotation, before that layer's attention is computed.
+        """
+        self._rows = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1])).copy()
 
     def see_write(self, node: int) -> None:
         """Note the positions of the cells that a SET_ROWS node writes."""
         tensor = ggml.tensor_at(node)
-        if not (self._positions and tensor.view_src and tensor.src[1]):
+        if not (tensor.view_src and tensor.src[1]):
             return
         cache, index = ggml.tensor_at(tensor.view_src), ggml.tensor_at(tensor.src[1])
-        positions = ggml.int32_row(ggml.tensor_at(self._positions))
-        if index.type == ggml.I64 and index.ne[0] == len(positions) and index.data:
-            self._places_of(cache)[ggml.int64_row(index)] = positions
+        if index.type == ggml.I64 and index.ne[0] == len(self._rows) and index.data:
+            self._places_of(cache)[ggml.int64_row(index)] = self._rows
 
     def _places_of(self, cache: ggml.TensorStruct) -> Positions:
         n_cells = ggml.n_values(cache) // cache.ne[0]
@@ -132,7 +134,7 @@ class NearWindows:
         rope, _ = self._trace.rope_behind(tensor.src[0])
         if rope is None:
             return None
-        q, k, params = ggml.tensor_at(tensor.src[0]), ggml.tensor_at(tensor.src[1]), ggml.rope_params(rope)
+        q, k, params = ggml.tensor_at(tensor.src[0]), _cells_behind(tensor.src[1]), ggml.rope_params(rope)
         positions = ggml.tensor_at(ggml.tensor_at(rope).src[1])
         known = params.mode in (NEIGHBOURS, HALVES) and params.n_dims <= k.ne[0]
         one_axis = positions.type == ggml.I32 and positions.ne[0] == q.ne[1] * q.ne[3]
@@ -144,16 +146,20 @@ class NearWindows:
         if self.window is None or not self.needed(node):
             return None
         tensor = ggml.tensor_at(node)
-        q, k = ggml.tensor_at(tensor.src[0]), ggml.tensor_at(tensor.src[1])
-        rope, size = self._trace.rope_behind(tensor.src[0])
-        assert rope is not None  # `windowed` was asked before
-        rows = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(rope).src[1]))
+        q, k = ggml.tensor_at(tensor.src[0]), _cells_behind(tensor.src[1])
+        _, size = self._trace.rope_behind(tensor.src[0])
         cache = ggml.tensor_at(k.view_src)
         cells = self._places_of(cache)[(k.data - cache.data) // cache.nb[1] :]
         return Windowed(
             self.window,
-            torch.from_numpy(rows.reshape(q.ne[3], q.ne[1])),
+            torch.from_numpy(self._rows.reshape(q.ne[3], q.ne[1])),
             torch.from_numpy(cells),
             k.nb[3] // k.nb[1],
             size,
         )
+
+
+def _cells_behind(keys: int) -> ggml.TensorStruct:
+    """Return the view of a cache that an attention node's keys come from: llama.cpp casts an f32 cache to f16."""
+    tensor = ggml.tensor_at(keys)
+    return ggml.tensor_at(tensor.src[0]) if ggml.op_name(tensor.op) == "CPY" and tensor.src[0] else tensor

@@ -10,7 +10,7 @@
 EXPORT void ropewalk_watch(struct context *context, const int *codes, struct rope_setting *setting) {
     see_function closely = context->watch.closely;
     context->watch = (struct watch){setting,  codes[0], codes[1], codes[2], codes[3], codes[4],
-                                    codes[5], codes[6], codes[7], codes[8], codes[9], closely};
+                                    codes[5], codes[6], codes[7], codes[8], codes[9], codes[10], closely};
 }
 
 /* Have `see` called for every node instead; NULL ends that. */

@@ -51,8 +51,8 @@ typedef bool (*see_function)(struct tensor *node, bool ask, void *userdata);
 struct watch {
     struct rope_setting *setting;
     int rope, attention, product, custom, write;
-    int reshape, view, permute, cont, scale; /* what may lie between a rotation and the attention */
-    see_function closely;                    /* sees all nodes instead, unless NULL */
+    int reshape, view, permute, cont, scale, copy; /* what may lie between a rotation and the attention */
+    see_function closely;                          /* sees all nodes instead, unless NULL */
 };
 
 /* The near window of the band in use; see window.c. */
@@ -76,6 +76,13 @@ struct places {
     const struct tensor *cache; /* the first layer's */
 };
 
+/* The positions of the tokens of the graph under way: a copy, as ggml reuses the memory of the tensor behind its last
+ * rotation, before that layer's attention is computed. */
+struct rows {
+    int64_t n, room;
+    int32_t *of;
+};
+
 enum { N_PLACES = 4 }; /* kinds of caches of one context, told apart by their length */
 
 struct context {
@@ -85,7 +92,7 @@ struct context {
     struct watch watch;
     struct window window;
     struct places places[N_PLACES];
-    const struct tensor *positions; /* of the tokens of the graph under way */
+    struct rows rows;
     _Alignas(64) struct claims claims;
     struct share shares[MAX_THREADS];
     _Alignas(64) atomic_llong taken; /* nodes computed so far */
@@ -107,7 +114,8 @@ struct attention {
     bool exact;
     const struct window *window; /* NULL: there is none, and what follows is not set */
     const int32_t *row_positions, *cell_positions; /* the latter of the first stream's first cell */
-    int64_t hadamard; /* of how many values of queries and keys there is a Hadamard transform; 0: the values themselves */
+    int64_t stream_cells; /* from one stream's first cell to the next's */
+    int64_t hadamard;     /* of how many values of queries and keys there is a Hadamard transform; 0: the values themselves */
 };
 
 struct attention_piece {

@@ -383,7 +383,7 @@ def _in_use() -> tuple[ctypes.CDLL | None, str]:
 
 
 _WATCHED = (
-    "ROPE", "FLASH_ATTN_EXT", "MUL_MAT", "CUSTOM", "SET_ROWS", "RESHAPE", "VIEW", "PERMUTE", "CONT", "SCALE"
+    "ROPE", "FLASH_ATTN_EXT", "MUL_MAT", "CUSTOM", "SET_ROWS", "RESHAPE", "VIEW", "PERMUTE", "CONT", "SCALE", "CPY"
 )  # fmt: skip
 """Operations that the library looks at, in the order of `struct watch`."""
 

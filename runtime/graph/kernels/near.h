@@ -44,7 +44,7 @@ INLINE void turn(float *x, const float *turns, int64_t n, bool halves) {
 
 /* The positions of a stream's cells, from `cell` on. */
 INLINE const int32_t *positions_of(const struct attention *a, int64_t stream, int64_t cell) {
-    return a->cell_positions + stream * (int64_t)(a->k->nb[3] / a->k->nb[1]) + cell;
+    return a->cell_positions + stream * a->stream_cells + cell;
 }
 
 INLINE int32_t row_position(const struct attention *a, int64_t stream, int64_t token) {

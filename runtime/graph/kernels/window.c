@@ -66,10 +66,11 @@ void free_windows(struct context *context) {
     forget_window(&context->window);
     for (int i = 0; i < N_PLACES; i++)
         free(context->places[i].of);
+    free(context->rows.of);
 }
 
 int64_t window_floats(const struct context *context) {
-    int64_t floats = context->window.room * context->window.n_dims;
+    int64_t floats = context->window.room * context->window.n_dims + context->rows.room;
     for (int i = 0; i < N_PLACES; i++)
         floats += context->places[i].n;
     return floats;
@@ -138,6 +139,19 @@ static const struct tensor *root_of(const struct tensor *node) {
     return node;
 }
 
+static bool copy_positions(struct rows *rows, const struct tensor *positions) {
+    int64_t n = positions->ne[0];
+    if (n > rows->room) {
+        free(rows->of);
+        rows->of = malloc((size_t)n * 4);
+        rows->room = rows->of ? n : 0;
+    }
+    rows->n = rows->of ? n : 0;
+    if (rows->of)
+        memcpy(rows->of, positions->data, (size_t)n * 4);
+    return rows->of != NULL;
+}
+
 void see_rope(struct context *context, const struct tensor *node) {
     const struct tensor *positions = node->src[1], *root = root_of(node->src[0]);
     if (positions->type != TYPE_I32 || positions->data == NULL)
@@ -150,19 +164,21 @@ void see_rope(struct context *context, const struct tensor *node) {
         if (root == places->cache && root != NULL)
             return;
     }
-    context->positions = positions;
+    if (!copy_positions(&context->rows, positions)) {
+        fail(context, node, "out of memory");
+        return;
+    }
     struct window *w = &context->window;
     int64_t last = -1;
-    for (int64_t i = 0; w->tokens && i < positions->ne[0]; i++)
-        last = ((const int32_t *)positions->data)[i] > last ? ((const int32_t *)positions->data)[i] : last;
-    if (last >= w->n_turns && w->tokens && !extend_turns(w, last + 1))
+    for (int64_t i = 0; w->tokens && i < context->rows.n; i++)
+        last = context->rows.of[i] > last ? context->rows.of[i] : last;
+    if (w->tokens && !extend_turns(w, last + 1))
         fail(context, node, "out of memory");
 }
 
 void see_write(struct context *context, const struct tensor *node) {
-    const struct tensor *cache = node->view_src, *cells = node->src[1], *positions = context->positions;
-    if (cache == NULL || positions == NULL || cells->type != TYPE_I64 || cells->data == NULL ||
-        cells->ne[0] != positions->ne[0])
+    const struct tensor *cache = node->view_src, *cells = node->src[1];
+    if (cache == NULL || cells->type != TYPE_I64 || cells->data == NULL || cells->ne[0] != context->rows.n)
         return;
     struct places *places = places_of(context, n_values(cache) / cache->ne[0]);
     if (places == NULL)
@@ -171,7 +187,7 @@ void see_write(struct context *context, const struct tensor *node) {
     for (int64_t i = 0; i < cells->ne[0]; i++) {
         int64_t cell = ((const int64_t *)cells->data)[i];
         if (cell >= 0 && cell < places->n)
-            places->of[cell] = ((const int32_t *)positions->data)[i];
+            places->of[cell] = context->rows.of[i];
     }
 }
 
@@ -203,27 +219,31 @@ static const struct tensor *rope_behind(const struct watch *watch, const struct 
     return node;
 }
 
-/* Find the rotation of an attention node's queries, and the cache that its keys are read from, where these are such that
- * a near window can be computed; false if they are not. */
-static bool trace(const struct context *context, const struct tensor *node, const struct tensor **rope,
-                  const struct tensor **cache, int64_t *hadamard) {
+/* Where an attention node's queries and keys come from. */
+struct origin {
+    const struct tensor *rope, *cells; /* the latter a view of a cache */
+    int64_t hadamard;
+};
+
+/* Find that, where it is such that a near window can be computed; false if it is not. */
+static bool trace(const struct context *context, const struct tensor *node, struct origin *from) {
     struct rope_params params;
     const struct tensor *k = node->src[1];
-    *rope = rope_behind(&context->watch, node->src[0], hadamard);
-    *cache = k->view_src;
-    if (*rope == NULL || *cache == NULL || (*rope)->src[1]->type != TYPE_I32)
+    from->rope = rope_behind(&context->watch, node->src[0], &from->hadamard);
+    from->cells = k->op == context->watch.copy ? k->src[0] : k; /* llama.cpp casts an f32 cache to f16 */
+    if (from->rope == NULL || from->cells->view_src == NULL || from->rope->src[1]->type != TYPE_I32)
         return false;
-    memcpy(&params, (*rope)->op_params, sizeof params);
-    bool whole = *hadamard == 0 || (*hadamard >= 16 && (*hadamard & (*hadamard - 1)) == 0 && k->ne[0] % *hadamard == 0);
-    return whole && (params.mode == MODE_NEIGHBOURS || params.mode == MODE_HALVES) && params.n_dims <= k->ne[0] &&
-           (*rope)->src[1]->ne[0] == node->src[0]->ne[1] * node->src[0]->ne[3] && k->nb[1] == (*cache)->nb[1];
+    memcpy(&params, from->rope->op_params, sizeof params);
+    int64_t size = from->hadamard, rows = node->src[0]->ne[1] * node->src[0]->ne[3];
+    return (size == 0 || (size >= 16 && (size & (size - 1)) == 0 && k->ne[0] % size == 0)) &&
+           (params.mode == MODE_NEIGHBOURS || params.mode == MODE_HALVES) && params.n_dims <= k->ne[0] &&
+           from->rope->src[1]->ne[0] == rows && from->cells->nb[1] == from->cells->view_src->nb[1];
 }
 
 /* The ROPE node behind an attention node's queries, if the attention can be computed with a near window; otherwise NULL. */
 EXPORT const struct tensor *ropewalk_windowed(const struct context *context, const struct tensor *node) {
-    const struct tensor *rope, *cache;
-    int64_t hadamard;
-    return attention_covers(context, node) && trace(context, node, &rope, &cache, &hadamard) ? rope : NULL;
+    struct origin from;
+    return attention_covers(context, node) && trace(context, node, &from) ? from.rope : NULL;
 }
 
 bool needs_window(const struct context *context, const struct tensor *node) {
@@ -237,15 +257,18 @@ bool needs_window(const struct context *context, const struct tensor *node) {
 }
 
 bool find_window(const struct context *context, const struct tensor *node, struct attention *a) {
-    const struct tensor *rope, *cache;
+    struct origin from;
     if (!needs_window(context, node))
         return true;
-    if (!trace(context, node, &rope, &cache, &a->hadamard))
+    if (!trace(context, node, &from))
         return false;
+    const struct tensor *cells = from.cells, *cache = cells->view_src;
     for (int i = 0; i < N_PLACES; i++)
         if (context->places[i].n == n_values(cache) / cache->ne[0])
-            a->cell_positions = context->places[i].of + (a->k->data - cache->data) / (int64_t)cache->nb[1];
-    a->row_positions = (const int32_t *)rope->src[1]->data;
-    a->window = a->cell_positions ? &context->window : NULL;
+            a->cell_positions = context->places[i].of + (cells->data - cache->data) / (int64_t)cache->nb[1];
+    a->row_positions = context->rows.of;
+    a->stream_cells = (int64_t)(cells->nb[3] / cells->nb[1]);
+    a->hadamard = from.hadamard;
+    a->window = a->cell_positions && context->rows.n == from.rope->src[1]->ne[0] ? &context->window : NULL;
     return a->window != NULL;
 }
