@@ -20,7 +20,10 @@ Map = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 
 def draw_suite(report: Report, title: str) -> Figure:
-    """Plot two maps per method, if a task has depths; else accuracy and loss against length."""
+    """Plot two maps per method, if a task has depths; else accuracy and loss against length.
+
+    A dashed line is where the model's trained length ends.
+    """
     methods = [method for method in report.methods if report.depths(method)]
     if not methods:
         return _draw_lines(report, title)
@@ -58,6 +61,9 @@ def _draw_map(
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             colour = "white" if dark else "black"
             axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+    trained = sum(length <= report.original for length in report.lengths)
+    if 0 < trained < len(report.lengths):
+        axes.axvline(trained - 0.5, color="black", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(report.lengths)), [f"{length:,}" for length in report.lengths], fontsize=7)
     axes.set_yticks(range(len(lows)), [f"{low:.0%}–{low + 1 / DEPTH_BINS:.0%}" for low in lows], fontsize=7)
 
