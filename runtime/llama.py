@@ -180,6 +180,7 @@ class Llama(llama_cpp.Llama):
             n_ubatch=n_ubatch,
             logits_all=logits_all,
             bands=len(self._schedule.bands),
+            near_windows=any(band.near_tokens for band in self._schedule.bands),
             n_threads=max(n_threads, n_threads_batch),
         )
         check_templates(header)

@@ -190,6 +190,7 @@ def plan_memory(
     n_ubatch: int = 512,
     logits_all: bool = False,
     bands: int = 1,
+    near_windows: bool = False,
     n_threads: int | None = None,
     available: int | None = None,
 ) -> MemoryPlan:
@@ -197,8 +198,8 @@ def plan_memory(
 
     `flash_attn` None means: on where V is quantised, which llama.cpp requires, and with `fast_prefill`, which computes
     flash-attention nodes alone: with the kernels for all types but f32, in torch where K is quantised. More than one of
-    `bands` adds the buffer in which quantised keys are rotated. `n_threads` None means the default. `available`
-    replaces the machine's own figure.
+    `bands` adds the buffer in which quantised keys are rotated, `near_windows` what their positions take. `n_threads`
+    None means the default. `available` replaces the machine's own figure.
     """
     kv = check_kv_type(kv)
     type_k, type_v = kv.split(":")[0], kv.split(":")[-1]
@@ -219,6 +220,7 @@ def plan_memory(
     rotated = 12 * cells * max(shape.k_heads, default=0) * shape.key_length if bands > 1 and is_quantised(type_k) else 0
     logits = 4 * shape.n_vocab * (n_ctx + n_batch if logits_all else 1)
     fast = _fast_bytes(shape, rows, n_threads) if flash_attn and fast_prefill else 0
+    fast += 4 * cells * (shape.key_length + 1) if near_windows else 0
     return MemoryPlan(
         n_ctx=n_ctx,
         kv_type=kv,

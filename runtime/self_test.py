@@ -3,7 +3,7 @@
 A random model of one layer is small enough to be computed in numpy as well. Its cached keys depend on the tokens and
 on the rotation alone, so that keys rotated to another band must give what that band gives from the first token on.
 Tried are the rope nodes, the rotation of cached keys by the native kernels and by llama.cpp's K-shift, and attention
-and products taken over: by the native kernels, their graph callback included, or in torch.
+and products taken over, with a near window as well: by the native kernels, their graph callback included, or in torch.
 `graph.admission` runs this and remembers the verdict.
 """
 
@@ -39,6 +39,11 @@ SCHEDULE = Schedule(
         Band(context=128, rescale_factors=FACTS.start_factors),
         Band(context=256, rescale_factors=tuple(np.linspace(1, 6, HEAD // 2).tolist()), attention_factor=1.2),
     ),
+)
+
+NEAR = Schedule(
+    facts=FACTS,
+    bands=(Band(context=256, near_tokens=48, rescale_factors=tuple(np.linspace(2, 6, HEAD // 2).tolist())),),
 )
 
 MOST_ON_AVERAGE, MOST_ON_ONE = 0.05, 0.5
@@ -124,6 +129,19 @@ def _check_taken_nodes(path: Path) -> None:
     singly = [float(llm.token_losses(tokens[:n], start=n - 1)[0]) for n in range(TOTAL - FEW + 1, TOTAL + 1)]
     llm.close()  # a decode of one row is done by other code, which may crash or be wrong on its own
     _compare(np.array(singly), expected[-FEW:], "a token read by itself comes out wrong")
+    _check_near_window(path, rounded, tokens)
+
+
+def _check_near_window(path: Path, weights: Weights, tokens: list[int]) -> None:
+    """Attention by distance, of many rows and of one, where this build's graphs allow for it."""
+    llm = Llama(path, schedule=NEAR, n_ctx=256, kv="q8_0", n_threads=2, verbose=False)
+    if llm.serves_near_windows:
+        expected = _losses(weights, tokens, NEAR.bands[0])
+        _compare(llm.token_losses(tokens), expected, "attention with a near window comes out wrong")
+        llm.rewind(TOTAL - 2)
+        one = llm.token_losses(tokens, start=TOTAL - 1)
+        _compare(one, expected[-1:], "a token read by itself in a near window comes out wrong")
+    llm.close()
 
 
 def _compare(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64], what: str) -> None:
@@ -213,8 +231,7 @@ def _losses(weights: Mapping[str, Floats], tokens: list[int], band: Band) -> npt
         (h @ w[f"blk.0.attn_{name}"].T).reshape(len(tokens), heads, HEAD)
         for name, heads in (("q", N_HEAD), ("k", N_HEAD_KV), ("v", N_HEAD_KV))
     )
-    q, k = _rotate(q, band), np.repeat(_rotate(k, band), N_HEAD // N_HEAD_KV, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD)
+    scores = _scores(q, np.repeat(k, N_HEAD // N_HEAD_KV, axis=1), band)
     scores += np.triu(np.full(scores.shape[1:], -np.inf), 1)
     attended = np.einsum("hij,jhd->ihd", _softmax(scores), np.repeat(v, N_HEAD // N_HEAD_KV, axis=1))
     x = x + attended.reshape(len(tokens), -1) @ w["blk.0.attn_output"].T
@@ -226,13 +243,30 @@ def _losses(weights: Mapping[str, Floats], tokens: list[int], band: Band) -> npt
     return np.asarray(-np.log(likelihoods))
 
 
+def _scores(q: npt.NDArray[np.float64], k: npt.NDArray[np.float64], band: Band) -> npt.NDArray[np.float64]:
+    """The scores of raw queries and keys, shape ``(heads, rows, cells)``: near ones as without rescaling."""
+    if not band.near_tokens:
+        return np.asarray(np.einsum("ihd,jhd->hij", _rotate(q, band), _rotate(k, band)) / np.sqrt(HEAD))
+    near = _scores(q, k, Band(context=band.context, rescale_factors=FACTS.start_factors))
+    border = band.near_tokens * (1 - 1 / np.array(band.rescale_factors))
+    ahead = _rotate(_turned(q, border), band)
+    far = np.einsum("ihd,jhd->hij", ahead, _rotate(k, band)) / np.sqrt(HEAD)
+    distance = np.arange(len(q))[:, None] - np.arange(len(k))[None]
+    return np.where(distance < band.near_tokens, near, far)
+
+
 def _rotate(x: npt.NDArray[np.float64], band: Band) -> npt.NDArray[np.float64]:
     """Rotate neighbouring pairs, shape ``(positions, heads, HEAD)``: pair i by ``position · base^(-2i/d) / λ_i``."""
-    frequencies = BASE ** (-np.arange(HEAD // 2) / (HEAD // 2)) / np.array(band.rescale_factors)
-    angles = (np.arange(len(x))[:, None] * frequencies)[:, None]
+    positions = np.arange(len(x))[:, None, None] / np.array(band.rescale_factors)
+    return _turned(x, positions) * band.attention_factor
+
+
+def _turned(x: npt.NDArray[np.float64], positions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rotate neighbouring pairs, each as at a position of its own."""
+    angles = positions * BASE ** (-np.arange(HEAD // 2) / (HEAD // 2))
     even, odd = x[..., ::2], x[..., 1::2]
     rotated = np.stack((even * np.cos(angles) - odd * np.sin(angles), even * np.sin(angles) + odd * np.cos(angles)), -1)
-    return np.asarray(rotated.reshape(x.shape) * band.attention_factor)
+    return np.asarray(rotated.reshape(x.shape))
 
 
 def _norm(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -59,8 +59,8 @@ def test_an_attention_factor_that_is_not_set(tmp_path, monkeypatch, native):
 def test_a_scale_that_is_read_from_the_wrong_place(tmp_path, monkeypatch, in_torch):
     make = attention_jobs.Node.__init__
 
-    def wrong(self, address):
-        make(self, address)
+    def wrong(self, address, windowed):
+        make(self, address, windowed)
         self.scale *= 2
 
     monkeypatch.setattr(attention_jobs.Node, "__init__", wrong)

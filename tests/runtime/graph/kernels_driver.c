@@ -32,10 +32,12 @@ bool ropewalk_can_rotate(const struct context *context, const struct key_cache *
 bool ropewalk_rotate(const struct context *context, struct rotation *rotation);
 int64_t ropewalk_taken(struct context *context);
 const char *ropewalk_failure(struct context *context);
-void ropewalk_watch(struct context *context, int rope, int attention, int product, int custom, struct rope_setting *setting);
+void ropewalk_watch(struct context *context, const int *codes, struct rope_setting *setting);
+bool ropewalk_set_window(struct context *context, int64_t tokens, int64_t start_tokens, int n_dims, bool halves,
+                         float freq_base, const float *own, const float *far);
 bool ropewalk_see(struct tensor *node, bool ask, void *userdata);
 
-enum { ROPE = 1, ATTENTION = 2, PRODUCT = 3, CUSTOM = 4 }; /* any codes will do: ggml does not run these nodes */
+enum { ROPE = 1, ATTENTION, PRODUCT, CUSTOM, WRITE, RESHAPE, VIEW, PERMUTE, CONT, SCALE, COPY }; /* any codes will do */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL = 20,
        IQ4_XS = 23, BF16 = 30, MXFP4 = 39 };
 
@@ -260,6 +262,104 @@ static void check_attention(struct context *context, const struct shape *s, int 
         release(all[i]);
 }
 
+/* Turn pairs of neighbours by `times` the angles. */
+static void turn_by(double *x, const double *angles, int64_t half, double times) {
+    for (int64_t i = 0; i < half; i++) {
+        double a = x[2 * i], b = x[2 * i + 1], c = cos(angles[i] * times), s = sin(angles[i] * times);
+        x[2 * i] = a * c - b * s;
+        x[2 * i + 1] = b * c + a * s;
+    }
+}
+
+enum { WINDOW = 70, WINDOWED_CELLS = 330 };
+
+/* What a row sees of a cell: `q` and `k` as they come from the far rotation. */
+static double windowed_score(const float *q, const float *k, int64_t size, const double *angles, int64_t row, int64_t cell) {
+    double query[256], key[256], score = 0.0;
+    bool near = row - cell < WINDOW;
+    for (int64_t i = 0; i < size; i++)
+        query[i] = q[i], key[i] = k[i];
+    turn_by(query, angles, size / 2, near ? (double)row : WINDOW);
+    turn_by(key, angles, size / 2, near ? (double)cell : 0.0);
+    for (int64_t i = 0; i < size; i++)
+        score += query[i] * key[i];
+    return score;
+}
+
+/* A near window over cells that were written in an order of their own. */
+static void check_window(struct context *context, struct rope_setting *setting, int type, int64_t rows, int64_t size) {
+    enum { HEADS = 4, KV_HEADS = 2 };
+    int64_t half = size / 2, first = WINDOWED_CELLS - rows;
+    struct drawn *q = drawn(F32, size, HEADS, rows, 1), *k = drawn(type, size, KV_HEADS, WINDOWED_CELLS, 1);
+    struct drawn *v = permuted(drawn(F16, size, KV_HEADS, WINDOWED_CELLS, 1)), *out = drawn(F32, size, HEADS, rows, 1);
+    struct drawn *mask = drawn(F16, WINDOWED_CELLS, rows, 1, 1);
+    int32_t *positions = allocate(WINDOWED_CELLS * 4);
+    int64_t *cells = allocate(WINDOWED_CELLS * 8);
+    float *own = allocate((size_t)half * 4), *far = allocate((size_t)half * 4);
+    double *angles = allocate((size_t)half * 8), *expected = allocate((size_t)(rows * HEADS * size) * 8);
+    for (int64_t i = 0; i < half; i++) {
+        own[i] = 1.0f, far[i] = 2.0f + (float)i / (float)half;
+        angles[i] = pow(setting->freq_base, -(double)i / (double)half) * (1.0 / own[i] - 1.0 / far[i]);
+    }
+    for (int64_t i = 0; i < WINDOWED_CELLS; i++)
+        positions[i] = (int32_t)i, cells[i] = (i * 7) % WINDOWED_CELLS;
+    ropewalk_set_window(context, WINDOW, 0, (int)size, false, setting->freq_base, own, far);
+    struct tensor cache = k->tensor, keys = permuted(k)->tensor, index = {.type = TYPE_I64, .data = (char *)cells};
+    cache.ne[0] *= cache.ne[1], cache.ne[1] = cache.ne[2], cache.ne[2] = 1, cache.nb[1] = cache.nb[2];
+    keys.op = PERMUTE, keys.view_src = &cache, keys.src[0] = &cache;
+    struct tensor at = {.type = TYPE_I32, .ne = {WINDOWED_CELLS, 1, 1, 1}, .data = (char *)positions};
+    memcpy(index.ne, at.ne, sizeof at.ne);
+    struct rope_params rope = {.n_dims = (int32_t)size, .freq_base = setting->freq_base, .freq_scale = setting->native_scale};
+    struct tensor raw = q->tensor, rotated = q->tensor, write = {.op = WRITE, .view_src = &cache};
+    rotated.op = ROPE, rotated.src[0] = &raw, rotated.src[1] = &at;
+    memcpy(rotated.op_params, &rope, sizeof rope);
+    write.src[0] = &rotated, write.src[1] = &index;
+    int dims = setting->n_dims;
+    setting->n_dims = (int32_t)size;
+    ropewalk_see(&rotated, true, context); /* all tokens are written, as by graphs before */
+    ropewalk_see(&write, true, context);
+    at.ne[0] = rows, at.data = (char *)(positions + first);
+    ropewalk_see(&rotated, true, context);
+    struct tensor queries = permuted(q)->tensor, *node = &out->tensor;
+    queries.op = PERMUTE, queries.src[0] = &rotated;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < WINDOWED_CELLS; i++)
+            mask->values[row * WINDOWED_CELLS + cells[i]] = i <= first + row ? 0.0f : -INFINITY;
+    ggml_fp32_to_fp16_row(mask->values, (uint16_t *)mask->tensor.data, rows * WINDOWED_CELLS);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < HEADS; head++) {
+            double sum = 0.0, *to = expected + (row * HEADS + head) * size;
+            memset(to, 0, (size_t)size * 8);
+            for (int64_t i = 0; i <= first + row; i++) {
+                int64_t where = (cells[i] * KV_HEADS + head / (HEADS / KV_HEADS)) * size;
+                double score = windowed_score(q->values + (row * HEADS + head) * size, k->values + where, size, angles,
+                                              first + row, i);
+                double weight = exp(score / sqrt((double)size));
+                sum += weight;
+                for (int64_t j = 0; j < size; j++)
+                    to[j] += weight * v->values[where + j];
+            }
+            for (int64_t j = 0; j < size; j++)
+                to[j] /= sum;
+        }
+    struct attention_params params = {1.0f / sqrtf((float)size), 0.0f, 0.0f};
+    node->op = ATTENTION;
+    memcpy(node->op_params, &params, sizeof params);
+    node->src[0] = &queries, node->src[1] = &keys, node->src[2] = &v->tensor, node->src[3] = &mask->tensor;
+    char what[120];
+    snprintf(what, sizeof what, "near window, %d rows of %d, type %d, %s", (int)rows, (int)size, type,
+             context->exact ? "exact" : "fast");
+    ropewalk_see(node, true, context);
+    check(context, node, expected, rows * HEADS * size, context->exact ? 5e-4 : 5e-2, what);
+    setting->n_dims = dims;
+    setting->touched = 0;
+    ropewalk_set_window(context, 0, 0, 0, false, 0.0f, own, far);
+    free(positions), free(cells), free(own), free(far), free(angles), free(expected);
+    struct drawn *all[] = {q, k, v, out, mask};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        release(all[i]);
+}
+
 static void check_product(struct context *context, int type, int64_t n_in, int64_t n_out, int64_t n_rows) {
     struct drawn *weight = drawn(type, n_in, n_out, 1, 1), *x = drawn(F32, n_in, n_rows, 1, 1);
     struct drawn *out = drawn(F32, n_out, n_rows, 1, 1);
@@ -373,11 +473,17 @@ static void check_all(int index, bool exact) {
         else if (type == F16 || type == BF16)
             ropewalk_set_type(context, type, 1, 2, NULL, traits->quantise);
     }
-    ropewalk_watch(context, ROPE, ATTENTION, PRODUCT, CUSTOM, &setting);
+    static const int codes[] = {ROPE, ATTENTION, PRODUCT, CUSTOM, WRITE, RESHAPE, VIEW, PERMUTE, CONT, SCALE, COPY};
+    ropewalk_watch(context, codes, &setting);
     check_rope(context, &setting);
     for (int i = 0; i < N_SHAPES; i++)
         for (int j = 0; j < N_CACHED; j++)
             check_attention(context, &shapes[i], cached[j], cached[(j + i) % N_CACHED]);
+    for (int j = 0; j < N_CACHED; j++)
+        for (int64_t rows = 1; rows <= 41; rows += 20) {
+            check_window(context, &setting, cached[j], rows, 64);
+            check_window(context, &setting, cached[j], rows, 96);
+        }
     for (size_t i = 0; i < sizeof stored / sizeof *stored; i++) {
         check_product(context, stored[i], 512, 70, 33);
         check_product(context, stored[i], 768, 33, 130);
