@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .lists import names_of, numbers_of
 from .terminal import Advance, note, out, print_table, printable, progress
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ..runtime.measure import Difference, KeyPassage, Reading, Text
 
 METHODS = "none,pi,ntk,yarn,schedule"
+PASSAGES = 5
 QUARTERS = 4
+SUITE_PANEL = "With --suite ruler"
 MAX_EXPONENT = 700.0  # the largest that `math.exp` has a number for, about
 
 
@@ -44,17 +47,22 @@ def evaluate(
         ),
     ] = None,
     methods: Annotated[
-        str, typer.Option(metavar="none,pi,ntk,yarn,near,schedule", help="Methods to compare.")
-    ] = METHODS,
+        str | None,
+        typer.Option(metavar="none,pi,ntk,yarn,near,schedule", help="Methods to compare.", show_default="all but near"),
+    ] = None,
     schedule: Annotated[
         Path | None, typer.Option(metavar="S.json", help="Rescale schedule (JSON) to use instead of the model's.")
     ] = None,
     passages: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--passages", "--pages", min=1, help="Passages per context, each with a key at a different depth."
+            "--passages",
+            "--pages",
+            min=1,
+            help="Passages per context, each with a key at a different depth.",
+            show_default=str(PASSAGES),
         ),
-    ] = 5,
+    ] = None,
     kv: Annotated[str, typer.Option(help="KV cache type: f16, q8_0, q4_0, q8_0:f16 (K:V), or auto.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
@@ -68,13 +76,85 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE.png", help="Plot perplexity against position, and the keys' losses.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as a JSON object.")] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ruler",
+            help="Ask the questions of a suite instead.",
+            show_default=False,
+            rich_help_panel=SUITE_PANEL,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few tasks and lengths, in some ten minutes.", rich_help_panel=SUITE_PANEL)
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="vt,cwe,…", help="Tasks to ask.", show_default="all 14", rich_help_panel=SUITE_PANEL),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions of each task at each length.", show_default="50", rich_help_panel=SUITE_PANEL
+        ),
+    ] = None,
+    share: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions about the same text, at most.", show_default="10", rich_help_panel=SUITE_PANEL
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Whether prompts go through the chat template.",
+            show_default="if the model has one",
+            rich_help_panel=SUITE_PANEL,
+        ),
+    ] = None,
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="q8_0,…",
+            help="Cache types to compare with f16, or none.",
+            show_default="q8_0,q8_0:f16,q4_0",
+            rich_help_panel=SUITE_PANEL,
+        ),
+    ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option("--certify", help="Write the result into MODEL, for inspect.", rich_help_panel=SUITE_PANEL),
+    ] = False,
 ) -> None:
     """Measure how well a model reads texts longer than it was trained for, by method.
 
     Each passage is read with each method's rescale factors, which gives its
     perplexity by position, and whether a pass key hidden in it is found.
     With -o, the same command resumes a run that was stopped.
+
+    With --suite ruler, the model is asked RULER's questions about long texts.
     """
+    of_suite = {
+        "--quick": quick,
+        "--tasks": tasks,
+        "--samples": samples,
+        "--share": share,
+        "--chat": chat,
+        "--caches": caches,
+        "--certify": certify,
+    }
+    if suite is not None:
+        if passages is not None:
+            raise UserError("--passages: is not for --suite, expected --samples")
+        from .evaluate_suite import CommonOptions, SuiteOptions, evaluate_suite
+
+        options = SuiteOptions(suite, quick, tasks, samples, share, chat, caches, certify)
+        common = CommonOptions(contexts, methods, schedule, kv, threads, seed, output, plot, as_json)
+        return evaluate_suite(model, texts_of(text, more), options, common)
+    for name, value in of_suite.items():
+        if value not in (None, False):
+            raise UserError(f"{name}: expected --suite ruler with it")
     from ..container import read_header, schedule_of, trained_schedule
     from ..factors import check_matches, read_schedule
     from .model import model_path
@@ -86,7 +166,9 @@ def evaluate(
     check_matches(own, native.facts, str(schedule or path))
     if plot is not None:
         check_picture_place(plot)
-    plan = _Plan(native, own, _contexts(contexts, native, own), _names(methods), passages, seed)
+    plan = _Plan(
+        native, own, _contexts(contexts, native, own), names_of(methods or METHODS), passages or PASSAGES, seed
+    )
     plan.check()
     found = _read_all(path, plan, texts_of(text, more), kv, threads, output)
     if as_json:
@@ -136,27 +218,6 @@ def _contexts(contexts: str | None, native: Schedule, own: Schedule) -> tuple[in
             context *= 2
         return tuple(doubled)
     return numbers_of("--contexts", contexts)
-
-
-def numbers_of(option: str, text: str, least: int = 1) -> tuple[int, ...]:
-    """Parse comma-separated numbers of tokens, of at least `least`, sorted.
-
-    Raises:
-        UserError: something else; names `option`.
-    """
-    from ..factors import MAX_CONTEXT
-
-    try:
-        numbers = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        numbers = ()
-    if not numbers or numbers[0] < least or numbers[-1] > MAX_CONTEXT:
-        raise UserError(f"{option}: {text!r}, expected numbers of tokens like 4096,8192")
-    return numbers
-
-
-def _names(methods: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in methods.split(",")))
 
 
 def texts_of(named: list[str] | None, more: list[str] | None) -> list[Text]:

@@ -136,8 +136,19 @@ def _gather(header: Header, schedule: Schedule) -> dict[str, Any]:
         "bands": [band.model_dump() for band in schedule.bands],
         "memory": [_memory_row(header, n_ctx, kv, len(schedule.bands)) for n_ctx in contexts for kv in SHOWN_KV_TYPES],
         "products": _known_products(header),
+        "evaluation": _evaluation(header, schedule),
         "stock_llama_cpp": what_stock_does(header),
     }
+
+
+def _evaluation(header: Header, schedule: Schedule) -> dict[str, Any] | None:
+    """The evaluation that the file carries, and whether it is that of the schedule in it."""
+    from ..container import certificate_of
+
+    certificate = certificate_of(header)
+    if certificate is None:
+        return None
+    return certificate.model_dump() | {"holds": certificate.holds_for(schedule)}
 
 
 def _known_products(header: Header) -> dict[str, Any] | None:
@@ -184,6 +195,8 @@ def _show(facts: dict[str, Any], schedule: Schedule) -> None:
         out.print(f"Products: {plain(_products(facts['products']))}", soft_wrap=True)
     _show_bands(schedule, facts["schedule"])
     _show_memory(facts["memory"])
+    if facts["evaluation"] is not None:
+        _show_evaluation(facts["evaluation"])
     out.print("\n[bold]Stock llama.cpp:[/] " + plain(" ".join(facts["stock_llama_cpp"])), soft_wrap=not out.is_terminal)
 
 
@@ -209,6 +222,34 @@ def _show_bands(schedule: Schedule, source: str) -> None:
     out.print(table)
     if windows:
         out.print("[dim]near: tokens nearer than this are seen as the model was trained to; λ is of those beyond[/]")
+
+
+def _show_evaluation(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    holds = "" if facts["holds"] else "; [red]of another schedule than the one in the file now[/]"
+    out.print(
+        f"\n[bold]Evaluation[/] ({plain(facts['suite'])} {facts['suite_version']}, by ropewalk"
+        f" {plain(facts['ropewalk'])}: {len(facts['tasks'])} tasks, {facts['samples']} questions each, seed"
+        f" {facts['seed']}, texts {plain(facts['texts_digest'])}, cache {plain(facts['kv_type'])}){holds}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("length", "accuracy", "95 %", "loss", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, length in enumerate(facts["lengths"]):
+        accuracy, loss = ([facts[f"{name}{end}"][i] for end in ("", "_low", "_high")] for name in ("accuracy", "loss"))
+        table.add_row(
+            f"{length:,}",
+            f"{accuracy[0]:.0%}",
+            f"{accuracy[1]:.0%} to {accuracy[2]:.0%}",
+            f"{loss[0]:.2f}",
+            f"{loss[1]:.2f} to {loss[2]:.2f}",
+        )
+    out.print(table)
+    lengths = [facts["effective_by_accuracy"], facts["effective_by_likelihood"]]
+    by_accuracy, by_likelihood = ("none" if length is None else f"{length:,}" for length in lengths)
+    out.print(f"effective length: {by_accuracy} by accuracy, {by_likelihood} by likelihood", soft_wrap=True)
 
 
 def _show_memory(rows: list[dict[str, Any]]) -> None:

@@ -135,7 +135,8 @@ def search(
     """
     from ..factors import read_schedule
     from ..runtime.measure import SearchPlan, default_contexts, search_schedule
-    from .evaluate import numbers_of, texts_of
+    from .evaluate import texts_of
+    from .lists import numbers_of
     from .model import searched_model
     from .picture import check_picture_place
 

@@ -6,7 +6,8 @@ from .architectures import (
     has_rope,
     takes_native_factors,
 )
-from .digest import model_digest
+from .certificate import Certificate, certificate_of, certificate_values, schedule_digest
+from .digest import model_digest, uncertified_digest
 from .facts import FREQS, LONG, SHORT, freq_scale, native_schedule, plain_context, rope_facts
 from .header import Entry, GGUFError, Header, Tensor
 from .kinds import check_has_tensors, check_is_model
@@ -15,10 +16,11 @@ from .reader import read_header
 from .schedule_keys import PREFIX, embedded_schedule, schedule_of, schedule_values, trained_schedule
 from .stock import what_stock_does
 from .tensor_types import TENSOR_TYPES, TYPE_NUMBERS, type_name
-from .values import Value, ValueType
+from .values import EVALUATION, Value, ValueType
 
 __all__ = [
     "ARCHITECTURES_WITHOUT_ROPE",
+    "EVALUATION",
     "FREQS",
     "LONG",
     "NATIVE_FACTOR_ARCHITECTURES",
@@ -26,12 +28,15 @@ __all__ = [
     "SHORT",
     "TENSOR_TYPES",
     "TYPE_NUMBERS",
+    "Certificate",
     "Entry",
     "GGUFError",
     "Header",
     "Tensor",
     "Value",
     "ValueType",
+    "certificate_of",
+    "certificate_values",
     "check_has_tensors",
     "check_is_model",
     "embedded_schedule",
@@ -43,10 +48,12 @@ __all__ = [
     "plain_context",
     "read_header",
     "rope_facts",
+    "schedule_digest",
     "schedule_of",
     "schedule_values",
     "takes_native_factors",
     "trained_schedule",
     "type_name",
+    "uncertified_digest",
     "what_stock_does",
 ]

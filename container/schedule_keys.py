@@ -28,7 +28,7 @@ from ..factors import (
 from .facts import native_schedule
 from .header import Header
 from .kinds import check_has_tensors
-from .values import ARRAY, BOOL, F64, I64, STRING, U32, Value
+from .values import ARRAY, BOOL, EVALUATION, F64, I64, STRING, U32, Value
 
 PREFIX = "ropewalk."
 MAX_BANDS = 64
@@ -74,7 +74,7 @@ def embedded_schedule(header: Header) -> Schedule | None:
     Raises:
         ScheduleError: there is one, but it is invalid; the message names the file and the key.
     """
-    keys = [key for key in header.entries if key.startswith(PREFIX)]
+    keys = [key for key in header.entries if key.startswith(PREFIX) and not key.startswith(EVALUATION)]
     if not keys:
         return None
     if f"{PREFIX}format_version" not in keys:

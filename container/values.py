@@ -35,6 +35,9 @@ SCALARS: Mapping[int, str] = {
 }
 """`struct` format characters of the value types that have a fixed size."""
 
+EVALUATION = "ropewalk.evaluation."
+"""What the keys of an evaluation start with."""
+
 ARRAY_HEAD = 4 + 8
 """Bytes of an array before its items: their type and their count."""
 

@@ -1,5 +1,6 @@
 """Convert models to GGUF files with a schedule: plan, embed, requantise, split; written whole or not at all."""
 
+from .certify import certify, check_certifiable
 from .checkpoint import checkpoint_folder, is_checkpoint
 from .embed import embed_schedule, write_embedded
 from .from_checkpoint import convert_checkpoint
@@ -13,6 +14,8 @@ __all__ = [
     "EXISTING",
     "WEIGHT_TYPES",
     "Plan",
+    "certify",
+    "check_certifiable",
     "checkpoint_folder",
     "convert_checkpoint",
     "convert_model",

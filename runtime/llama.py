@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -52,13 +52,14 @@ from .loading import (
     thread_count,
     whole_number,
 )
-from .losses import Logits, Scored
+from .losses import Logits, Predicted, Scored
 from .prompts.chat_formatter import chat_handlers
 from .prompts.control_tokens import CUT_BYTES, ControlSpellings, text_of
 from .prompts.rendering import check_templates
 from .repacking import may_repack
 from .threads import FreeCores, default_threads
 
+Rows = TypeVar("Rows", Scored, Predicted)
 _logger = logging.getLogger("ropewalk")
 
 PROMPT_ROWS = 32  # a decode of at least so many tokens takes long enough that Ctrl-C should abort it
@@ -454,6 +455,18 @@ class Llama(llama_cpp.Llama):
         With `targets`, ascending positions in `tokens`, only of those tokens, shape ``(len(targets),)``. The cache is
         reused as far as it holds the same tokens, and afterwards holds all tokens before the last one scored.
         """
+        return self._scored(Scored, tokens, start, targets).losses()
+
+    @holds_context
+    def token_logits(self, tokens: Sequence[int], start: int = 1) -> Logits:
+        """Return the logits by which each of ``tokens[start:]`` is predicted, shape ``(n - start, vocabulary)``.
+
+        The cache is used as by `token_losses`.
+        """
+        return self._scored(Predicted, tokens, start, None).logits()
+
+    def _scored(self, kind: type[Rows], tokens: Sequence[int], start: int, targets: Sequence[int] | None) -> Rows:
+        """Read `tokens`, and keep of the logits before the targets what `kind` keeps."""
         tokens, wanted = list(tokens), np.arange(start, len(tokens)) if targets is None else np.asarray(targets)
         if not len(wanted) or wanted[0] < 1 or wanted[-1] >= len(tokens) or (np.diff(wanted) < 1).any():
             raise UserError(f"start: {start}, expected 1 to {len(tokens) - 1}, and ascending targets in that range")
@@ -463,11 +476,11 @@ class Llama(llama_cpp.Llama):
         # One band for the whole text, settled here: the loss is that of the band that holds it all.
         self._make_room(last - same)
         self._read(tokens[same:first], settled=True)
-        scored = Scored(np.asarray(tokens), wanted, first)
+        scored = kind(np.asarray(tokens), wanted, first)
         self._read(tokens[first:last], settled=True, scored=scored)
-        return scored.losses()
+        return scored
 
-    def _read(self, tokens: list[int], *, settled: bool = False, scored: Scored | None = None) -> None:
+    def _read(self, tokens: list[int], *, settled: bool = False, scored: Scored | Predicted | None = None) -> None:
         if not settled:
             self._make_room(len(tokens))
         done = 0
@@ -516,7 +529,7 @@ class Llama(llama_cpp.Llama):
             self._threads_in_use = n_threads
             llama_cpp.llama_set_n_threads(self._ctx.ctx, n_threads, self.n_threads_batch)
 
-    def _decode(self, tokens: list[int], scored: Scored | None = None) -> None:
+    def _decode(self, tokens: list[int], scored: Scored | Predicted | None = None) -> None:
         """Run one llama_decode; after a failure the cache is as it was before, or empty if it computed NaN."""
         n_past, n_new = self.n_tokens, len(tokens)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=self._logits_all)

@@ -28,8 +28,8 @@ def _row_losses(logits: Logits, tokens: np.ndarray[Any, Any]) -> Losses:
     return np.asarray(np.log(total) + peak[:, 0] - chosen, dtype=np.float64)
 
 
-class Scored:
-    """The tokens of a text to score, and their losses, collected batch by batch.
+class _Targets:
+    """Which of the next tokens' logits predict a token that is asked about.
 
     Args:
         tokens: the whole text.
@@ -39,12 +39,19 @@ class Scored:
 
     def __init__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], start: int) -> None:
         self._tokens, self._before, self._at = tokens, targets - 1, start
-        self._parts: list[Losses] = []
 
     def rows(self, n: int) -> np.ndarray[Any, Any]:
         """Return those rows of the next `n` tokens whose logits are needed."""
         low, high = np.searchsorted(self._before, (self._at, self._at + n))
         return np.asarray(self._before[low:high] - self._at)
+
+
+class Scored(_Targets):
+    """The tokens of a text to score, and their losses, collected batch by batch."""
+
+    def __init__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], start: int) -> None:
+        super().__init__(tokens, targets, start)
+        self._parts: list[Losses] = []
 
     def take(self, n: int, rows: np.ndarray[Any, Any], logits: Logits) -> None:
         """Score the next `n` tokens, just read; `logits` are those of `rows`, shape ``(len(rows), vocabulary)``."""
@@ -54,4 +61,22 @@ class Scored:
 
     def losses(self) -> Losses:
         """Return the losses of all targets, in nats, shape ``(len(targets),)``."""
+        return np.concatenate(self._parts)
+
+
+class Predicted(_Targets):
+    """The logits by which tokens of a text are predicted, collected batch by batch."""
+
+    def __init__(self, tokens: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], start: int) -> None:
+        super().__init__(tokens, targets, start)
+        self._parts: list[Logits] = []
+
+    def take(self, n: int, rows: np.ndarray[Any, Any], logits: Logits) -> None:
+        """Keep a copy of the logits of `rows` of the next `n` tokens, just read."""
+        if len(rows):
+            self._parts.append(logits.copy())
+        self._at += n
+
+    def logits(self) -> Logits:
+        """Return the logits before all targets, shape ``(len(targets), vocabulary)``."""
         return np.concatenate(self._parts)

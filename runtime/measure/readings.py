@@ -19,7 +19,7 @@ import numpy as np
 
 from ...container import read_header, trained_schedule
 from ...errors import UserError
-from ...factors import METHODS, Band, Schedule, extend
+from ...factors import METHODS, Band, Schedule, extend, plain_band
 from ...files import LineFile, is_torn, json_value
 from ..llama import Llama
 from ..losses import Losses
@@ -116,26 +116,29 @@ def key_passages(llm: Llama, texts: Sequence[Text], context: int, count: int, se
 
 
 def band_by_method(method: str, context: int, native: Schedule, own: Schedule | None) -> Band:
-    """Return the band in which `method` (none, schedule, or the name of a closed form) reads `context` tokens.
+    """Return the band in which `method` reads `context` tokens.
+
+    That is none, schedule, plain (the schedule without its near windows), or the name of a closed form.
 
     `native` is what the model was trained with; closed forms do not change it up to its own context.
 
     Raises:
         UserError: no such method, no schedule, or a schedule that is too short.
     """
-    if method == "schedule":
+    if method in ("schedule", "plain"):
         if own is None:
-            raise UserError("method schedule: the model has none and none was given")
-        return own.bands[own.band_index(context)]
+            raise UserError(f"method {method}: the model has no schedule and none was given")
+        band = own.bands[own.band_index(context)]
+        return band if method == "schedule" else plain_band(native.facts, band)
     if method != "none" and method not in METHODS:
-        raise UserError(f"method: {method!r}, expected none, schedule, {', '.join(METHODS)}")
+        raise UserError(f"method: {method!r}, expected none, schedule, plain, {', '.join(METHODS)}")
     if method == "none" or context <= native.context:
         band = native.bands[native.band_index(min(context, native.context))]
         return band.model_copy(update={"context": max(context, band.context)})
     return extend(native, context, method, contexts=[context]).bands[-1]
 
 
-def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None) -> Llama:
+def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None, exact: bool | None = True) -> Llama:
     """Load a model to read passages of up to `n_ctx` tokens, in any band.
 
     Raises:
@@ -149,7 +152,7 @@ def reader(path: Path, n_ctx: int, kv: str = "auto", threads: int | None = None)
         n_ctx=n_ctx,
         kv=kv,
         flash_attn=True,
-        exact=True,
+        exact=exact,
         n_threads=threads,
         n_threads_batch=threads,
         verbose=False,

@@ -12,6 +12,7 @@ from ropewalk.errors import UserError
 from ropewalk.factors import Band
 from ropewalk.factors.search import Journal, Result, Task
 from ropewalk.runtime.chat import Results
+from ropewalk.runtime.measure import suites
 from ropewalk.runtime.measure.readings import Reading, Readings
 
 
@@ -53,10 +54,26 @@ def read_readings(path: Path) -> None:
     readings.close()
 
 
+def write_answers(path: Path) -> None:
+    with suites.Journal(path) as journal:
+        for key in "abc":
+            journal.add(key * 24, {"task": "vt"}, {"score": 0.5, "loss": 1.5, "said": "x", "seconds": 0.1})
+
+
+def read_answers(path: Path) -> None:
+    with suites.Journal(path) as journal:
+        journal.add("d" * 24, {"task": "vt"}, {"score": 0.5, "loss": 1.5, "said": "x", "seconds": 0.1})
+
+
 @pytest.mark.parametrize(
     ("write", "read"),
-    [(write_results, read_results), (write_journal, read_journal), (write_readings, read_readings)],
-    ids=["results", "journal", "readings"],
+    [
+        (write_results, read_results),
+        (write_journal, read_journal),
+        (write_readings, read_readings),
+        (write_answers, read_answers),
+    ],
+    ids=["results", "journal", "readings", "answers"],
 )
 def test_anything_is_read_or_refused(
     tmp_path: Path, write: Callable[[Path], None], read: Callable[[Path], None]
