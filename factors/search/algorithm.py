@@ -176,14 +176,13 @@ def search_still_pairs(
         at = choices.index(best.candidate.still_pairs)
         wanted = sorted(choices[::2], key=lambda n: abs(n - usual)) if spread else choices[max(at - 1, 0) : at + 2]
         new = [n for n in wanted if n not in tried][: max(int(most), 0)]
-        if not new and not spread:
+        if new:
+            tried.update(new)
+            most -= len(new)
+            asked = tuple(space.with_still_pairs(best.candidate, n) for n in new)
+            answer = yield Request("still pairs", asked, (best.candidate,))
+            best, left = best_of(answer.scores, best), answer.left
+        elif not spread:
             break
         spread = False
-        if not new:
-            continue
-        tried.update(new)
-        most -= len(new)
-        asked = tuple(space.with_still_pairs(best.candidate, n) for n in new)
-        answer = yield Request("still pairs", asked, (best.candidate,))
-        best, left = best_of(answer.scores, best), answer.left
     return best, left
