@@ -209,19 +209,22 @@ def _gather(source: str, names: tuple[Path, ...], conversion: ConversionNotes) -
 
 
 def _show(facts: dict[str, Any]) -> None:
+    from ..factors import Band
+
     def say(line: str) -> None:
         out.print(printable(line), markup=False, soft_wrap=True)
 
     more = f" and {len(facts['files']) - 1} more" if len(facts["files"]) > 1 else ""
     say(f"{facts['target']}{more}: {size(facts['bytes'])}, {facts['architecture']}")
     say(f"trained for {facts['original_context']:,} tokens, holds {facts['context']:,}")
-    for band in facts["bands"]:
-        factors = band["rescale_factors"]
-        start = f", start tokens {band['start_tokens']}" if band["start_tokens"] else ""
-        near = f" beyond {band['near_tokens']:,} tokens" if band["near_tokens"] else ""
+    for band in map(Band.model_validate, facts["bands"]):
+        factors = band.moving_factors
+        start = f", start tokens {band.start_tokens}" if band.start_tokens else ""
+        near = f" beyond {band.near_tokens:,} tokens" if band.near_tokens else ""
+        near += f", where the {band.still_pairs} fastest pairs stand still" if band.still_pairs else ""
         say(
-            f"  up to {band['context']:>9,}  λ {min(factors):.4g} to {max(factors):.4g}{near},"
-            f" attention × {band['attention_factor']:.4g}{start}  ({band['found']['method']})"
+            f"  up to {band.context:>9,}  λ {min(factors):.4g} to {max(factors):.4g}{near},"
+            f" attention × {band.attention_factor:.4g}{start}  ({band.found.method})"
         )
     for note in facts["notes"]:
         say(f"note: {note}")

@@ -212,7 +212,7 @@ def _show_bands(schedule: Schedule, source: str) -> None:
     for name in ("λ", *(["near"] if windows else []), "n̂", "attention", "method"):
         table.add_column(name, justify="right", no_wrap=True)
     for band, (context, bars) in zip(schedule.bands, spark(schedule), strict=True):
-        low, high = min(band.rescale_factors), max(band.rescale_factors)
+        low, high = min(band.moving_factors), max(band.moving_factors)
         span = f"{low:.4g}" if low == high else f"{low:.3g}–{high:.3g}"
         method = band.found.method + (f" onto {band.found.onto}" if band.found.onto else "")
         near = [f"{band.near_tokens:,}" if band.near_tokens else ""] if windows else []
@@ -222,6 +222,10 @@ def _show_bands(schedule: Schedule, source: str) -> None:
     out.print(table)
     if windows:
         out.print("[dim]near: tokens nearer than this are seen as the model was trained to; λ is of those beyond[/]")
+        for band in schedule.bands:
+            if band.still_pairs:
+                what = f"{band.context:,}: the {band.still_pairs} fastest pairs stand still beyond it (·)"
+                out.print(f"[dim]up to {what}; λ is of the others[/]", soft_wrap=True)
 
 
 def _show_evaluation(facts: dict[str, Any]) -> None:

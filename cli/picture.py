@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from ..factors import Schedule
 
 BARS = "▁▂▃▄▅▆▇█"
+STILL = "·"
 MAX_COLUMNS = 64
 
 
 def spark(schedule: Schedule) -> list[tuple[str, str]]:
-    """λ against dimension: for each band (context, one bar per rotary pair), all on one logarithmic scale."""
+    """λ against dimension: for each band (context, one bar per rotary pair), all on one logarithmic scale.
+
+    A pair that stands still beyond the near window has a dot.
+    """
     logs = [[math.log(factor) for factor in band.rescale_factors] for band in schedule.bands]
-    low, high = min(map(min, logs)), max(map(max, logs))
+    moving = [math.log(factor) for band in schedule.bands for factor in band.moving_factors]
+    low, high = min(moving), max(moving)
     every = -(-len(logs[0]) // MAX_COLUMNS)
     rows = []
     for band, values in zip(schedule.bands, logs, strict=True):
-        heights = [(value - low) / (high - low) if high > low else 0 for value in values[::every]]
-        rows.append((f"{band.context:,}", "".join(BARS[min(int(h * 8), 7)] for h in heights)))
+        heights = [(value - low) / (high - low) if high > low else 0 for value in values]
+        bars = [BARS[min(max(int(h * 8), 0), 7)] for h in heights]
+        bars[: band.still_pairs] = [STILL] * band.still_pairs
+        rows.append((f"{band.context:,}", "".join(bars[::every])))
     return rows
 
 
@@ -40,10 +47,12 @@ def draw_factors(schedule: Schedule, title: str) -> Figure:
     axes = figure.subplots()
     for band in schedule.bands:
         extras = [f"beyond the nearest {band.near_tokens:,}"] if band.near_tokens else []
+        extras += [f"{band.still_pairs} pairs stand still"] if band.still_pairs else []
         extras += [f"n̂ {band.start_tokens}"] if band.start_tokens else []
         extras += [f"attention × {band.attention_factor:.3f}"] if band.attention_factor != 1 else []
         label = f"{band.context:,} tokens" + (f" ({', '.join(extras)})" if extras else "")
-        axes.plot(band.rescale_factors, marker=".", markersize=4, linewidth=1.5, label=label)
+        pairs = range(band.still_pairs, len(band.rescale_factors))
+        axes.plot(pairs, band.moving_factors, marker=".", markersize=4, linewidth=1.5, label=label)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     facts = schedule.facts

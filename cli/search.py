@@ -300,8 +300,9 @@ def _show(schedule: Schedule, found: tuple[FoundBand, ...], plan: SearchPlan, ou
     for one in found:
         outcome, band = one.outcome, one.outcome.band
         n = f" beyond {band.near_tokens:,} tokens" if band.near_tokens else ""
+        n += f", where the {band.still_pairs} fastest pairs stand still" if band.still_pairs else ""
         n += f", n̂ {band.start_tokens}" if band.start_tokens else ""
-        factors = f"λ {min(band.rescale_factors):.3g} to {max(band.rescale_factors):.3g}"
+        factors = f"λ {min(band.moving_factors):.3g} to {max(band.moving_factors):.3g}"
         say(
             f"up to {band.context:,} tokens: {factors}{n}, attention × {band.attention_factor:.3f}"
             f" ({band.found.method}); {outcome.evaluations:.1f} evaluations in {_time(outcome.seconds)}"

@@ -37,7 +37,8 @@ START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 MONOTONE_METHODS = frozenset(
     {"native", "pi", "ntk", "dynamic-ntk", "yarn", "near", "longrope", "cma", "gradient", "evolution"}
 )
-"""Methods whose factors never decrease with the dimension (for longrope and the searches: section 3.2's constraint)."""
+"""Methods whose factors never decrease with the dimension (for longrope and the searches: section 3.2's constraint),
+but for the first ones that stand still beyond a near window."""
 
 MAX_CONTEXT = 2**31 - 1  # llama.cpp counts positions in int32
 MAX_FILE_BYTES = 64 << 20
@@ -46,6 +47,13 @@ MAX_LOSSES = 1 << 17  # of one band's search; a GGUF file's metadata holds no mo
 SMALLEST_FACTOR = 1e-6
 """The least λ: angles grow with 1/λ, and ggml computes them in float32. A large one does no harm, the pair stands still
 (1e30 marks such pairs in Gemma 4)."""
+
+STILL_FACTOR = 1e6
+"""λ from which a pair stands still beyond a near window: it turns by no more than a radian within a million tokens.
+
+In a band with a near window, the fastest pairs may do so: the phases of distances of many turns are noise to a model
+that was not trained for them, and a constant is worth more (SmolLM2-135M, 65,536 tokens, W = 2,048: 0.054 nats, with
+the pairs that turn within 1.5 W)."""
 
 SMALLEST_ATTENTION, LARGEST_ATTENTION = 0.1, 10.0
 """The range of attention factors; the scores of attention change by their square. Known models have 0.7 to 1.6."""
@@ -153,13 +161,29 @@ class Band(_Frozen):
             raise ValueError(f"start_tokens: {self.start_tokens}, expected at most the context, {self.context}")
         factors = self.rescale_factors
         if self.found.method in MONOTONE_METHODS - {"native"} and self.found.onto is None:
-            for i in range(1, len(factors)):
+            for i in range(self.still_pairs + 1, len(factors)):
                 if factors[i] < factors[i - 1]:
                     raise ValueError(
                         f"rescale_factors.{i}: {factors[i]:g} after {factors[i - 1]:g},"
                         f" expected non-decreasing numbers from {self.found.method}"
                     )
         return self
+
+    @property
+    def still_pairs(self) -> int:
+        """How many of the fastest pairs stand still beyond the near window; 0 without a window.
+
+        The slowest pair counts as one that moves.
+        """
+        if not self.near_tokens:
+            return 0
+        last = len(self.rescale_factors) - 1
+        return next((i for i, factor in enumerate(self.rescale_factors[:last]) if factor < STILL_FACTOR), last)
+
+    @property
+    def moving_factors(self) -> tuple[float, ...]:
+        """λ of the pairs that do not stand still."""
+        return self.rescale_factors[self.still_pairs :]
 
 
 class Schedule(_Frozen):

@@ -78,7 +78,8 @@ class Start:
     """What an algorithm starts from.
 
     Attributes:
-        seeds: scored on all passages: YaRN first, then `near` with each window that is searched, then the caller's.
+        seeds: scored on all passages: YaRN first, then `near` with each window that is searched and, for the usual one,
+            with pairs that stand still, then the caller's.
         left: how many candidates may be evaluated; a gradient counts as `Settings.gradient_cost` of them.
     """
 
@@ -157,4 +158,31 @@ def search_near_tokens(
         asked = tuple(space.with_window(best.candidate, window) for window in new)
         answer = yield Request("near window", asked, (best.candidate,))
         best, left = best_of(answer.scores, best), answer.left
+    return best, left
+
+
+def search_still_pairs(
+    space: Space, best: Score, most: float, left: float, spread: bool = False
+) -> Generator[Request, Response, tuple[Score, float]]:
+    """Try the neighbouring numbers of pairs that stand still beyond the near window, as long as one is better.
+
+    With `spread`, first a few over the whole range, those nearest to the usual number first: one pair more or less may
+    make no difference where many do. Requests at most `most` of the `left` candidates; returns the best score, and how
+    many candidates are left.
+    """
+    usual, tried = space.usual_still_pairs(best.candidate.near_tokens), {best.candidate.still_pairs}
+    while best.candidate.near_tokens:
+        choices = sorted({*space.still_choices(best.candidate.near_tokens), best.candidate.still_pairs})
+        at = choices.index(best.candidate.still_pairs)
+        wanted = sorted(choices[::2], key=lambda n: abs(n - usual)) if spread else choices[max(at - 1, 0) : at + 2]
+        new = [n for n in wanted if n not in tried][: max(int(most), 0)]
+        if new:
+            tried.update(new)
+            most -= len(new)
+            asked = tuple(space.with_still_pairs(best.candidate, n) for n in new)
+            answer = yield Request("still pairs", asked, (best.candidate,))
+            best, left = best_of(answer.scores, best), answer.left
+        elif not spread:
+            break
+        spread = False
     return best, left

@@ -3,7 +3,9 @@
 The curve differs from the start (YaRN's, or the caller's if that is better) by a piecewise linear function of a few
 knots, spread over the pairs that are searched. CMA-ES (Hansen, arXiv 1604.00772; the package `cma`) moves the knots and
 the attention factor. Means of near windows and of n̂ make no sense: the window is that of the best seed, its neighbours
-and n̂ are tried once the curve is found. What the curve is too stiff for is found afterwards by changing single pairs.
+and n̂ are tried once the curve is found. Nor do means of how many pairs stand still beyond the window: these are chosen
+before the curve, which depends on them, and tried again after it. What the curve is too stiff for is found afterwards
+by changing single pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from .algorithm import (
     best_of,
     search_near_tokens,
     search_start_tokens,
+    search_still_pairs,
 )
 from .settings import CmaSettings, Settings
 from .space import Candidate, Space
@@ -35,42 +38,54 @@ START_TOKENS_SHARE = 0.15
 NEAR_TOKENS_SHARE = 0.1
 """The share of the budget that trying other near windows may use."""
 
+STILL_PAIRS_SHARE = 0.1
+"""The share of the budget that choosing still pairs may use before the curve, and half of it after."""
+
 Stage = Generator[Request, Response, tuple[Score, float]]
 """Returns the best score, and how many candidates are left."""
 
 
 def search(start: Start) -> Search:
-    """CMA-ES on the curve, then the near window and n̂, then single pairs."""
-    settings = start.settings.covariance
-    best, left = yield from _curve(start, settings)
-    best, left = yield from search_near_tokens(start.space, best, min(left, NEAR_TOKENS_SHARE * start.left), left)
-    best, left = yield from search_start_tokens(start.space, best, min(left, START_TOKENS_SHARE * start.left), left)
-    yield from _pairs(start.space, settings, best, left)
+    """Still pairs, CMA-ES on the curve, then the near window, still pairs again and n̂, then single pairs."""
+    settings, space, all_of_it = start.settings.covariance, start.space, start.left
+    best, left = yield from search_still_pairs(space, start.best, STILL_PAIRS_SHARE * all_of_it, all_of_it, spread=True)
+    best, left = yield from _curve(start, settings, best, left)
+    best, left = yield from search_near_tokens(space, best, min(left, NEAR_TOKENS_SHARE * all_of_it), left)
+    best, left = yield from search_still_pairs(space, best, min(left, STILL_PAIRS_SHARE / 2 * all_of_it), left)
+    best, left = yield from search_start_tokens(space, best, min(left, START_TOKENS_SHARE * all_of_it), left)
+    yield from _pairs(space, settings, best, left)
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """Differences from `start` as a few numbers: knots of ln λ, then ln attention factor, in units of their steps."""
+    """Differences from `start` as a few numbers: knots of ln λ, then ln attention factor, in units of their steps.
+
+    The knots are spread over the pairs that are searched and do not stand still.
+    """
 
     space: Space
     start: Candidate
     settings: CmaSettings
 
     @property
+    def n_moving(self) -> int:
+        return self.space.n_pairs - self.space.first_moving(self.start)
+
+    @property
     def n_knots(self) -> int:
-        return min(self.settings.knots, self.space.n_pairs - self.space.n_fixed)
+        return min(self.settings.knots, self.n_moving)
 
     def candidate(self, x: Array) -> Candidate:
-        at, n = np.linspace(0, 1, self.space.n_pairs - self.space.n_fixed), self.n_knots
-        moved = np.interp(at, np.linspace(0, 1, n), x[:n]) * self.settings.step
+        at, n = np.linspace(0, 1, self.n_moving), self.n_knots
+        moved = np.zeros(self.space.n_pairs - self.space.n_fixed)
+        moved[-self.n_moving :] = np.interp(at, np.linspace(0, 1, n), x[:n]) * self.settings.step
         return self.space.moved(self.start, moved, float(x[n]) * self.settings.attention_step)
 
 
-def _curve(start: Start, settings: CmaSettings) -> Stage:
-    """Run CMA-ES until its share of the budget is spent or its steps are too small to matter."""
+def _curve(start: Start, settings: CmaSettings, best: Score, left: float) -> Stage:
+    """Run CMA-ES from `best` until its share of the budget is spent or its steps are too small to matter."""
     import cma  # it imports matplotlib, which reading a schedule does not need
 
-    best, left = start.best, start.left
     floor = (1 - settings.share) * left
     curve, rng = _Curve(start.space, best.candidate, settings), start.random()
     options = {

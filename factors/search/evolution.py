@@ -1,8 +1,9 @@
 """`evolution`: LongRoPE's search as published (Ding et al., arXiv 2402.13753, algorithm 1 and section 3.3).
 
 The first population holds PI, NTK-aware, YaRN, `near` with each window that is searched, and mutations of them. Each
-generation keeps the best (the parents) and adds mutations and crossovers of them. λ are on a grid, n̂ and near windows
-in a set, and λ never decrease with the dimension. The paper redraws a λ until it satisfies this; here it is drawn from
+generation keeps the best (the parents) and adds mutations and crossovers of them. λ are on a grid, n̂, near windows and
+the numbers of pairs that stand still beyond them in sets, and λ of the others never decrease with the dimension. The
+paper redraws a λ until it satisfies this; here it is drawn from
 between its neighbours, which is the same.
 """
 
@@ -74,15 +75,17 @@ class _Breeder:
         return self.admit(candidate)
 
     def mutated(self, candidate: Candidate) -> Candidate:
-        """Redraw each λ from between its neighbours, n̂, attention factor and near window, by the mutation probability.
+        """Redraw each λ from between its neighbours, n̂, attention factor, still pairs and near window, by the mutation
+        probability.
 
         With another window, λ are brought to its stretch.
         """
         n, grid, p = self.space.n_fixed, self.settings.grid, self.settings.probability
         points = np.round(np.exp(candidate.log_factors[n:]) / grid).astype(int)
         least, most = self.bounds(candidate)
+        first = self.space.first_moving(candidate) - n
         for i in np.flatnonzero(self.rng.random(len(points)) < p):
-            low = points[i - 1] if i else least
+            low = points[i - 1] if i > first else least
             high = points[i + 1] if i + 1 < len(points) else max(most, low)
             points[i] = self.rng.integers(low, high, endpoint=True)
         start_tokens, attention = candidate.start_tokens, candidate.attention_factor
@@ -92,6 +95,9 @@ class _Breeder:
             attention = float(self.rng.uniform(*self.space.attention_bounds))
         child = replace(candidate, start_tokens=start_tokens, attention_factor=attention)
         child = self.space.with_free(child, np.log(points * grid))
+        if child.near_tokens and self.rng.random() < p:
+            still = int(self.rng.choice(self.space.still_choices(child.near_tokens)))
+            child = self.space.with_still_pairs(child, still)
         choices = self.space.near_token_choices
         if len(choices) > 1 and self.rng.random() < p:
             child = self.in_window(child, int(self.rng.choice(choices)))
@@ -103,24 +109,26 @@ class _Breeder:
         return candidate if same else self.on_grid(self.space.with_window(candidate, near_tokens))
 
     def crossed(self, first: Candidate, second: Candidate) -> Candidate:
-        """The first parent with some values of the second, where λ stay non-decreasing.
+        """The first parent with some values of the second, where λ of moving pairs stay non-decreasing.
 
         λ are compared in the first parent's near window.
         """
         n, p = self.space.n_fixed, self.settings.probability
         factors = list(first.log_factors)
-        others = self.in_window(second, first.near_tokens).log_factors
+        other = self.in_window(second, first.near_tokens)
         for i in np.flatnonzero(self.rng.random(len(factors)) < p):
-            low = factors[i - 1] if i else -math.inf
+            low = factors[i - 1] if i > first.still_pairs else -math.inf
             high = factors[i + 1] if i + 1 < len(factors) else math.inf
-            if low <= others[i] <= high:
-                factors[i] = others[i]
+            if low <= other.log_factors[i] <= high:
+                factors[i] = other.log_factors[i]
         start_tokens = second.start_tokens if self.rng.random() < p else first.start_tokens
         attention = second.attention_factor if self.rng.random() < p else first.attention_factor
         if start_tokens not in self.space.start_tokens_within(first.near_tokens):
             start_tokens = first.start_tokens
         child = replace(first, start_tokens=start_tokens, attention_factor=attention)
         child = self.space.with_free(child, np.array(factors[n:]))
+        if other.still_pairs != child.still_pairs and self.rng.random() < p:
+            child = self.space.with_still_pairs(child, other.still_pairs)
         if second.near_tokens != first.near_tokens and self.rng.random() < p:
             child = self.in_window(child, second.near_tokens)
         return child

@@ -2,8 +2,10 @@
 
 Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), with its steps kept small and projected onto the space, because the
 loss is smooth for a few per cent of λ, not further. When nothing better comes for a while, the search resumes from the
-best point at half the rate; when the gains become too small, it ends. The near window and n̂ have no gradient. The
-window is that of the best seed, and its neighbours are tried at the end; then n̂ is chosen by trying.
+best point at half the rate; when the gains become too small, it ends. The near window, the pairs that stand still
+beyond it and n̂ have no gradient. The window is that of the best seed, and its neighbours are tried at the end; then n̂
+is chosen by trying. Pairs that stand still are chosen first, as the best λ of the others depend on them, and tried
+again at the end.
 """
 
 from __future__ import annotations
@@ -13,12 +15,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..methods import Array
-from .algorithm import Algorithm, Request, Score, Search, Start, search_near_tokens, search_start_tokens
+from .algorithm import (
+    Algorithm,
+    Request,
+    Score,
+    Search,
+    Start,
+    search_near_tokens,
+    search_start_tokens,
+    search_still_pairs,
+)
 from .settings import GradientSettings, Settings
 from .space import Candidate, Space
 
 START_TOKENS_SHARE = 0.2
-"""The share of the budget that is reserved for choosing n̂, and trying other near windows."""
+"""The share of the budget that is reserved for choosing n̂, and trying other near windows and still pairs."""
+
+STILL_PAIRS_SHARE = 0.1
+"""The share of the budget that choosing still pairs may use before the descent."""
 
 MIN_GAIN_SHARE = 0.02
 """The share of the whole gain that the last `GradientSettings.patience` steps must bring, or else the descent ends."""
@@ -28,10 +42,11 @@ TINY = 1e-4  # nats per unit of ln λ: a gradient of this size is noise
 
 
 def search(start: Start) -> Search:
-    """Adam from the best seed, then the near window and n̂."""
+    """Still pairs, Adam from the best seed, then the near window, still pairs again and n̂."""
     space, settings = start.space, start.settings.descent
-    best, left, cost = start.best, start.left, start.settings.gradient_cost
-    reserved = min(START_TOKENS_SHARE * left, 9 if space.windows else 7)
+    cost, most = start.settings.gradient_cost, STILL_PAIRS_SHARE * start.left
+    best, left = yield from search_still_pairs(space, start.best, most, start.left, spread=True)
+    reserved = min(START_TOKENS_SHARE * left, 11 if space.windows else 7)
     adam = _Adam(space.n_pairs - space.n_fixed + 1, settings.rate)
     candidate, since_best, initial, bests = best.candidate, 0, best.loss, [best.loss]
     for step in range(settings.steps):
@@ -53,6 +68,7 @@ def search(start: Start) -> Search:
             continue
         candidate = _moved(space, score, adam, settings)
     best, left = yield from search_near_tokens(space, best, left, left)
+    best, left = yield from search_still_pairs(space, best, left, left)
     yield from search_start_tokens(space, best, left, left)
 
 

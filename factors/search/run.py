@@ -172,8 +172,15 @@ class _Run:
         self.correlation = correlation
         self.plain = plain
         self.near = [space.closed_form("near", window) for window in space.windows]
+        self.still = self._still_seeds()
         self.dropped = 0
         self.step = "yarn in full"
+
+    def _still_seeds(self) -> list[Candidate]:
+        """`near` with the usual window, beyond which the pairs that turn within it stand still; none without one."""
+        window = self.space.usual_window
+        still = self.space.usual_still_pairs(window) if window else 0
+        return [self.space.with_still_pairs(self.space.seed("near", window), still)] if still else []
 
     # --- the stages
 
@@ -194,7 +201,7 @@ class _Run:
             self.finalists = max(1, min(self.settings.finalists, int(FINALS_SHARE * min(self._left(), 1e9))))
         self._baselines(yarn)
         self._check_time(algorithm)
-        starts = dict.fromkeys([yarn, *self.near, *seeds])
+        starts = dict.fromkeys([yarn, *self.near, *self.still, *seeds])
         scores = [self._score(candidate, self._losses_of(candidate)) for candidate in starts]
         self._report("start")
         self._drive(algorithm, tuple(scores))
@@ -208,7 +215,8 @@ class _Run:
         limit, settings = self.settings.budget.evaluations, self.settings
         cost = settings.screen_cost if settings.screening.allowed else 1.0
         in_full = 1 + bool(self.near) + (self.plain is not None)
-        needed = in_full + (len(BASELINES) + len(self.near) + algorithm.first(settings, self.space)) * cost
+        starts = len(BASELINES) + len(self.near) + len(self.still)
+        needed = in_full + (starts + algorithm.first(settings, self.space)) * cost
         if limit is not None and limit < needed:
             raise UserError(
                 f"budget: {limit:g} evaluations, expected at least {math.ceil(needed)} for the baselines and the first"
@@ -257,8 +265,9 @@ class _Run:
             return
         rng = np.random.default_rng([self.settings.seed, 2])
         centres = [yarn, *([self.space.reference, self.near[0]] if self.near else [])]
+        around = [*centres, *self.still]
         moved = [
-            self.space.moved(centres[i % len(centres)], _smooth(rng, self.space), rng.normal() * DISTANCE / 4)
+            self.space.moved(around[i % len(around)], _smooth(rng, self.space), rng.normal() * DISTANCE / 4)
             for i in range(n)
         ]
         self.step = "screening test"

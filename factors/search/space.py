@@ -18,6 +18,7 @@ from ..schedule import (
     LARGEST_ATTENTION,
     SMALLEST_ATTENTION,
     START_TOKENS,
+    STILL_FACTOR,
     Band,
     Provenance,
     RopeFacts,
@@ -27,6 +28,9 @@ from ..schedule import (
 FAST_ROTATIONS = 64
 """Pairs that rotate more often than this within the original context are not searched: the loss is rugged in their λ,
 since at a far position a thousandth of λ is many radians."""
+
+STILL_WAVELENGTHS = (1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2)
+"""Wavelengths below which pairs may stand still beyond a near window, in units of the window."""
 
 KEY_DECIMALS = 6
 
@@ -41,12 +45,15 @@ class Candidate:
         start_tokens: n̂.
         attention_factor: relative to that of the band that is extended.
         near_tokens: the near window W; 0 = none.
+        still_pairs: how many of the fastest pairs stand still beyond the window; 0 without one. In a `Space`, their
+            ln λ, which have no effect, are that of the first pair that moves (or those of fixed pairs).
     """
 
     log_factors: tuple[float, ...]
     start_tokens: int = 0
     attention_factor: float = 1.0
     near_tokens: int = 0
+    still_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,25 @@ class Space:
         """How many of the fastest pairs are not searched; the slowest pair always is."""
         if self.fixed_pairs is not None:
             return self.fixed_pairs
-        wavelengths = 2 * np.pi * self.facts.freq_base ** (2 * np.arange(self.n_pairs) / self.facts.n_rot)
-        return min(int(np.sum(wavelengths < self.facts.original_context / FAST_ROTATIONS)), self.n_pairs - 1)
+        return min(int(np.sum(self._wavelengths < self.facts.original_context / FAST_ROTATIONS)), self.n_pairs - 1)
+
+    @property
+    def _wavelengths(self) -> Array:
+        """Tokens within which each pair of plain RoPE turns once, shape ``(n_rot/2,)``."""
+        return np.asarray(2 * np.pi * self.facts.freq_base ** (2 * np.arange(self.n_pairs) / self.facts.n_rot))
+
+    def usual_still_pairs(self, near_tokens: int, wavelength: float = 1) -> int:
+        """How many pairs, but not all, turn within `wavelength` times the window, in the model's own rotation."""
+        own = self._wavelengths * np.array(self.facts.start_factors)
+        return min(int(np.sum(own < wavelength * near_tokens)), self.n_pairs - 1)
+
+    def still_choices(self, near_tokens: int) -> tuple[int, ...]:
+        """The numbers of pairs to choose from that stand still beyond a near window, in increasing order."""
+        return tuple(sorted({0, *(self.usual_still_pairs(near_tokens, length) for length in STILL_WAVELENGTHS)}))
+
+    def first_moving(self, candidate: Candidate) -> int:
+        """The first pair whose λ is searched and has an effect."""
+        return max(self.n_fixed, candidate.still_pairs)
 
     def stretch(self, near_tokens: int) -> float:
         """The λ by which the farthest of N tokens seems as far as that of the band that is extended, of L tokens.
@@ -203,20 +227,23 @@ class Space:
         if window and window not in self.windows:
             window = min(self.near_token_choices, key=lambda choice: abs(choice - window))
         floor = self.smallest_log_factor
-        free = np.clip(
-            non_decreasing(np.array(candidate.log_factors[self.n_fixed :])),
-            floor,
-            max(self.largest_log_factor(window), floor),
-        )
+        still = min(max(candidate.still_pairs, 0), self.n_pairs - 1) if window else 0
+        free = np.array(candidate.log_factors[self.n_fixed :])
+        moving = free[max(still - self.n_fixed, 0) :]
+        moving[:] = np.clip(non_decreasing(moving), floor, max(self.largest_log_factor(window), floor))
         choices = self.start_tokens_within(window)
         start_tokens = min(choices, key=lambda choice: abs(choice - candidate.start_tokens))
         attention = float(np.clip(candidate.attention_factor, *self.attention_bounds))
-        return self.with_free(Candidate((), start_tokens, attention, window), free)
+        return self.with_free(Candidate((), start_tokens, attention, window, still), free)
 
     def with_free(self, candidate: Candidate, log_factors: Array) -> Candidate:
-        """`candidate` with these ln λ of the searched pairs, and YaRN's of the others."""
+        """`candidate` with these ln λ of the searched pairs, and YaRN's of the others.
+
+        Pairs that stand still get the ln λ of the first that moves, so that equal bands are equal candidates.
+        """
         fixed = self.closed_form("yarn").log_factors[: self.n_fixed]
-        return replace(candidate, log_factors=(*fixed, *log_factors.tolist()))
+        free, still = log_factors.tolist(), max(candidate.still_pairs - self.n_fixed, 0)
+        return replace(candidate, log_factors=(*fixed, *[free[still]] * still, *free[still:]))
 
     def moved(self, candidate: Candidate, log_factors: Array, log_attention: float = 0.0) -> Candidate:
         """`candidate` with the free pairs' ln λ and ln attention factor changed by these amounts, projected."""
@@ -226,18 +253,33 @@ class Space:
         return self.project(replace(candidate, log_factors=tuple(moved.tolist()), attention_factor=attention))
 
     def with_window(self, candidate: Candidate, near_tokens: int) -> Candidate:
-        """`candidate` with another near window, projected; ln λ grow in proportion to ln of the stretch."""
+        """`candidate` with another near window, projected; ln λ grow in proportion to ln of the stretch.
+
+        Pairs that stand still are those below the same wavelength in units of the window, about.
+        """
         before, after = (math.log(self.stretch(window)) for window in (candidate.near_tokens, near_tokens))
         ratio = after / before if before > 0 else 1.0
         factors = tuple(ratio * value for value in candidate.log_factors)
-        return self.project(replace(candidate, log_factors=factors, near_tokens=near_tokens))
+        still = candidate.still_pairs
+        if still and near_tokens and near_tokens != candidate.near_tokens:
+            same = still + math.log(near_tokens / candidate.near_tokens, self.facts.freq_base) * self.n_pairs
+            still = min(self.still_choices(near_tokens)[1:], key=lambda choice: abs(choice - same), default=0)
+        return self.project(replace(candidate, log_factors=factors, near_tokens=near_tokens, still_pairs=still))
+
+    def with_still_pairs(self, candidate: Candidate, still_pairs: int) -> Candidate:
+        """`candidate` with this many pairs that stand still; those that no longer do move like the first that did."""
+        return self.with_free(
+            replace(candidate, still_pairs=still_pairs), np.array(candidate.log_factors[self.n_fixed :])
+        )
 
     def band(self, candidate: Candidate, found: Provenance | None = None, plain: Band | None = None) -> Band:
         """The band that `candidate` stands for, with `plain` as its plain form.
 
         λ are rounded to 9 decimals, so that numbers on a grid stay exact.
         """
-        factors = np.exp(candidate.log_factors).round(9) * np.array(self.onto.rescale_factors)
+        onto = np.array(self.onto.rescale_factors)
+        factors, still = np.exp(candidate.log_factors).round(9) * onto, candidate.still_pairs
+        factors[:still] = np.maximum(onto[:still], STILL_FACTOR)
         return Band(
             context=self.context,
             near_tokens=candidate.near_tokens,
@@ -251,9 +293,11 @@ class Space:
 
     def candidate(self, band: Band) -> Candidate:
         """`band` as a candidate, relative to `onto`; not projected."""
-        ratio = np.array(band.rescale_factors) / np.array(self.onto.rescale_factors)
+        logs = np.log(np.array(band.rescale_factors) / np.array(self.onto.rescale_factors))
+        still = band.still_pairs
+        logs[:still] = logs[still]
         attention = band.attention_factor / self.onto.attention_factor
-        return Candidate(tuple(np.log(ratio).tolist()), band.start_tokens, attention, band.near_tokens)
+        return Candidate(tuple(logs.tolist()), band.start_tokens, attention, band.near_tokens, still)
 
     @property
     def onto_method(self) -> str | None:

@@ -9,9 +9,10 @@ from functools import partial
 
 import llama_cpp
 import pytest
+from ropewalk.cli.picture import draw_factors
 from ropewalk.container import native_schedule, read_header
 from ropewalk.convert import embed_schedule
-from ropewalk.factors import Provenance, extend
+from ropewalk.factors import Provenance, Schedule, extend
 from ropewalk.runtime import repacking
 from ropewalk.runtime.graph.kernels import why_missing
 from ropewalk.runtime.threads import default_threads
@@ -102,6 +103,22 @@ def test_a_near_window_is_shown(run, tiny_llama, tmp_path):
     facts = json.loads(run(tmp_path / "near.gguf", "--json").stdout)
     assert facts["bands"][2]["near_tokens"] == 100 and facts["bands"][2]["plain"]["found"]["method"] == "yarn"
     assert stock in facts["stock_llama_cpp"]
+
+
+def test_pairs_that_stand_still_are_counted_and_not_drawn(run, tiny_llama, tmp_path):
+    source = tiny_llama(tmp_path / "m.gguf")
+    schedule = extend(native_schedule(read_header(source)), 1024, "near", near_tokens=100)
+    last = schedule.bands[-1]
+    factors = (1e6, 1e6, 1e6, *last.rescale_factors[3:-1], 7.0)
+    last = last.model_copy(update={"rescale_factors": factors, "found": Provenance(method="cma")})
+    embed_schedule(source, tmp_path / "still.gguf", schedule.model_copy(update={"bands": (*schedule.bands[:-1], last)}))
+    shown = run(tmp_path / "still.gguf").stdout
+    assert re.search(r"1,024  ···[▁▂▃▄▅▆▇█]+ +5.92–7 +100 .* cma", shown) and "e+06" not in shown
+    assert "up to 1,024: the 3 fastest pairs stand still beyond it (·); λ is of the others" in shown
+    assert json.loads(run(tmp_path / "still.gguf", "--json").stdout)["bands"][-1]["rescale_factors"][0] == 1e6
+    [line] = draw_factors(Schedule(facts=schedule.facts, bands=(last,)), "").axes[0].lines
+    assert list(line.get_xdata()) == list(range(3, len(factors))) and list(line.get_ydata()) == list(factors[3:])
+    assert "3 pairs stand still" in line.get_label()
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\x03\0\0\0" + b"\xff" * 40])

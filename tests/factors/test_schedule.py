@@ -155,6 +155,23 @@ def test_a_file_of_version_1_is_read_and_written_as_version_2(tmp_path):
     assert json.loads(path.read_text())["format_version"] == 2
 
 
+def test_the_fastest_pairs_may_stand_still_beyond_a_near_window(tmp_path):
+    def read(factors, **changes):
+        data = windowed(rescale_factors=factors, found={"method": "cma"}, **changes)
+        (tmp_path / "s.json").write_text(json.dumps(data))
+        return read_schedule(tmp_path / "s.json").bands[1]
+
+    band = read([1e6, 2e6, 3, 4])
+    assert band.still_pairs == 2 and band.moving_factors == (3, 4)
+    assert [read(factors).still_pairs for factors in ([2, 2, 3, 1e6], [1e6] * 4)] == [0, 3]
+    with pytest.raises(ScheduleError, match=r"rescale_factors.2: 3 after 999999, expected non-decreasing numbers"):
+        read([1e6, 999999, 3, 4])
+    with pytest.raises(ScheduleError, match=r"rescale_factors.3: 3 after 4, expected non-decreasing"):
+        read([1e6, 1e6, 4, 3])
+    with pytest.raises(ScheduleError, match=r"rescale_factors.1: 2 after 1e\+06, expected non-decreasing"):
+        read([1e6, 2, 3, 4], near_tokens=0, plain=None)
+
+
 @pytest.mark.parametrize("name", ["near_tokens", "plain"])
 def test_a_file_of_version_1_has_no_near_window(tmp_path, name):
     path, data = tmp_path / "s.json", as_dict()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ropewalk import UserError
-from ropewalk.factors import Provenance, RopeFacts, Schedule, native_band, schedule_from_dict
+from ropewalk.factors import STILL_FACTOR, Provenance, RopeFacts, Schedule, native_band, schedule_from_dict
 from ropewalk.factors.search import (
     Budget,
     CmaSettings,
@@ -71,7 +71,12 @@ WINDOWS = replace(SPACE, near_tokens=(0, 512, 1024, 2048, 4096))
 
 
 class Bay(Valley):
-    """As `Valley`; and with near windows a lower one, around one of 1,024 tokens and λ a little below near's."""
+    """As `Valley`; and with near windows a lower one, around one of 1,024 tokens and λ a little below near's.
+
+    It is lowest with `still` pairs that stand still beyond the window; how little that matters is `still_loss`.
+    """
+
+    still, still_loss = 0, 0.001
 
     def evaluate(self, task):
         window = task.band.near_tokens
@@ -84,9 +89,23 @@ class Bay(Valley):
         away[:n] = 0
         away[n:] += np.linspace(0.2, 0, len(away) - n)
         loss = 3.0 + 0.3 * task.passage + 2 * (away**2).mean() + 0.03 * abs(np.log2(window / 1024))
-        loss += 4 * np.log(candidate.attention_factor) ** 2
+        loss += 4 * np.log(candidate.attention_factor) ** 2 + self.still_loss * abs(candidate.still_pairs - self.still)
         slope = tuple((4 * away / len(away)).tolist()) if task.gradient else ()
         return Result(loss, 0.001, slope, 8 * np.log(candidate.attention_factor) if task.gradient else 0.0)
+
+
+class StillBay(Bay):
+    """As `Bay`, lowest where the pairs stand still that turn within 1.5 windows of 1,024 tokens."""
+
+    still, still_loss = 16, 0.004
+
+    def __init__(self):
+        super().__init__()
+        self.tried = []
+
+    def evaluate(self, task):
+        self.tried.append(task.band.still_pairs)
+        return super().evaluate(task)
 
 
 class Slow(Valley):
@@ -186,6 +205,40 @@ def test_each_algorithm_finds_the_near_window_and_factors_beyond_it(algorithm, b
     assert schedule_from_dict(schedule.model_dump(), "it") == schedule
 
 
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 150), ("gradient", 120), ("evolution", 600)])
+def test_each_algorithm_finds_the_pairs_that_stand_still(algorithm, budget):
+    outcome, evaluator = in_windows(algorithm, budget, StillBay())
+    band, n = outcome.band, outcome.band.still_pairs
+    assert band.near_tokens == 1024 and n == StillBay.still and outcome.evaluations <= budget + 1e-6
+    moving = np.array(band.rescale_factors[n:])
+    assert set(band.rescale_factors[:n]) == {STILL_FACTOR} and np.all(np.diff(moving) >= 0)
+    form = WINDOWS.with_still_pairs(WINDOWS.seed("near", 1024), n)
+    assert outcome.loss < evaluator.evaluate(Task(WINDOWS.band(form), 1)).loss - 0.003  # λ are searched as well
+    assert len(evaluator.asked) - 1 == len(set(evaluator.asked[:-1]))
+    schedule = Schedule(facts=FACTS, bands=(SPACE.onto, band))
+    assert schedule_from_dict(schedule.model_dump(), "it") == schedule
+
+
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 60), ("gradient", 60)])
+def test_still_pairs_are_chosen_before_the_factors_with_a_tenth_of_the_budget(algorithm, budget):
+    events = []
+    settings = Settings(algorithm=algorithm, budget=Budget(evaluations=budget))
+    outcome = search(InProcess(StillBay()), WINDOWS, settings, on_event=events.append)
+    steps = [event for event in events if isinstance(event, Progress)]
+    begun = next(i for i, event in enumerate(steps) if event.step == "start")
+    descended = next(i for i, event in enumerate(steps) if event.step.startswith(("curve 1", "step 1")))
+    chosen = [event for event in steps[begun:descended] if event.step == "still pairs"]
+    assert 0 < chosen[-1].evaluations - steps[begun].evaluations <= budget / 10
+    assert outcome.band.still_pairs > WINDOWS.n_fixed
+
+
+@pytest.mark.parametrize(("algorithm", "budget"), [("cma", 60), ("gradient", 60), ("evolution", 120)])
+def test_nothing_stands_still_without_a_window(algorithm, budget):
+    evaluator = StillBay()
+    in_windows(algorithm, budget, evaluator, replace(SPACE, near_tokens=(0,)))
+    assert set(evaluator.tried) == {0}
+
+
 def test_near_itself_is_found_if_nothing_is_better():
     class Steep(Bay):
         def evaluate(self, task):
@@ -244,6 +297,8 @@ def test_a_windowed_band_is_carried_to_a_longer_context():
     assert candidate.near_tokens == 2048 and candidate.attention_factor == 1
     assert candidate.log_factors[-1] == pytest.approx(np.log(WINDOWS.stretch(2048)))
     assert candidate.log_factors[WINDOWS.n_fixed] < np.log(WINDOWS.stretch(2048)) - 0.1
+    still = carried(short, short.band(short.with_still_pairs(bent, 18)), WINDOWS)
+    assert still.still_pairs == 18 and still.log_factors[18:] == candidate.log_factors[18:]
 
 
 @pytest.mark.parametrize(("correlation", "fidelity"), [(0.9, "screen"), (0.7, "full")])

@@ -12,7 +12,9 @@ import pytest
 from ropewalk import UserError
 from ropewalk.factors import (
     START_TOKENS,
+    STILL_FACTOR,
     Band,
+    Provenance,
     RopeFacts,
     Schedule,
     native_band,
@@ -200,6 +202,56 @@ def test_another_near_window_stretches_the_factors():
     np.testing.assert_allclose(back.log_factors, bent.log_factors)
 
 
+def test_the_numbers_of_still_pairs_to_choose_from():
+    lengths = 2 * np.pi * 100000.0 ** (np.arange(32) / 32)
+    below = [int(np.sum(lengths < 2048 * part)) for part in (1 / 8, 1 / 4, 1 / 2, 1, 1.5, 2)]
+    assert WINDOWS.still_choices(2048) == (0, *below) and below[4] == 18
+    assert WINDOWS.still_choices(0) == (0,) and len(WINDOWS.still_choices(16)) < 6  # none of them twice
+    few = Space(FACTS.model_copy(update={"freq_base": 2.0}), SPACE.onto, 32768)
+    assert few.still_choices(2048) == (0, 31)  # the slowest pair always moves
+    scaled = FACTS.model_copy(update={"native_factors": (1.0,) * 10 + (8.0,) * 22})
+    assert Space(scaled, native_band(scaled), 32768).still_choices(2048)[-1] < below[-1]  # by the model's own rotation
+
+
+def test_pairs_that_stand_still_leave_the_others_free():
+    bent = WINDOWS.moved(WINDOWS.seed("near", 2048), np.linspace(-0.3, 0.1, 32 - WINDOWS.n_fixed))
+    still = WINDOWS.with_still_pairs(bent, 18)
+    band = WINDOWS.band(still, Provenance(method="cma"))
+    assert set(band.rescale_factors[:18]) == {STILL_FACTOR} and band.still_pairs == 18
+    assert band.rescale_factors[18:] == WINDOWS.band(bent).rescale_factors[18:]
+    assert WINDOWS.project(still) == still and set(still.log_factors[WINDOWS.n_fixed : 18]) == {bent.log_factors[18]}
+    back = WINDOWS.project(WINDOWS.candidate(band))
+    assert back.still_pairs == 18 and band_key(WINDOWS.band(back)) == band_key(band) != band_key(WINDOWS.band(bent))
+    np.testing.assert_allclose(back.log_factors, still.log_factors, atol=2e-9)
+    fewer = WINDOWS.band(WINDOWS.with_still_pairs(still, 14)).rescale_factors
+    assert fewer[13] == STILL_FACTOR and set(fewer[14:18]) == {fewer[18]}
+    nudge = np.zeros(32 - WINDOWS.n_fixed)
+    nudge[18 - WINDOWS.n_fixed :] = -0.2  # no pair that stands still is in the way
+    lower = WINDOWS.moved(still, nudge)
+    np.testing.assert_allclose(np.array(lower.log_factors[18:]), np.array(still.log_factors[18:]) - 0.2)
+
+
+def test_projection_keeps_still_pairs_within_reason():
+    logs = WINDOWS.seed("near", 2048).log_factors
+    assert WINDOWS.project(Candidate(logs, near_tokens=2048, still_pairs=40)).still_pairs == 31
+    assert WINDOWS.project(Candidate(logs, near_tokens=0, still_pairs=5)).still_pairs == 0
+    wide = WINDOWS.with_still_pairs(WINDOWS.seed("near", 4096), WINDOWS.still_choices(4096)[5])
+    narrow = WINDOWS.with_window(wide, 512)
+    assert narrow.still_pairs == WINDOWS.still_choices(512)[5]
+    assert WINDOWS.with_window(narrow, 4096).still_pairs == wide.still_pairs
+    assert WINDOWS.with_window(wide, 0).still_pairs == 0
+    assert WINDOWS.with_window(WINDOWS.seed("near", 4096), 512).still_pairs == 0
+
+
+def test_a_pair_that_hardly_turned_before_stands_still_with_its_own_factor():
+    own = (1e30, *[1.0] * 31)
+    onto = native_band(FACTS.model_copy(update={"native_factors": own}))
+    space = Space(FACTS.model_copy(update={"native_factors": own}), onto, 32768, near_tokens=(2048,))
+    band = space.band(space.with_still_pairs(space.seed("near", 2048), 3))
+    assert band.rescale_factors[:3] == (1e30, STILL_FACTOR, STILL_FACTOR)
+    Schedule(facts=space.facts, bands=(onto, band))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -328,6 +380,22 @@ def test_evolution_chooses_near_windows():
     assert min(requests[-1].rivals, key=window_hill).near_tokens == 2048
     only, _ = drive(window_hill, space=replace(space, near_tokens=(512,)), extra=near_forms[:1], generations=1)
     assert {candidate.near_tokens for request in only for candidate in request.candidates} == {512}
+
+
+def test_evolution_chooses_pairs_that_stand_still():
+    def still_hill(candidate):
+        return hill(replace(candidate, start_tokens=16)) + abs(candidate.still_pairs - 18) / 100
+
+    space = replace(WINDOWS, fixed_pairs=1, near_tokens=(2048,))
+    requests, _ = drive(still_hill, space=space, extra=(space.closed_form("near", 2048),), generations=8)
+    asked = [candidate for request in requests for candidate in request.candidates]
+    assert {candidate.still_pairs for candidate in asked} == set(space.still_choices(2048))
+    assert len({band_key(space.band(candidate)) for candidate in asked}) == len(asked)  # none twice
+    for candidate in asked:
+        np.testing.assert_allclose(space.project(candidate).log_factors, candidate.log_factors, atol=1e-9)
+    assert min(requests[-1].rivals, key=still_hill).still_pairs == 18
+    first = [candidate.log_factors[18] for candidate in asked if candidate.still_pairs == 18]
+    assert min(first) < space.closed_form("near", 2048).log_factors[18] - 0.1  # nothing still holds it up
 
 
 def test_evolution_ends_if_there_is_no_new_candidate():

@@ -9,7 +9,7 @@ import pytest
 import ropewalk
 import torch
 from ropewalk.container import native_schedule, read_header
-from ropewalk.factors import Band, Schedule, extend, native_band, plain_band, without_windows
+from ropewalk.factors import STILL_FACTOR, Band, Schedule, extend, native_band, plain_band, without_windows
 from ropewalk.runtime.graph.kernels import why_missing
 from ropewalk.runtime.measure.torch_reader.model import load_torch_model
 
@@ -66,11 +66,15 @@ def load():
 
 
 def near_bands(path, start_tokens=0):
-    """The model's own band to 100 tokens, and near windows of 40 and 64 tokens to 180 and 250."""
+    """The model's own band to 100 tokens, and near windows of 40 and 64 tokens to 180 and 250.
+
+    Beyond the second window, the fastest pairs stand still.
+    """
     facts = native_schedule(read_header(path)).facts
     bands = [native_band(facts).model_copy(update={"context": 100})]
     for context, near, high in ((180, 40, 4.0), (250, 64, 8.0)):
         far = np.linspace(1.5, high, facts.n_rot // 2) * np.array(facts.start_factors)
+        far[: 5 if near == 64 else 0] = STILL_FACTOR
         bands.append(
             Band(context=context, near_tokens=near, rescale_factors=tuple(far.tolist()), start_tokens=start_tokens)
         )
