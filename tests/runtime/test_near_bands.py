@@ -4,6 +4,7 @@ import logging
 import pickle
 import pydoc_data.topics
 
+import llama_cpp
 import numpy as np
 import pytest
 import ropewalk
@@ -211,3 +212,33 @@ def test_a_document_past_the_trained_length_is_read_better(smollm2, load):
         llm = load(smollm2, schedule=schedule, n_ctx=2048, kv="q8_0", exact=False)
         losses[method] = llm.token_losses(llm.tokenize(TEXT.encode())[:1500]).mean()
     assert losses["near"] < losses["yarn"] - 0.05
+
+
+def decode(llm, tokens, first, sequence=0):
+    """Logits of the last of `tokens` by a bare `llama_decode`, at positions from `first` on."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, first + i, i == len(tokens) - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(llm.n_vocab(),)).copy()
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_positions_that_others_shift(tiny_llama, tmp_path, load, kv):
+    """llama.cpp's own shift of cached keys moves the cells that the window is measured from."""
+    if why_missing():
+        pytest.skip("the kernels were not compiled")
+    path = tiny_llama(tmp_path / "tiny.gguf", **MODELS["llama"])
+    llm = load(path, schedule=near_bands(path).only(2), kv=kv)
+    memory = llama_cpp.llama_get_memory(llm.ctx)
+    decode(llm, TOKENS[:150], 0)
+    expected = decode(llm, TOKENS[150:160], 150)
+    llama_cpp.llama_memory_seq_rm(memory, 0, 150, -1)
+    llama_cpp.llama_memory_seq_add(memory, 0, 0, -1, 37)
+    shifted = decode(llm, TOKENS[150:160], 187)
+    assert np.abs(shifted - expected).max() < PRECISION[kv]

@@ -134,10 +134,17 @@ EXPORT void ropewalk_reset_places(struct context *context) {
             context->places[i].of[cell] = (int32_t)cell;
 }
 
+/* Whether a node is a Hadamard transform, for all that can be told quickly: a product with a square matrix. */
+static bool is_transform(const struct watch *watch, const struct tensor *node) {
+    const struct tensor *matrix = node->src[0];
+    return (node->op == watch->product || node->op == watch->custom) && matrix->type == TYPE_F32 && matrix->op == 0 &&
+           matrix->ne[0] == matrix->ne[1] && n_values(matrix) == matrix->ne[0] * matrix->ne[0];
+}
+
 /* The tensor without an operation that a node's values come from. */
-static const struct tensor *root_of(const struct tensor *node) {
+static const struct tensor *root_of(const struct watch *watch, const struct tensor *node) {
     while (node->op != 0 && (node->view_src || node->src[0]))
-        node = node->view_src ? node->view_src : node->src[0];
+        node = node->view_src ? node->view_src : is_transform(watch, node) ? node->src[1] : node->src[0];
     return node;
 }
 
@@ -158,7 +165,7 @@ void see_rope(struct context *context, const struct tensor *node) {
     const struct tensor *positions = node->src[1];
     if (positions == NULL || positions->type != TYPE_I32 || positions->data == NULL)
         return;
-    const struct tensor *root = root_of(node->src[0]);
+    const struct tensor *root = root_of(&context->watch, node->src[0]);
     for (int i = 0; i < N_PLACES; i++) { /* llama.cpp shifts cached keys, the first layer's before those of all others */
         struct places *places = &context->places[i];
         if (root == places->cache && root != NULL && positions->ne[0] == places->n)
@@ -208,8 +215,7 @@ static const struct tensor *rope_behind(const struct watch *watch, const struct 
     *hadamard = 0;
     while (node && node->op != watch->rope) {
         const struct tensor *source = node->src[0];
-        if ((node->op == watch->product || node->op == watch->custom) && *hadamard == 0 && source->type == TYPE_F32 &&
-            source->op == 0 && source->ne[0] == source->ne[1] && n_values(source) == source->ne[0] * source->ne[0]) {
+        if (*hadamard == 0 && is_transform(watch, node)) {
             *hadamard = source->ne[0];
             source = node->src[1];
         } else if (!keeps_values(watch, node)) {
