@@ -97,13 +97,19 @@ class NearWindows:
         self._applies, self._trace = applies, RopeTrace()
         self._rows: Positions = np.empty(0, dtype=np.int32)
         self._places: dict[int, Positions] = {}
+        self._first: set[int] = set()
 
     def see_rope(self, node: int) -> None:
         """Note the positions of a graph's tokens.
 
         A copy, as ggml reuses the memory behind the last rotation, before that layer's attention is computed.
         """
-        self._rows = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1])).copy()
+        positions = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1]))
+        cache = self._trace.cache_behind(ggml.tensor_at(node).src[0])
+        if cache is None:
+            self._rows = positions.copy()
+        elif cache in self._first:  # llama.cpp shifts cached keys: of all layers, of which one is enough
+            self._places_of(ggml.tensor_at(cache))[:] += positions
 
     def see_write(self, node: int) -> None:
         """Note the positions of the cells that a SET_ROWS node writes."""
@@ -112,6 +118,8 @@ class NearWindows:
             return
         cache, index = ggml.tensor_at(tensor.view_src), ggml.tensor_at(tensor.src[1])
         if index.type == ggml.I64 and index.ne[0] == len(self._rows) and index.data:
+            if ggml.n_values(cache) // cache.ne[0] not in self._places:
+                self._first.add(tensor.view_src)
             self._places_of(cache)[ggml.int64_row(index)] = self._rows
 
     def _places_of(self, cache: ggml.TensorStruct) -> Positions:
@@ -122,7 +130,8 @@ class NearWindows:
 
     def reset_positions(self) -> None:
         """Take each cached cell to be at the position of its number, as after a sequence was restored."""
-        self._places.clear()
+        for places in self._places.values():
+            places[:] = np.arange(len(places))
 
     def needed(self, node: int) -> bool:
         """Whether the window applies to an attention node."""

@@ -43,6 +43,21 @@ class RopeTrace:
             node = source
         return None, 0
 
+    def cache_behind(self, node: int | None) -> int | None:
+        """Return the tensor without an operation that a node's values are those of; None if anything is computed."""
+        while node:
+            tensor = ggml.tensor_at(node)
+            name = ggml.op_name(tensor.op)
+            if name == "NONE":
+                return node
+            if tensor.view_src:
+                node = tensor.view_src
+            elif name in ("MUL_MAT", "CUSTOM") and self._transform(tensor.src[0]):
+                node = tensor.src[1]
+            else:
+                node = tensor.src[0] if name in (*SHAPES, "CPY") else None
+        return None
+
     def rope_before(self, node: int | None, applies: Callable[[int], bool]) -> bool:
         """Whether there is a ROPE node that `applies` anywhere before a node, whatever else lies between."""
         while node:

@@ -229,10 +229,8 @@ def decode(llm, tokens, first, sequence=0):
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
-def test_positions_that_others_shift(tiny_llama, tmp_path, load, kv):
+def test_positions_that_others_shift(tiny_llama, tmp_path, where, load, kv):
     """llama.cpp's own shift of cached keys moves the cells that the window is measured from."""
-    if why_missing():
-        pytest.skip("the kernels were not compiled")
     path = tiny_llama(tmp_path / "tiny.gguf", **MODELS["llama"])
     llm = load(path, schedule=near_bands(path).only(2), kv=kv)
     memory = llama_cpp.llama_get_memory(llm.ctx)
