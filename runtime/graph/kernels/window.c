@@ -44,7 +44,8 @@ static bool extend_turns(struct window *w, int64_t n) {
         float *turns = aligned_alloc(64, (size_t)(room * w->n_dims * 4 + 63) / 64 * 64);
         if (turns == NULL)
             return false;
-        memcpy(turns, w->turns, (size_t)(w->n_turns * w->n_dims) * 4);
+        if (w->turns)
+            memcpy(turns, w->turns, (size_t)(w->n_turns * w->n_dims) * 4);
         free(w->turns);
         w->turns = turns;
         w->room = room;
