@@ -60,5 +60,6 @@ def test_the_bundled_model_has_one(smollm2):
     native = native_schedule(read_header(smollm2))
     schedule = shipped_schedule(smollm2.name, native.facts)
     assert schedule is not None and schedule.bands[0] == native.bands[0]
-    assert [band.context for band in schedule.bands] == [8192, 16384, 32768]
+    assert [band.context for band in schedule.bands] == [8192, 16384, 32768, 65536]
+    assert all(band.near_tokens and band.plain for band in schedule.bands[1:])
     assert all(band.found.method not in ("native", "yarn") for band in schedule.bands[1:])
