@@ -106,10 +106,10 @@ class NearWindows:
         """
         positions = ggml.int32_row(ggml.tensor_at(ggml.tensor_at(node).src[1]))
         cache = self._trace.cache_behind(ggml.tensor_at(node).src[0])
-        if cache is None:
-            self._rows = positions.copy()
-        elif cache in self._first:  # llama.cpp shifts cached keys: of all layers, of which one is enough
+        if cache in self._first:  # llama.cpp shifts cached keys: of all layers, of which one is enough
             self._places_of(ggml.tensor_at(cache))[:] += positions
+        else:
+            self._rows = positions.copy()
 
     def see_write(self, node: int) -> None:
         """Note the positions of the cells that a SET_ROWS node writes."""
