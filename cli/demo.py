@@ -78,7 +78,9 @@ def _show_bands(schedule: Schedule) -> None:
 
     for context, bars in spark(schedule):
         _say(f"            {context:>7} tokens  {bars}")
-    _say("            [dim]rescale factor λ of each rotary pair, from the fastest to the slowest[/]")
+    still = any(band.still_pairs for band in schedule.bands)
+    beyond = "; · stands still beyond the near window" if still else ""
+    _say(f"            [dim]rescale factor λ of each rotary pair, from the fastest to the slowest{beyond}[/]")
 
 
 def _load(model: Path, schedule: Schedule, tokens: int) -> tuple[Llama, list[str]]:

@@ -328,8 +328,9 @@ class Llama(llama_cpp.Llama):
         """Return `schedule`, without its near windows where attention cannot be computed with them, and say so."""
         if not any(band.near_tokens for band in schedule.bands):
             return schedule
-        if self._rope is not None and self._fast is not None and self._kernels is None and self._has_memory:
-            self._survey()
+        in_torch = self._rope is not None and self._fast is not None and self._kernels is None and self._has_memory
+        if in_torch and not self._serves_windows:
+            self._survey()  # with the kernels, this was done when the model was loaded
         if self._serves_windows:
             return schedule
         _logger.warning("%s: it runs without its schedule's near window, with the plain factors: %s", *self._no_windows)

@@ -7,7 +7,6 @@ small, so that many of them, over methods, contexts and texts, can be saved as l
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ import numpy as np
 from ...container import read_header, trained_schedule
 from ...errors import UserError
 from ...factors import METHODS, Band, Schedule, extend, plain_band
-from ...files import LineFile, is_torn, json_value
 from ..llama import Llama
 from ..losses import Losses
 from .held_out import BLOCK, draw_blocks, interval
+from .keyed_lines import KeyedLines, LineKind
 from .passages import DEPTHS, Text, cut
 from .passkey import HiddenKey, plant_key, read_key
 
@@ -181,62 +180,17 @@ def read_passage(llm: Llama, passage: KeyPassage, band: Band) -> Reading:
     )
 
 
-class Readings:
-    """Readings saved in a JSON Lines file (None = not saved), over any number of runs: none is done twice.
-
-    Raises:
-        UserError: a file of another kind, that cannot be written, or that another run is writing.
-    """
+class Readings(KeyedLines[Reading]):
+    """Readings saved in a JSON Lines file (None = not saved); one whose losses are not finite is refused."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._known: dict[str, Reading] = {}
-        self._file: LineFile | None = None
-        if path is None:
-            return
-        self._file = LineFile(path)
-        try:
-            self._read(self._file)
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self, file: LineFile) -> None:
-        for number, line in file.read(_is_torn):
-            record = json_value(line)
-            try:
-                self._known[str(record["key"])] = _reading(record["reading"])
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-                raise UserError(f"{self.path}: line {number} is not a reading of ropewalk eval") from None
-
-    def find(self, key: str) -> Reading | None:
-        return self._known.get(key)
-
-    def add(self, key: str, about: dict[str, Any], reading: Reading) -> Reading:
-        """Save a reading, and return it; `about` is a human-readable description.
-
-        Raises:
-            UserError: its losses are not finite; it cannot be written; or the file was moved, removed or changed.
-        """
-        if not _is_finite(reading):
-            raise UserError("the model's losses are not finite numbers: its weights or its schedule are broken")
-        self._known[key] = reading
-        if self._file is not None:
-            record = {"key": key, "about": about, "reading": asdict(reading)}
-            self._file.append(json.dumps(record).encode() + b"\n")
-        return reading
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        super().__init__(path, LineKind("a reading of ropewalk eval", "about", "reading", _reading, _encoded))
 
 
-START, KEY = b'{"key": "', b'", "about": '
-"""How every line starts, and what follows the key."""
-
-
-def _is_torn(number: int, line: bytes) -> bool:
-    return is_torn(line, START, KEY, alone=number == 1)
+def _encoded(reading: Reading) -> dict[str, Any]:
+    if not _is_finite(reading):
+        raise UserError("the model's losses are not finite numbers: its weights or its schedule are broken")
+    return asdict(reading)
 
 
 def _is_finite(reading: Reading) -> bool:
@@ -245,7 +199,7 @@ def _is_finite(reading: Reading) -> bool:
 
 def reading_key(model: str, kv_type: str, band: Band, passage: KeyPassage) -> str:
     """A digest of all that a reading depends on; `model` is the file's digest."""
-    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens"})
+    facts = band.model_dump_json(exclude={"found", "context", "force_start_tokens", "plain"})
     return hashlib.sha256(repr((VERSION, BIN, model, kv_type, facts, passage.tokens)).encode()).hexdigest()[:24]
 
 

@@ -66,7 +66,6 @@ struct window {
     float *turns;         /* of each position, n_dims cosines and sines: from the far rotation to the model's own */
     float *still;         /* likewise of no angle */
     float *border;        /* likewise from a query that sees far keys as if there were no window to one that has it */
-    double *angles;       /* room for the angles of a position */
     int64_t n_turns, room; /* positions whose turns there are, and for how many there is room */
 };
 
@@ -205,9 +204,9 @@ struct instruction_set {
     int64_t (*few_words)(const struct product *p);
     void (*convert_few)(const struct product *p, uint32_t *words);
     void (*multiply_few)(const struct product *p, int64_t first, int64_t stop);
-    /* Rotate a cell's keys by a table of cosines and sines; `x` has room for a row. */
+    /* Rotate a cell's keys by a table of turns; `x` has room for a row. */
     void (*rotate_row)(const struct block_type *types, const struct rotation *r, const struct key_cache *cache,
-                       const float *table, char *row, float *x);
+                       const float *turns, char *row, float *x);
 };
 
 extern const struct instruction_set avx512_bf16_set, avx512_vnni_set, avx512_set, avx2_vnni_set, avx2_set, plain_set;

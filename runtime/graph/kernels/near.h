@@ -13,35 +13,6 @@
 
 enum { FAR = 1, NEAR = 2 }; /* sides; both: some of a chunk's cells are near to a token, and others are far from it */
 
-/* Turn `n` values by the cosines and sines of n / 2 angles: pairs of neighbours have them side by side, pairs of halves in
- * halves as well. */
-INLINE void turn(float *x, const float *turns, int64_t n, bool halves) {
-    int64_t half = n / 2, i = 0;
-    if (halves) {
-        for (; i + VL <= half; i += VL) {
-            vf a = v_load(x + i), b = v_load(x + half + i), c = v_load(turns + i), s = v_load(turns + half + i);
-            v_store(x + i, v_sub(v_mul(a, c), v_mul(b, s)));
-            v_store(x + half + i, v_fma(b, c, v_mul(a, s)));
-        }
-        for (; i < half; i++) {
-            float a = x[i], b = x[half + i];
-            x[i] = a * turns[i] - b * turns[half + i];
-            x[half + i] = b * turns[i] + a * turns[half + i];
-        }
-        return;
-    }
-    static const float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-    for (; i + VL <= n; i += VL) {
-        vf v = v_load(x + i), t = v_load(turns + i);
-        v_store(x + i, v_fma(v_mul(v_flip(v, 0), v_odd(t)), v_load(signs), v_mul(v, v_even(t))));
-    }
-    for (; i < n; i += 2) {
-        float a = x[i], b = x[i + 1];
-        x[i] = a * turns[i] - b * turns[i + 1];
-        x[i + 1] = b * turns[i] + a * turns[i + 1];
-    }
-}
-
 /* The positions of a stream's cells, from `cell` on. */
 INLINE const int32_t *positions_of(const struct attention *a, int64_t stream, int64_t cell) {
     return a->cell_positions + stream * a->stream_cells + cell;

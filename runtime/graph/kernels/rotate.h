@@ -39,34 +39,31 @@ static void transform(float *x, int64_t n, int64_t size) {
             }
 }
 
-/* Rotate pairs of neighbours. `table` holds `n` cosines, each twice, and as many sines, the first of two negative. */
-INLINE void rotate_neighbours(float *x, const float *table, int64_t n) {
-    const float *sines = table + n;
-    int64_t i = 0;
+/* Turn `n` values by a table of n / 2 turns; see turns.h. */
+INLINE void turn(float *x, const float *turns, int64_t n, bool halves) {
+    int64_t half = n / 2, i = 0;
+    if (halves) {
+        for (; i + VL <= half; i += VL) {
+            vf a = v_load(x + i), b = v_load(x + half + i), c = v_load(turns + i), s = v_load(turns + half + i);
+            v_store(x + i, v_sub(v_mul(a, c), v_mul(b, s)));
+            v_store(x + half + i, v_fma(b, c, v_mul(a, s)));
+        }
+        for (; i < half; i++) {
+            float a = x[i], b = x[half + i];
+            x[i] = a * turns[i] - b * turns[half + i];
+            x[half + i] = b * turns[i] + a * turns[half + i];
+        }
+        return;
+    }
+    static const float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
     for (; i + VL <= n; i += VL) {
-        vf v = v_load(x + i);
-        v_store(x + i, v_fma(v, v_load(table + i), v_mul(v_flip(v, 0), v_load(sines + i))));
+        vf v = v_load(x + i), t = v_load(turns + i);
+        v_store(x + i, v_fma(v, v_even(t), v_mul(v_mul(v_flip(v, 0), v_odd(t)), v_load(signs))));
     }
     for (; i < n; i += 2) {
         float a = x[i], b = x[i + 1];
-        x[i] = a * table[i] + b * sines[i];
-        x[i + 1] = b * table[i + 1] + a * sines[i + 1];
-    }
-}
-
-/* Rotate pairs of the first and the second half. The table is the same, but in halves as well. */
-INLINE void rotate_halves(float *x, const float *table, int64_t n) {
-    int64_t half = n / 2, i = 0;
-    const float *sines = table + n + half;
-    for (; i + VL <= half; i += VL) {
-        vf a = v_load(x + i), b = v_load(x + half + i), c = v_load(table + i), s = v_load(sines + i);
-        v_store(x + i, v_sub(v_mul(a, c), v_mul(b, s)));
-        v_store(x + half + i, v_fma(b, c, v_mul(a, s)));
-    }
-    for (; i < half; i++) {
-        float a = x[i], b = x[half + i];
-        x[i] = a * table[i] - b * sines[i];
-        x[half + i] = b * table[i] + a * sines[i];
+        x[i] = a * turns[i] - b * turns[i + 1];
+        x[i + 1] = b * turns[i] + a * turns[i + 1];
     }
 }
 
@@ -166,7 +163,7 @@ static void pack(const struct block_type *types, int type, const float *x, char 
 }
 
 static void rotate_row(const struct block_type *types, const struct rotation *r, const struct key_cache *cache,
-                       const float *table, char *row, float *x) {
+                       const float *turns, char *row, float *x) {
     int64_t n = rotated_values(types, r, cache), head_bytes = row_bytes(types, cache->type, cache->head_size);
     bool whole = n == cache->head_size; /* the heads are then unpacked together */
     int64_t together = whole ? cache->n_heads : 1;
@@ -175,12 +172,8 @@ static void rotate_row(const struct block_type *types, const struct rotation *r,
         unpack(types, cache->type, values, x, n * together);
         if (cache->hadamard)
             transform(x, n * together, cache->hadamard);
-        for (int64_t i = 0; i < together; i++) {
-            if (r->halves)
-                rotate_halves(x + i * n, table, r->n_dims);
-            else
-                rotate_neighbours(x + i * n, table, r->n_dims);
-        }
+        for (int64_t i = 0; i < together; i++)
+            turn(x + i * n, turns, r->n_dims, r->halves);
         if (cache->hadamard)
             transform(x, n * together, cache->hadamard);
         pack(types, cache->type, x, values, n * together);

@@ -1,10 +1,9 @@
 /* Cached keys rotated from some factors to others, when a sequence moves to another band.
  *
- * A piece is some cells in all layers, which share the cosines and sines of their angles. An angle is the difference of
- * the two that ggml's ROPE computes in floats for the same position: a key then comes out as if it had been rotated by the
- * new factors from the first, with what ggml rounds.
+ * A piece is some cells in all layers, which share the turns of their positions.
  */
 #include "kernels.h"
+#include "turns.h"
 
 #include <stdlib.h>
 
@@ -17,34 +16,26 @@ static const struct rotation_run *run_at(const struct rotation *r, int64_t cell)
     return NULL;
 }
 
-/* Write the cosines and sines for the key at a position: see `rotate_neighbours` and `rotate_halves`. */
-static void fill(const struct rotation *r, const struct rotation_run *run, int64_t position, float *table) {
-    int64_t n = r->n_dims, half = n / 2;
-    float theta = (float)position, theta_scale = powf(r->freq_base, -2.0f / (float)n);
-    for (int64_t i = 0; i < half; i++, theta *= theta_scale) {
-        double angle = run ? (double)(theta / run->after[i]) - (double)(theta / run->before[i]) : 0.0;
-        float cosine = (float)(cos(angle) * r->scale), sine = (float)(sin(angle) * r->scale);
-        int64_t first = r->halves ? i : 2 * i, second = r->halves ? half + i : 2 * i + 1;
-        table[first] = table[second] = cosine;
-        table[n + first] = -sine;
-        table[n + second] = sine;
-    }
+static void fill(const struct rotation *r, const struct rotation_run *run, int64_t position, float *turns) {
+    float theta = (float)position, theta_scale = powf(r->freq_base, -2.0f / (float)r->n_dims);
+    for (int64_t i = 0; i < r->n_dims / 2; i++, theta *= theta_scale)
+        put_turn(turns, r->n_dims / 2, r->halves, i, run ? angle_between(theta, run->before[i], run->after[i]) : 0.0, r->scale);
 }
 
-static void rotate_piece(const struct context *context, const struct rotation *r, int64_t first, float *tables, float *x) {
+static void rotate_piece(const struct context *context, const struct rotation *r, int64_t first, float *turns, float *x) {
     bool moves[PIECE_CELLS];
-    int64_t n = r->stop - first < PIECE_CELLS ? r->stop - first : PIECE_CELLS, size = 2 * r->n_dims;
+    int64_t n = r->stop - first < PIECE_CELLS ? r->stop - first : PIECE_CELLS, size = r->n_dims;
     for (int64_t i = 0; i < n; i++) {
         const struct rotation_run *run = run_at(r, first + i);
         moves[i] = run != NULL || r->scale != 1.0f;
         if (moves[i])
-            fill(r, run, first + i, tables + i * size);
+            fill(r, run, first + i, turns + i * size);
     }
     for (int64_t layer = 0; layer < r->n_caches; layer++) {
         const struct key_cache *cache = &r->caches[layer];
         for (int64_t i = 0; i < n; i++)
             if (moves[i])
-                context->instructions->rotate_row(context->types, r, cache, tables + i * size,
+                context->instructions->rotate_row(context->types, r, cache, turns + i * size,
                                                   cache->data + (first + i) * cache->cell_bytes, x);
     }
 }
@@ -65,7 +56,7 @@ EXPORT bool ropewalk_can_rotate(const struct context *context, const struct key_
 
 /* Rotate cells until none is left to claim; called at once by as many threads as are to do so. False without memory. */
 EXPORT bool ropewalk_rotate(const struct context *context, struct rotation *r) {
-    int64_t floats = PIECE_CELLS * 2 * r->n_dims, first, longest = 0;
+    int64_t floats = PIECE_CELLS * r->n_dims, first, longest = 0;
     for (int64_t i = 0; i < r->n_caches; i++) {
         int64_t row = r->caches[i].n_heads * r->caches[i].head_size;
         longest = row > longest ? row : longest;

@@ -173,7 +173,7 @@ INLINE vf v_sums(const float *p) {
 enum { VL = 4 };
 typedef float vf __attribute__((vector_size(16)));
 #define LANES(expression) \
-    vf r; \
+    vf r = {0}; \
     for (int i = 0; i < VL; i++) \
         r[i] = (expression); \
     return r

@@ -10,27 +10,18 @@
  * positions, at the indices of its SET_ROWS nodes. Until then, a cell is at the position of its number.
  */
 #include "kernels.h"
+#include "turns.h"
 
 #include <stdlib.h>
 
 enum { FIRST_TURNS = 4096, MODE_NEIGHBOURS = 0, MODE_HALVES = 2 };
 
-/* Write cosines and sines of the angles of `position`, or for `count` times it: see `turn` in near.h. */
-static void write_turns(const struct window *w, float *turns, const double *angles) {
-    int64_t half = w->n_dims / 2;
-    for (int64_t i = 0; i < half; i++) {
-        int64_t cosine = w->halves ? i : 2 * i, sine = w->halves ? half + i : 2 * i + 1;
-        turns[cosine] = (float)cos(angles[i]);
-        turns[sine] = (float)sin(angles[i]);
-    }
-}
-
-/* The angles from the far rotation to the model's own, as differences of those that ggml computes in floats. */
-static void write_position(const struct window *w, int64_t position, float *turns, double *angles) {
+/* From the far rotation to the model's own. */
+static void write_position(const struct window *w, int64_t position, float *turns) {
     float theta = (float)position, theta_scale = powf(w->freq_base, -2.0f / (float)w->n_dims);
     for (int64_t i = 0; i < w->n_dims / 2; i++, theta *= theta_scale)
-        angles[i] = position < w->start_tokens ? 0.0 : (double)(theta / w->own[i]) - (double)(theta / w->far[i]);
-    write_turns(w, turns, angles);
+        put_turn(turns, w->n_dims / 2, w->halves, i,
+                 position < w->start_tokens ? 0.0 : angle_between(theta, w->far[i], w->own[i]), 1.0);
 }
 
 /* Have the turns of all positions below `n`; false without memory. */
@@ -51,7 +42,7 @@ static bool extend_turns(struct window *w, int64_t n) {
         w->room = room;
     }
     for (; w->n_turns < n; w->n_turns++)
-        write_position(w, w->n_turns, w->turns + w->n_turns * w->n_dims, w->angles);
+        write_position(w, w->n_turns, w->turns + w->n_turns * w->n_dims);
     return true;
 }
 
@@ -59,7 +50,6 @@ static void forget_window(struct window *w) {
     free(w->turns);
     free(w->border);
     free(w->still);
-    free(w->angles);
     free(w->own);
     *w = (struct window){0};
 }
@@ -91,19 +81,20 @@ EXPORT bool ropewalk_set_window(struct context *context, int64_t tokens, int64_t
     if (!tokens)
         return true;
     *w = (struct window){.tokens = tokens, .start_tokens = start_tokens, .n_dims = n_dims, .freq_base = freq_base,
-                         .halves = halves, .own = malloc(2 * bytes), .angles = calloc(2, 2 * bytes),
-                         .border = malloc(2 * bytes), .still = malloc(2 * bytes)};
-    if (w->own == NULL || w->angles == NULL || w->border == NULL || w->still == NULL) {
+                         .halves = halves, .own = malloc(2 * bytes), .border = malloc(2 * bytes),
+                         .still = malloc(2 * bytes)};
+    if (w->own == NULL || w->border == NULL || w->still == NULL) {
         forget_window(w);
         return false;
     }
     w->far = w->own + n_dims / 2;
-    write_turns(w, w->still, w->angles);
     memcpy(w->own, own, bytes);
     memcpy(w->far, far, bytes);
-    for (int i = 0; i < n_dims / 2; i++)
-        w->angles[i] = (double)tokens * pow(freq_base, -2.0 * i / n_dims) * (1.0 / own[i] - 1.0 / far[i]);
-    write_turns(w, w->border, w->angles);
+    for (int i = 0; i < n_dims / 2; i++) {
+        double theta = (double)tokens * pow(freq_base, -2.0 * i / n_dims);
+        put_turn(w->border, n_dims / 2, halves, i, theta / own[i] - theta / far[i], 1.0);
+        put_turn(w->still, n_dims / 2, halves, i, 0.0, 1.0);
+    }
     return true;
 }
 
