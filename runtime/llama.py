@@ -27,13 +27,13 @@ from ..container import check_has_tensors, freq_scale, read_header
 from ..errors import UserError
 from ..factors import Band, Schedule, check_matches, without_windows
 from . import log, memory
+from .cached_keys import CachedKeys
 from .graph.admission import Verdict, check_engine
 from .graph.fast import FastNodes, NativeNodes, TorchNodes, switched_off
 from .graph.hook import GraphHook, Handler
 from .graph.kernels import Context as Kernels
-from .graph.kernels import KeyRotation, why_missing
-from .graph.key_caches import KeyCaches, KeySurvey
-from .graph.rope import BandChange, RopeHook, Rotation, plan_rotations
+from .graph.kernels import why_missing
+from .graph.rope import BandChange, RopeHook, plan_rotations
 from .graph.spans import Span, add_span, read_before, rotatable, rotated
 from .interrupt import Closed, Interruptible, holds_context
 from .loading import (
@@ -203,7 +203,6 @@ class Llama(llama_cpp.Llama):
         fast = self._fast  # not self: a model that holds itself would not be freed with its last reference
         self._calls = Interruptible(lambda: fast is not None and fast.failed, self._kernels)
         options.setdefault("swa_full", True)  # keys can be rotated, and tokens removed, only in a cache without gaps
-        self._keys_can_shift = keys_can_shift(header, self._schedule.facts.n_rot, self.plan.type_k)
         log.listen()
         try:
             super().__init__(
@@ -226,16 +225,9 @@ class Llama(llama_cpp.Llama):
         self._chat_handlers |= chat_handlers(self.metadata, eos, self._text_of(self.token_bos()))
         if options.get("lora_path") and not self._lora_adapter:  # llama_cpp takes a null pointer for an adapter
             raise UserError(f"{options['lora_path']}: not an adapter for this model: {log.first_error('refused')}")
-        self._key_caches: KeyCaches | None = None
-        self._use_kernels = True
-        self._serves_windows = False
-        if hooked and self._has_memory and not options.get("vocab_only"):
-            # llama.cpp gives the callback to its scheduler with the first token, not before.
-            if self._kernels is None:
-                self._run_stopped(None)
-            else:
-                self._key_caches = self._survey()
+        self._keys: CachedKeys | None = None
         if not options.get("vocab_only"):
+            self._keys = self._find_keys(keys_can_shift(header, self._schedule.facts.n_rot, self.plan.type_k))
             self._schedule = self._servable(self._schedule)
             self.band = self._schedule.bands[0]
 
@@ -278,6 +270,20 @@ class Llama(llama_cpp.Llama):
         if self._kernels is not None:
             self._kernels.watch(None if self._rope is None else self._rope.setting, nodes=self._fast is not None)
         return GraphHook(handlers, self._kernels)
+
+    def _find_keys(self, can_shift: bool) -> CachedKeys | None:
+        """Return what rotates the cached keys, if λ is set here, having looked where they lie."""
+        if self._rope is None or self._graph is None:
+            return None
+        parts = (self._ctx, self._batch, self._calls, self._graph, self._rope, self._fast, self._kernels)
+        keys = CachedKeys(*parts, n_threads=self.n_threads_batch, can_shift=can_shift)
+        if self._has_memory:
+            # llama.cpp gives the callback to its scheduler with the first token, not before.
+            if self._kernels is None:
+                keys.run_stopped(0)
+            else:
+                keys.survey(0)
+        return keys
 
     # --- what it runs with
 
@@ -328,10 +334,10 @@ class Llama(llama_cpp.Llama):
         """Return `schedule`, without its near windows where attention cannot be computed with them, and say so."""
         if not any(band.near_tokens for band in schedule.bands):
             return schedule
-        in_torch = self._rope is not None and self._fast is not None and self._kernels is None and self._has_memory
-        if in_torch and not self._serves_windows:
-            self._survey()  # with the kernels, this was done when the model was loaded
-        if self._serves_windows:
+        in_torch = self._fast is not None and self._kernels is None and self._has_memory
+        if self._keys is not None and in_torch and not self._keys.serves_windows:
+            self._keys.survey(self.n_tokens)  # with the kernels, this was done when the model was loaded
+        if self.serves_near_windows:
             return schedule
         _logger.warning("%s: it runs without its schedule's near window, with the plain factors: %s", *self._no_windows)
         return without_windows(schedule)
@@ -346,7 +352,7 @@ class Llama(llama_cpp.Llama):
     @property
     def serves_near_windows(self) -> bool:
         """Whether a band's near window is computed; if not, the plain band for its context is used in its place."""
-        return self._serves_windows
+        return self._keys is not None and self._keys.serves_windows
 
     def n_ctx(self) -> int:
         """Return the most tokens that a sequence may have: those requested, and no more than the last band holds."""
@@ -628,25 +634,25 @@ class Llama(llama_cpp.Llama):
     def _move_to(self, band: Band, old_index: int, new_index: int, keep: int) -> None:
         """Run in `band` from now on: rotate the first `keep` keys to it, or fewer, and read the other tokens again."""
         old = self.band
-        if band == old or self._rope is None:
+        keys = self._keys
+        if band == old or keys is None:
             return
         n_tokens, started = self.n_tokens, time.perf_counter()
         keep = min(keep, rotatable(self._spans, n_tokens, self.plan.type_k))
         try:
             if not plan_rotations(self._schedule.facts, old, band, n_tokens):
                 keep = n_tokens
-            elif not self._can_rotate():
+            elif not (self.can_rewind and keys.can_rotate()):
                 keep = 0
             rest = self.input_ids[keep:n_tokens].tolist()
             if rest:
                 self._cut(keep)
             rotations = plan_rotations(self._schedule.facts, old, band, keep)
-            if self.rotates_natively:
-                self._rotate_natively(rotations, keep)
-            elif not all(map(self._rotate_by_shift, rotations)):
+            if not keys.rotate(rotations, keep):
                 rest = self.input_ids[:n_tokens].tolist()
                 self._forget()
-            times = min(1, len(rotations)) if self.rotates_natively else len(rotations)
+            self._requires_eval = True
+            times = min(1, len(rotations)) if keys.rotates_natively else len(rotations)
             self._spans = rotated(self._spans, times)
             self.band = band
             if rest:
@@ -666,13 +672,6 @@ class Llama(llama_cpp.Llama):
         else:
             self._forget()
 
-    def _can_rotate(self) -> bool:
-        """Whether the kernels or llama.cpp's K-shift can rotate this cache, and its cell i holds position i."""
-        cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        in_order = llama_cpp.llama_memory_seq_pos_min(cache, 0) == 0  # else cells left behind by a window were reused
-        one_axis = llama_cpp.llama_memory_can_shift(cache)  # and sliding windows have as many cells as other layers
-        return self.can_rewind and bool(in_order and one_axis and (self.rotates_natively or self._keys_can_shift))
-
     def _window_is_lost(self) -> bool:
         """Whether a rollback needs tokens of a sliding window that the cache no longer holds."""
         window = llama_cpp.llama_model_n_swa(self._model.model)
@@ -689,84 +688,12 @@ class Llama(llama_cpp.Llama):
     @property
     def rotates_natively(self) -> bool:
         """Whether the kernels rotate cached keys; False leaves it to llama.cpp's K-shift, where that can do it."""
-        return self._key_caches is not None and self._use_kernels
+        return self._keys is not None and self._keys.rotates_natively
 
     @rotates_natively.setter
     def rotates_natively(self, native: bool) -> None:
-        self._use_kernels = native
-
-    def _survey(self) -> KeyCaches | None:
-        """Look at one token's graph: whether its attention can have near windows, and where the cached keys lie.
-
-        Returns what the kernels can rotate; None where keys are not made as expected, or there are no kernels.
-        """
-        assert self._graph is not None and self._rope is not None
-        kernels, fast = self._kernels, self._fast
-        n_rot = self._schedule.facts.n_rot
-        can_rotate = (lambda _: True) if kernels is None else partial(kernels.can_rotate, n_rot=n_rot)
-        survey = KeySurvey(self._rope.applies, can_rotate, (lambda _: None) if fast is None else fast.windowed)
-
-        def decode_nothing() -> int:
-            if kernels is not None:
-                kernels.stop(True)  # the graph is shown as a whole, and stopped after its first node
-            return int(llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
-
-        self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-        with self._graph.surveying(survey.handlers):
-            self._calls.run_long(decode_nothing, self._ctx.ctx)
-        self._graph.raise_kept()
-        self.drop_rolled_back()
-        caches = survey.caches()
-        if survey.serves_windows and caches is not None and fast is not None:
-            self._rope.set_window, self._rope.halves = fast.use_window, caches.halves
-            self._serves_windows = True
-        return caches if kernels is not None else None
-
-    def _rotate_natively(self, rotations: Sequence[Rotation], n_cells: int) -> None:
-        """Carry out all rotations of the first `n_cells` keys in one pass."""
-        assert self._kernels is not None and self._key_caches is not None
-        facts, caches = self._schedule.facts, self._key_caches
-        rotate = partial(
-            self._kernels.rotate,
-            caches.layers,
-            [KeyRotation(one.start, one.stop, one.before, one.after) for one in rotations],
-            n_cells=n_cells,
-            n_rot=facts.n_rot,
-            freq_base=facts.freq_base,
-            scale=math.prod(one.scale for one in rotations),
-            halves=caches.halves,
-            n_threads=self.n_threads_batch,
-        )
-        self._calls.run(rotate)
-        self._requires_eval = True
-
-    def _rotate_by_shift(self, rotation: Rotation) -> bool:
-        """Run llama.cpp's K-shift graph for one rotation; False if it did not reach the keys.
-
-        Halving position 0 leaves it unchanged and still marks the cache as shifted, so that the graph runs at the start
-        of the next decode. (Adding to positions would also move the search for free cells to the first one, where a
-        sliding window's old cells would be reused.)
-        """
-        assert self._rope is not None
-        cache = llama_cpp.llama_get_memory(self._ctx.ctx)
-        llama_cpp.llama_memory_seq_div(cache, 0, 0, 1, 2)
-        self._rope.touched = 0
-        code = self._run_stopped(rotation)
-        if code not in (0, 1):  # 1: no cell is free for the token, which does not matter here
-            raise RuntimeError(f"the cached keys could not be rotated to another band (llama_decode: {code})")
-        self._requires_eval = True
-        return self._rope.touched > 0
-
-    def _run_stopped(self, rotation: Rotation | None) -> int:
-        """Start to decode one token, stop before it is computed, and remove it; return llama_decode's return code."""
-        assert self._graph is not None and self._rope is not None
-        self._batch.set_batch(batch=[0], n_past=self.n_tokens, logits_all=False)
-        handlers = {} if rotation is None else {"ROPE": partial(self._rope.set_rotation, rotation=rotation)}
-        with self._graph.stopping_tokens(handlers):
-            code: int = self._calls.run(lambda: llama_cpp.llama_decode(self._ctx.ctx, self._batch.batch))
-        self._graph.raise_kept()
-        self.drop_rolled_back()
-        return code
+        if self._keys is not None:
+            self._keys.use_kernels = native
 
     # --- other methods of llama_cpp.Llama
 

@@ -46,7 +46,7 @@ def one_layer(tmp_path):
 
 def test_a_real_models_keys_are_found(smollm2):
     llm = load(smollm2, kv="f16")
-    found = llm._key_caches
+    found = llm._keys.caches
     assert (len(found.layers), found.halves) == (30, False)
     assert {(keys.n_heads, keys.head_size, keys.type, keys.hadamard) for keys in found.layers} == {(3, 64, 1, 0)}
     assert len({keys.data for keys in found.layers}) == 30
@@ -71,8 +71,8 @@ def test_how_keys_are_cached(one_layer, monkeypatch, head, n_rot, kv, disable, e
     monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", disable)
     for flash_attn in (True, False):
         llm = load(one_layer(head, n_rot), kv=kv if flash_attn else f"{kv}:f16", flash_attn=flash_attn)
-        (keys,) = llm._key_caches.layers
-        assert (llm._key_caches.halves, keys.hadamard) == expected
+        (keys,) = llm._keys.caches.layers
+        assert (llm._keys.caches.halves, keys.hadamard) == expected
         assert (keys.n_heads, keys.head_size) == (1, head)
         llm.close()
 
