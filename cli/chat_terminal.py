@@ -19,19 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from ..errors import UserError
-from ..runtime.chat import Answer, ContextFull, Conversation, Sampling, Transcript, read_saved
+from ..runtime.chat import Answer, ContextFull, Conversation, Sampling, read_saved
 from .chat_autosave import RECORD, Autosave, autosaved, autosaved_folder
 from .chat_command import Command
-from .chat_markdown import CONTROL, ShownAnswer
+from .chat_markdown import ShownAnswer
 from .chat_places import place_to_load, saved_names, saved_place, typed_files
 from .chat_settings import set_setting, shown_settings
+from .chat_words import complain, counted_turns, first_question, say, say_rows, shorten
 from .documents import DocumentError, read_document
 from .reading_bar import ReadingBar
-from .terminal import err, size
+from .terminal import size
 
 if TYPE_CHECKING:
     from ..runtime import BandChange
@@ -41,7 +39,6 @@ LEAVING = ("exit", "quit", "bye", "goodbye", "q", ":q", ":q!", ":wq", "logout", 
 
 HOW_TO_LEAVE = "Ctrl-D or /exit leaves"
 MAX_LISTED = 10
-LONG_WORD = 40
 
 
 class Leave(Exception):
@@ -224,7 +221,7 @@ class Chat:
     def undo(self, argument: str) -> None:
         question = self.conversation.undo()
         self.last = None
-        say(f"taken back: {_shorten(' '.join(question.split()))}")
+        say(f"taken back: {shorten(' '.join(question.split()))}")
 
     def edit(self, argument: str) -> None:
         """Ask the last question again in another form: the one given, or one edited at the next prompt."""
@@ -248,7 +245,7 @@ class Chat:
         else:
             n = self.conversation.drop_oldest(needed)
         done = "summarised" if summarise else "dropped"
-        say(f"{done} the {_counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
+        say(f"{done} the {counted_turns(n)}; {self._used():,} of {self.llm.n_ctx():,} tokens used")
 
     def set(self, argument: str) -> None:
         argument = argument.removeprefix("parameter ").strip()  # as in other chats
@@ -317,7 +314,7 @@ class Chat:
             return True
         try:
             saved = read_saved(folder).transcript
-            what = f"{len(saved.messages)} messages" + (f", {_first_question(saved)!r}" if saved.messages else "")
+            what = f"{len(saved.messages)} messages" + (f", {first_question(saved)!r}" if saved.messages else "")
         except UserError:
             what = "damaged"
         say(f"{folder.name} is another saved conversation: {what}")
@@ -350,7 +347,7 @@ class Chat:
         say(f"loaded: {len(transcript.messages)} messages, {transcript.n_tokens:,} tokens, {unread}")
         for message in transcript.messages[-2:]:
             lines = message.content.strip().splitlines() or [""]
-            say(f"{'> ' if message.role == 'user' else '  '}{_shorten(lines[-1 if message.role == 'user' else 0])}")
+            say(f"{'> ' if message.role == 'user' else '  '}{shorten(lines[-1 if message.role == 'user' else 0])}")
 
     def _list_saved(self) -> None:
         names, kept = saved_names(), [place for place in autosaved() if place != self.autosave.place]
@@ -358,7 +355,7 @@ class Chat:
         rows = []
         for place in kept[:MAX_LISTED]:
             try:
-                rows.append((place.name, _first_question(read_saved(place).transcript)))
+                rows.append((place.name, first_question(read_saved(place).transcript)))
             except UserError:
                 rows.append((place.name, "damaged"))
         if rows:
@@ -491,47 +488,9 @@ def _choice(question: str, default: str) -> str:
     return choice(question, default)
 
 
-def say(text: str) -> None:
-    """Say something about the chat, dim and wrapped at words."""
-    sys.stdout.flush()
-    err.print(CONTROL.sub("", text), style="dim", markup=False)
-
-
-def say_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Say a list of names and what they stand for, in two columns."""
-    sys.stdout.flush()
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for name, value in rows:
-        table.add_row(Text(CONTROL.sub("", name)), Text(CONTROL.sub("", value)))
-    err.print(table, style="dim")
-
-
-def complain(text: str) -> None:
-    sys.stdout.flush()
-    words = CONTROL.sub("", text).split()
-    is_long = any(len(word) > LONG_WORD for word in words)  # a path, which stays whole for copying
-    err.print(" ".join(words), style="red", markup=False, soft_wrap=is_long)
-
-
 def _stamp(folder: Path) -> int:
     """Return the modification time of the conversation saved there; 0 if there is none."""
     try:
         return (folder / RECORD).stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _first_question(transcript: Transcript) -> str:
-    """Return the beginning of the first question, without the documents before it."""
-    first = next((message for message in transcript.messages if message.role == "user"), None)
-    return _shorten(" ".join(first.content[first.question_at :].split()), 40) if first else "no question yet"
-
-
-def _counted_turns(n: int) -> str:
-    return "oldest question and its answer" if n == 1 else f"{n} oldest questions and their answers"
-
-
-def _shorten(text: str, length: int = 76) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
